@@ -1,0 +1,59 @@
+"""Quantized diffusion models that sample as if they had never been quantized.
+
+``calibrate`` compares the two denoisers, a ``Record`` keeps the statistics, ``apply`` changes how the
+quantized one is sampled, ``compare`` measures whether that helped. Names are imported on first use:
+``import evenkeel`` alone loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evenkeel.application import applied as applied
+    from evenkeel.application import apply as apply
+    from evenkeel.application import remove as remove
+    from evenkeel.application import summary as summary
+    from evenkeel.calibration import calibrate as calibrate
+    from evenkeel.comparison import Arm as Arm
+    from evenkeel.comparison import compare as compare
+    from evenkeel.corrections import ExactDrift as ExactDrift
+    from evenkeel.corrections import Identity as Identity
+    from evenkeel.corrections import QDrift as QDrift
+    from evenkeel.estimate import Estimate as Estimate
+    from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
+    from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
+    from evenkeel.quantizers import quantize_module as quantize_module
+    from evenkeel.record import Record as Record
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Arm": "comparison",
+    "Estimate": "estimate",
+    "ExactDrift": "corrections",
+    "Identity": "corrections",
+    "QDrift": "corrections",
+    "QuantizerSpec": "quantizers",
+    "Record": "record",
+    "applied": "application",
+    "apply": "application",
+    "calibrate": "calibration",
+    "compare": "comparison",
+    "probe_scheduler": "hosts.probing",
+    "quantize_module": "quantizers",
+    "remove": "application",
+    "summary": "application",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"evenkeel.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -62,7 +62,9 @@ def write_caption(mentioned: dict[str, int], rng: Generator) -> str:
     return " ".join(w for w in words if w)
 
 
-def sample_mentions(attributes: dict[str, int], rng: Generator, keep: float = 0.8) -> dict[str, int]:
+def sample_mentions(
+    attributes: dict[str, int], rng: Generator, keep: float = 0.8
+) -> dict[str, int]:
     """Keep the digit always and every other attribute with probability ``keep``."""
     return {
         k: v if k == "digit" or rng.random() < keep else UNSPECIFIED for k, v in attributes.items()

@@ -22,19 +22,21 @@ from torch import Tensor, nn
 
 from evenkeel.zoo import networks
 from evenkeel.zoo.captions import sample_mentions, write_caption
-from evenkeel.zoo.handwriting import ATTRIBUTES, UNSPECIFIED, sample_attributes, sample_pictures
+from evenkeel.zoo.handwriting import ATTRIBUTES, sample_attributes, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
 EVALUATOR = Recipe(steps=1600, learning_rate=2e-3, seed=13, weight_decay=1e-2)
-DENOISER = Recipe(steps=9000, learning_rate=1e-3, seed=14, ema=0.9995)
+DENOISER = Recipe(steps=6500, learning_rate=1e-3, seed=14, ema=0.999)
 BATCH = 128
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
 DROP_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
 
 
-def captioned(n: int, rng: np.random.Generator) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
+def captioned(
+    n: int, rng: np.random.Generator
+) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
     """Captions, full attributes, and the mentioned attributes (UNSPECIFIED where left out)."""
     attributes = sample_attributes(n, rng)
     captions, mentions = mention(attributes, rng)

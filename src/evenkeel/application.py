@@ -1,0 +1,216 @@
+"""Apply a correction to a pipeline, take it off again, and say what it does."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from evenkeel.corrections.plan import Correction, SamplerPlan
+from evenkeel.errors import EvenkeelError, Incompatible
+from evenkeel.hosts.correcting import Corrector
+from evenkeel.hosts.interception import install, installed, uninstall
+from evenkeel.hosts.layouts import LatentLayout
+from evenkeel.hosts.pipelines import denoiser_of, fingerprint
+from evenkeel.record import Provenance
+
+ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
+_GUARD = "_evenkeel_guard"
+
+
+def apply(
+    pipeline: Any,
+    correction: Correction,
+    *,
+    allow: Collection[str] = (),
+    guidance_scale: float | None = None,
+    layout: LatentLayout | None = None,
+) -> None:
+    """Let ``correction`` change how this pipeline samples, until ``remove``.
+
+    The scheduler instance is given a subclass of its own class; nothing else of the pipeline
+    changes, and what ``save_pretrained`` writes is plain diffusers. Applying again replaces the
+    correction before.
+
+    Args:
+        pipeline: with the *quantized* denoiser in place.
+        correction: for example ``QDrift(record.evidence)``.
+        allow: mismatches with the record to accept, by name: ``denoiser``, ``scheduler``,
+            ``guidance``, and ``range`` (leave steps outside the calibrated noise levels alone).
+        guidance_scale: what you are going to sample with, if the pipeline does not tell (most tell
+            while they run; PixArt does not).
+        layout: where the latent's channels are; found by itself for known pipelines.
+
+    Raises:
+        Incompatible: the evidence was measured on another denoiser, scheduler or guidance scale.
+        EvenkeelError: an unknown name in ``allow``.
+
+    Example: see ``examples/three_lines.py``.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
+    source = getattr(getattr(correction, "evidence", None), "source", None)
+    provenance = source if isinstance(source, Provenance) else None
+    if provenance is not None:
+        _refuse_mismatch(pipeline, provenance, allow, guidance_scale)
+        layout = layout or LatentLayout(**provenance.layout)
+
+    def check(running: Any) -> None:
+        if provenance is not None and "guidance" not in allow:
+            _check_guidance(provenance, getattr(running, "_guidance_scale", None))
+
+    remove(pipeline)
+    corrector = Corrector(
+        correction, pipeline, layout=layout, allow_range="range" in allow, check=check
+    )
+    install(pipeline.scheduler, corrector)
+    denoiser = denoiser_of(pipeline)
+    guard = _SwapGuard(pipeline)
+    handle = denoiser.register_forward_pre_hook(guard)
+    denoiser.__dict__[_GUARD] = handle
+
+
+def remove(pipeline: Any) -> None:
+    """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
+    uninstall(pipeline.scheduler)
+    handle = denoiser_of(pipeline).__dict__.pop(_GUARD, None)
+    if handle is not None:
+        handle.remove()
+
+
+@contextmanager
+def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[Any]:
+    """``with evenkeel.applied(pipe, correction): ...``; afterwards what was there before is back.
+
+    Args:
+        pipeline: as for ``apply``.
+        correction: as for ``apply``.
+        **options: ``allow``, ``guidance_scale``, ``layout``, as for ``apply``.
+    """
+    before = installed(pipeline.scheduler)
+    apply(pipeline, correction, **options)
+    try:
+        yield pipeline
+    finally:
+        remove(pipeline)
+        if before:
+            install(pipeline.scheduler, *before)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is applied to a pipeline.
+
+    Attributes:
+        correction: its name, or None.
+        references: papers and equations.
+        scheduler: class name.
+        plan: the numbers of the latest run; None before the first one.
+    """
+
+    correction: str | None
+    references: tuple[str, ...]
+    scheduler: str
+    plan: SamplerPlan | None
+
+    def __str__(self) -> str:
+        if self.correction is None:
+            return f"no correction is applied to {self.scheduler}"
+        lines = [f"{self.correction} on {self.scheduler} ({'; '.join(self.references)})"]
+        if self.plan is None:
+            lines.append("the factors are computed at the first step of the next run")
+            return "\n".join(lines)
+        for k, note in enumerate(self.plan.explanations):
+            factors = " ".join(f"{f:.6f}" for f in self.plan.factor[k])
+            lines.append(f"step {k:3d}  t={self.plan.law.timesteps[k]:8.2f}  {factors}  {note}")
+        return "\n".join(lines)
+
+
+def summary(pipeline: Any) -> Summary:
+    """Which correction is applied, and its factors per step once it has run."""
+    scheduler = type(pipeline.scheduler).__name__
+    for interceptor in installed(pipeline.scheduler):
+        if isinstance(interceptor, Corrector):
+            correction = interceptor.correction
+            return Summary(correction.name, correction.references, scheduler, interceptor.plan)
+    return Summary(None, (), scheduler, None)
+
+
+def _refuse_mismatch(
+    pipeline: Any, made_for: Provenance, allow: Collection[str], guidance_scale: float | None
+) -> None:
+    if "denoiser" not in allow:
+        found = fingerprint(denoiser_of(pipeline))
+        if found == made_for.reference:
+            raise Incompatible(
+                f"the pipeline's {made_for.denoiser} is the full-precision one; put the quantized one "
+                f"in first: pipe.{made_for.denoiser} = quantized."
+            )
+        if found != made_for.quantized:
+            raise Incompatible(
+                f"the pipeline's {made_for.denoiser} ({found}) is not the one the record was made for "
+                f"({made_for.quantized}, {made_for.quantizer}). Calibrate with this one, or pass "
+                f"allow=('denoiser',)."
+            )
+    if "scheduler" not in allow:
+        scheduler = pipeline.scheduler
+        found_class = type(scheduler).__name__
+        config = made_for.scheduler_config
+        changed = [k for k, v in config.items() if _plain(scheduler.config.get(k)) != v]
+        if found_class != made_for.scheduler_class or changed:
+            details = "; ".join(
+                f"{k}: calibrated {config[k]!r}, now {scheduler.config.get(k)!r}" for k in changed
+            )
+            raise Incompatible(
+                f"the record was made for {made_for.scheduler_class}, the pipeline has {found_class}"
+                f"{': ' + details if details else ''}. Calibrate with this scheduler, or pass "
+                f"allow=('scheduler',)."
+            )
+    if "guidance" not in allow:
+        _check_guidance(made_for, guidance_scale)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_guidance(made_for: Provenance, guidance_scale: Any) -> None:
+    calibrated = made_for.guidance_scale
+    if guidance_scale is None or calibrated is None or guidance_scale == calibrated:
+        return
+    raise Incompatible(
+        f"the record was calibrated at guidance_scale={calibrated}, this run uses {guidance_scale}; the "
+        f"error after guidance grows with it. Calibrate at this scale, or pass allow=('guidance',)."
+    )
+
+
+class _SwapGuard:
+    """Warns, at the next denoiser call, when the scheduler was replaced and the correction lost."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._warned = False
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is None or self._warned:
+            return
+        if not installed(pipeline.scheduler):
+            self._warned = True
+            warnings.warn(
+                f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
+                f"(Scheduler.from_config makes a new object): the correction is gone and this run is "
+                f"uncorrected. Call evenkeel.apply again, or evenkeel.remove first to silence this.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied or pickled; a copied denoiser is no longer guarded.
+        return {"_pipeline": None, "_warned": False}

@@ -1,0 +1,1 @@
+"""The only place that knows diffusers: schedulers, pipelines, latent layouts, loading."""

@@ -1,0 +1,144 @@
+"""Stand between a pipeline and its scheduler, without either of them noticing.
+
+The scheduler instance gets a dynamic subclass of its own class with the same name and module, so that
+``isinstance``, the signature inspection of pipelines, ``deepcopy``, ``pickle``, ``save_pretrained``
+and offloading keep working: a saved pipeline is plain diffusers. Wrappers and closures fail several
+of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+
+class Interceptor:
+    """Sees every scheduler step; subclasses override what they need.
+
+    ``install`` puts one or several on a scheduler; they run in order.
+    """
+
+    def begin(self, scheduler: Any) -> None:
+        """A new run starts (``set_timesteps`` was called)."""
+
+    def wide(self) -> bool:
+        """Whether this run must be computed in float32 whatever the sample's dtype."""
+        return False
+
+    def before(
+        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Just before the scheduler's own step, with the tensors as the pipeline gave them."""
+
+    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
+        """Replace the step's result (in float32 where ``wide``); same shape."""
+        return result
+
+
+_SUBCLASSES: dict[type, type] = {}
+_STATE = "_evenkeel_interceptors"
+
+
+def install(scheduler: Any, *interceptors: Interceptor) -> None:
+    """Let ``interceptors`` see and change every step of this scheduler instance from now on."""
+    scheduler.__class__ = _subclass(plain_class(scheduler))
+    scheduler.__dict__[_STATE] = list(interceptors)
+
+
+def uninstall(scheduler: Any) -> None:
+    """Give the instance its own class back; harmless on a plain scheduler."""
+    scheduler.__dict__.pop(_STATE, None)
+    scheduler.__class__ = plain_class(scheduler)
+
+
+def installed(scheduler: Any) -> list[Interceptor]:
+    """The interceptors of this instance, if any."""
+    return list(scheduler.__dict__.get(_STATE, ()))
+
+
+def plain_class(scheduler: Any) -> type:
+    """The diffusers class under the interception."""
+    base: type = getattr(type(scheduler), "_evenkeel_base", type(scheduler))
+    return base
+
+
+def _rebuild(base: type, state: dict[str, Any]) -> Any:
+    scheduler: Any = object.__new__(_subclass(base))
+    scheduler.__dict__.update(state)
+    return scheduler
+
+
+def _subclass(base: type) -> type:
+    if base in _SUBCLASSES:
+        return _SUBCLASSES[base]
+    signature = inspect.signature(base.step)  # type: ignore[attr-defined]
+    inner_step: Any = base.step  # type: ignore[attr-defined]
+    inner_set: Any = base.set_timesteps  # type: ignore[attr-defined]
+
+    @functools.wraps(inner_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        interceptors = self.__dict__.get(_STATE)
+        if not interceptors:
+            return inner_step(self, *args, **kwargs)
+        return _intercepted(self, interceptors, inner_step, signature.bind(self, *args, **kwargs))
+
+    @functools.wraps(inner_set)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = inner_set(self, *args, **kwargs)
+        for interceptor in self.__dict__.get(_STATE, ()):
+            interceptor.begin(self)
+        return result
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        return _rebuild, (base, self.__dict__.copy())
+
+    names = {
+        "step": step,
+        "set_timesteps": set_timesteps,
+        "__reduce_ex__": reduce_ex,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_evenkeel_base": base,
+    }
+    _SUBCLASSES[base] = type(base.__name__, (base,), names)
+    return _SUBCLASSES[base]
+
+
+_FIXED = ("self", "model_output", "timestep", "sample", "generator", "return_dict")
+
+
+def _intercepted(
+    scheduler: Any, interceptors: list[Interceptor], inner_step: Any, bound: inspect.BoundArguments
+) -> Any:
+    arguments = bound.arguments
+    output, sample, dtype = (
+        arguments["model_output"],
+        arguments["sample"],
+        arguments["sample"].dtype,
+    )
+    extra = {k: v for k, v in arguments.items() if k not in _FIXED}
+    for interceptor in interceptors:
+        interceptor.before(scheduler, arguments["timestep"], output, sample, extra)
+    if any(i.wide() for i in interceptors):
+        # 1 + c of Q-Drift's size is lost in bfloat16's rounding: compute in float32, cast once.
+        output, sample = _widened(output), _widened(sample)
+        arguments["model_output"], arguments["sample"] = output, sample
+    out = inner_step(*bound.args, **bound.kwargs)
+    is_tuple = isinstance(out, tuple)
+    result = out[0] if is_tuple else out.prev_sample
+    for interceptor in interceptors:
+        result = interceptor.after(scheduler, output, sample, result)
+    if any(i.wide() for i in interceptors):
+        result = result.to(dtype)
+    if is_tuple:
+        return (result, *out[1:])
+    out.prev_sample = result
+    return out
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor if tensor.element_size() >= 4 else tensor.float()

@@ -1,0 +1,188 @@
+"""A diffusers pipeline as calibration sees it: its denoiser, how to call it, what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.errors import UnsupportedPipeline
+
+Prompt = str | int
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Name of the component that predicts: ``transformer`` or ``unet``.
+
+    Raises:
+        UnsupportedPipeline: none, or two (Wan 2.2 splits the steps between two transformers).
+    """
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise UnsupportedPipeline(
+            f"{type(pipeline).__name__} has two denoisers (transformer and transformer_2); only "
+            f"pipelines with one are supported."
+        )
+    for name in ("transformer", "unet"):
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise UnsupportedPipeline(
+        f"{type(pipeline).__name__} has no component called transformer or unet; its components are "
+        f"{sorted(getattr(pipeline, 'components', {}))}."
+    )
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The denoiser itself."""
+    module: nn.Module = getattr(pipeline, denoiser_name(pipeline))
+    return module
+
+
+@contextmanager
+def denoiser_swapped(pipeline: Any, module: nn.Module) -> Iterator[None]:
+    """Inside, the pipeline runs with ``module``; the original is put back whatever happens."""
+    name = denoiser_name(pipeline)
+    original = getattr(pipeline, name)
+    setattr(pipeline, name, module)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, original)
+
+
+def call_defaults(pipeline: Any) -> dict[str, Any]:
+    """Arguments without which a call would fail or warn, from what the pipeline itself says.
+
+    - ``max_sequence_length``: not beyond what its tokenizer can hold;
+    - ``use_resolution_binning=False`` where the denoiser's sample size has no list of resolutions;
+    - ``clean_caption=False``: caption cleaning needs packages that may be missing;
+    - ``complex_human_instruction=None`` (Sana): hundreds of instruction tokens in front of every
+      prompt that a tokenizer with a short maximum cannot hold.
+    """
+    parameters = call_parameters(pipeline)
+    defaults: dict[str, Any] = {}
+    longest = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", 10**9)
+    length = parameters.get("max_sequence_length")
+    if length is not None and isinstance(length.default, int) and longest < length.default:
+        defaults["max_sequence_length"] = int(longest)
+        if "complex_human_instruction" in parameters:
+            defaults["complex_human_instruction"] = None
+    if "use_resolution_binning" in parameters:
+        size = getattr(denoiser_of(pipeline).config, "sample_size", None)
+        defaults["use_resolution_binning"] = size in (32, 64, 128, 256)
+    if "clean_caption" in parameters:
+        defaults["clean_caption"] = False
+    return defaults
+
+
+def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of the pipeline's ``__call__``."""
+    return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def run_pipeline(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    output_type: str,
+    call: dict[str, Any],
+) -> Any:
+    """Call the pipeline on a batch, one seeded CPU generator per prompt; returns its first output.
+
+    Raises:
+        UnsupportedPipeline: an argument that this pipeline does not take, named.
+    """
+    parameters = call_parameters(pipeline)
+    given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **call_defaults(pipeline)}
+    if "prompt" in parameters:
+        given["prompt"] = [str(p) for p in prompts]
+    elif "class_labels" in parameters:
+        given["class_labels"] = [int(p) for p in prompts]
+    elif "batch_size" in parameters:
+        given["batch_size"] = len(prompts)
+    if guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale
+    if "output_type" in parameters:
+        given["output_type"] = output_type
+    given |= call
+    unknown = sorted(set(given) - set(parameters))
+    if unknown:
+        raise UnsupportedPipeline(
+            f"{type(pipeline).__name__} does not take {', '.join(unknown)}; its call takes "
+            f"{', '.join(p for p in parameters if p != 'self')}."
+        )
+    given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    with torch.no_grad():
+        out = pipeline(**given, return_dict=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Inside, the pipeline shows no progress bar of its own."""
+    config = dict(getattr(pipeline, "_progress_bar_config", {}))
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(**config)
+
+
+_SAMPLED = 65_536
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A digest of class, configuration, quantizer and weights.
+
+    Of large tensors 65,536 evenly spaced entries are hashed: enough to tell any two trained or
+    quantized models apart, and seconds instead of minutes for billions of weights.
+
+    Raises:
+        UnsupportedPipeline: weights are not in memory (meta device under sequential offload).
+    """
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config = {k: v for k, v in dict(getattr(module, "config", {})).items() if k[:1] != "_"}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(quantizer_text(module).encode())
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        if tensor.device.type == "meta":
+            raise UnsupportedPipeline(
+                f"{name} of {type(module).__name__} is on the meta device (sequential offload); "
+                f"calibrate and apply before enabling offload, or use enable_model_cpu_offload."
+            )
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED)
+        sampled = flat[::stride][:_SAMPLED].contiguous().cpu()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(sampled))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    data: bytes = tensor.view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def quantizer_text(module: nn.Module) -> str:
+    """What quantized this module, as far as it says so; "none" for a plain one."""
+    own = getattr(module, "evenkeel_quantizer", None)
+    if own is not None:
+        return str(own)
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if config is not None:
+        method = getattr(config, "quant_method", None) or dict(config).get("quant_method", "?")
+        return f"diffusers:{method}"
+    return "none"

@@ -1,0 +1,39 @@
+"""Features or images in, `Estimate` out; feature networks are loaded elsewhere."""
+
+from __future__ import annotations
+
+from evenkeel.metrics.alignment import alignment as alignment
+from evenkeel.metrics.alignment import per_image_alignment as per_image_alignment
+from evenkeel.metrics.frechet import frechet_between as frechet_between
+from evenkeel.metrics.frechet import frechet_difference as frechet_difference
+from evenkeel.metrics.frechet import frechet_distance as frechet_distance
+from evenkeel.metrics.jackknife import jackknife as jackknife
+from evenkeel.metrics.jackknife import jackknife_estimate as jackknife_estimate
+from evenkeel.metrics.kernel_distance import kernel_difference as kernel_difference
+from evenkeel.metrics.kernel_distance import kernel_distance as kernel_distance
+from evenkeel.metrics.mean import mean_difference as mean_difference
+from evenkeel.metrics.mean import mean_estimate as mean_estimate
+from evenkeel.metrics.moments import Gaussian as Gaussian
+from evenkeel.metrics.psnr import per_image_psnr as per_image_psnr
+from evenkeel.metrics.psnr import psnr as psnr
+from evenkeel.metrics.ssim import per_image_ssim as per_image_ssim
+from evenkeel.metrics.ssim import ssim as ssim
+
+__all__ = [
+    "Gaussian",
+    "alignment",
+    "frechet_between",
+    "frechet_difference",
+    "frechet_distance",
+    "jackknife",
+    "jackknife_estimate",
+    "kernel_difference",
+    "kernel_distance",
+    "mean_difference",
+    "mean_estimate",
+    "per_image_alignment",
+    "per_image_psnr",
+    "per_image_ssim",
+    "psnr",
+    "ssim",
+]

@@ -1,0 +1,201 @@
+"""Keep a quantized denoiser: its tensors in one file, how to rebuild it in another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
+from evenkeel.quantizers.report import LayerReport, QuantizationReport
+
+FORMAT = "evenkeel-quantized"
+VERSION = 1
+TENSORS = "quantized.safetensors"
+DESCRIPTION = "quantized.json"
+
+
+def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | Path) -> Path:
+    """Write every parameter and buffer, the configuration and the report; files are overwritten.
+
+    Buffers that ``state_dict`` leaves out are written too, so that the loaded model computes the
+    same bits.
+
+    Args:
+        module: what ``quantize_module`` returned for a diffusers model.
+        report: its report.
+        folder: made if missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        QuantizationError: not a diffusers model, or the report belongs to another module.
+
+    """
+    class_name = type(module).__name__
+    _model_class(class_name)
+    config = json.loads(module.to_json_string())  # type: ignore[operator]
+    _check_report(module, report)
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise QuantizationError(f"{place} is a file; give a folder to save into.")
+    place.mkdir(parents=True, exist_ok=True)
+    # clone: safetensors refuses tensors that share memory
+    tensors = {k: t.detach().clone().contiguous() for k, t in _tensors(module).items()}
+    save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "class": class_name,
+        "config": config,
+        "report": report.as_dict(),
+    }
+    (place / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
+    """Rebuild what :func:`save_quantized` wrote, on the CPU, in the dtype it was saved in.
+
+    Returns:
+        The model, in evaluation mode, and its report.
+
+    Raises:
+        QuantizationError: no such folder, a missing or foreign file, another format version, a
+            class that this diffusers does not have, or tensors that do not fit the description.
+
+    """
+    place = Path(folder)
+    description = _read_description(place)
+    tensors = _read_tensors(place / TENSORS)
+    report = QuantizationReport.from_dict(description["report"])
+    model_class = _model_class(description["class"])
+    # The random initialization is overwritten; the caller's random numbers must not notice it.
+    with torch.random.fork_rng(devices=[]):
+        module: nn.Module = model_class.from_config(description["config"])
+    for layer in report.quantized:
+        _swap(module, layer, report, tensors)
+    _fill(module, tensors, place)
+    module.eval().requires_grad_(False)
+    module.evenkeel_quantizer = str(report.spec)  # type: ignore[assignment]
+    return module, report
+
+
+def _model_class(name: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise QuantizationError(
+            f"{name!r} is not a model class of diffusers {diffusers.__version__}; only those can "
+            "be saved and rebuilt. Use the diffusers version the file was written with."
+        )
+    return found
+
+
+def _check_report(module: nn.Module, report: QuantizationReport) -> None:
+    kinds = QuantizedLinear | QuantizedConv2d
+    inside = {name for name, part in module.named_modules() if isinstance(part, kinds)}
+    reported = {layer.name for layer in report.quantized}
+    text = getattr(module, "evenkeel_quantizer", None)
+    if inside != reported or text != str(report.spec):
+        raise QuantizationError(
+            f"The report ({report.spec}, {len(reported)} quantized layers) does not describe this "
+            f"module ({text}, {len(inside)} quantized layers). Save both as quantize_module "
+            "returned them."
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _read_description(place: Path) -> dict[str, Any]:
+    if not place.is_dir():
+        raise QuantizationError(f"{place} is not a folder. Give the one save_quantized wrote.")
+    path = place / DESCRIPTION
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QuantizationError(f"{path} is missing: not a folder of save_quantized.") from error
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise QuantizationError(f"{path} is not JSON ({error}). Save the model again.") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise QuantizationError(f"{path} does not describe a quantized model (format {FORMAT!r}).")
+    if found.get("version") != VERSION:
+        raise QuantizationError(
+            f"{path} has format version {found.get('version')!r}; this library reads {VERSION}. "
+            "Quantize the model again, or use the library version that wrote it."
+        )
+    missing = {"class", "config", "report"} - set(found)
+    if missing:
+        raise QuantizationError(f"{path} lacks {sorted(missing)}. Save the model again.")
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError as error:
+        raise QuantizationError(f"{path} is missing: not a folder of save_quantized.") from error
+    except SafetensorError as error:
+        raise QuantizationError(f"{path} is damaged ({error}). Save the model again.") from error
+
+
+def _swap(
+    module: nn.Module, layer: LayerReport, report: QuantizationReport, tensors: dict[str, Tensor]
+) -> None:
+    def part(name: str) -> Tensor | None:
+        return tensors.get(f"{layer.name}.{name}")
+
+    weight = part("weight")
+    if weight is None:
+        raise QuantizationError(f"{TENSORS} holds no weight for the quantized {layer.name!r}.")
+    setting: dict[str, Any] = {
+        "activation_bits": layer.activation_bits,
+        "activation_group": report.spec.activation_group,
+    }
+    parent_name, _, child = layer.name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    old = parent.get_submodule(child)
+    new: nn.Module
+    if isinstance(old, nn.Conv2d):
+        new = QuantizedConv2d(old, weight, part("bias"), **setting)
+    else:
+        new = QuantizedLinear(weight, part("bias"), part("down"), part("up"), **setting)
+    # Every reference to a layer that is shared under several names.
+    for owner in list(module.modules()):
+        for name, inner in list(owner._modules.items()):
+            if inner is old:
+                owner._modules[name] = new
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
+    """Put every tensor of the file where it belongs, in the file's dtype; none may be left over."""
+    slots = _tensors(module)
+    missing, unknown = sorted(set(slots) - set(tensors)), sorted(set(tensors) - set(slots))
+    different = sorted(k for k in set(slots) & set(tensors) if slots[k].shape != tensors[k].shape)
+    if missing or unknown or different:
+        raise QuantizationError(
+            f"{place / TENSORS} does not fit the class in {DESCRIPTION}: missing {missing[:5]}, "
+            f"unknown {unknown[:5]}, of another shape {different[:5]}. Save the model again, or "
+            "use the diffusers version it was saved with."
+        )
+    for name, old in slots.items():
+        parent, _, child = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        if isinstance(old, nn.Parameter):
+            owner._parameters[child] = nn.Parameter(tensors[name], requires_grad=False)
+        else:
+            owner._buffers[child] = tensors[name]

@@ -1,0 +1,68 @@
+"""Is the error white? Its step-to-step Gram matrix and its radial spectrum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import CalibrationError
+
+
+def step_gram(d: Tensor) -> Tensor:
+    """Gram matrix of the error between steps, per prompt: mean over elements of D_i D_j.
+
+    Args:
+        d: (prompts, steps, channels, elements).
+
+    Returns:
+        (prompts, steps, steps) float32; float32 keeps 1,000 prompts at 30 steps under 4 MB and is
+        only ever averaged.
+
+    """
+    flat = d.double().flatten(2)
+    return (flat @ flat.transpose(1, 2) / flat.shape[-1]).float()
+
+
+def step_correlation(gram: Tensor) -> Tensor:
+    """Correlation of the error between steps, uncentred: G_ij / sqrt(G_ii G_jj), averaged Gram.
+
+    Variance-based corrections assume the identity matrix. Entries of a step without error are 0.
+
+    >>> step_correlation(torch.ones(5, 2, 2)).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    mean = gram.double().mean(0)
+    scale = mean.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return mean / scale[:, None] / scale[None, :]
+
+
+def radial_spectrum(d: Tensor, bins: int = 8) -> Tensor:
+    """Mean power of the error per spatial frequency, from the centre (0) to the edge of the band.
+
+    White noise of variance V gives V in every bin.
+
+    Args:
+        d: (..., height, width), any leading shape, which is averaged down to the first two axes.
+        bins: number of rings of equal width between frequency 0 and 1/2 (corners are cut off).
+
+    Returns:
+        (prompts, steps, bins) float64.
+
+    """
+    if d.dim() < 4:
+        raise CalibrationError(
+            f"a spectrum needs (prompts, steps, ..., height, width); got {tuple(d.shape)}."
+        )
+    height, width = d.shape[-2:]
+    power = torch.fft.fft2(d.double(), norm="ortho").abs() ** 2
+    power = power.reshape(*d.shape[:2], -1, height, width).mean(2)
+    fy, fx = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
+    radius = (fy[:, None] ** 2 + fx[None, :] ** 2).sqrt()
+    ring = (radius * 2 * bins).floor().long().flatten()
+    inside = ring < bins
+    index = ring[inside]
+    counts = torch.bincount(index, minlength=bins).clamp_min(1)
+    sums = torch.zeros(*d.shape[:2], bins, dtype=torch.float64)
+    sums.index_add_(2, index, power.flatten(2)[..., inside])
+    return sums / counts

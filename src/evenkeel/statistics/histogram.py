@@ -1,0 +1,99 @@
+"""Histograms of the error that add exactly, for trimming outliers after the fact.
+
+Values are binned in the frame of a pilot, ``z = (D - m0) / sd0``. Each bin holds the count and the
+sums of z, z^2, w, w^2, w z with ``w = (e - me0) / sde0``, as integers in units of 2^-20: integers add
+the same in any order, so merging parts of a calibration is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import CalibrationError
+
+BINS = 128
+REACH = 12.0
+UNIT = 2.0**20
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Means and standard deviations of a pilot, (steps, channels) float64; fixes the bins."""
+
+    mean_d: Tensor
+    std_d: Tensor
+    mean_e: Tensor
+    std_e: Tensor
+
+
+@dataclass(frozen=True)
+class ErrorHistogram:
+    """``sums`` is (steps, channels, BINS + 2, 6) int64; the two last bins are the overflows."""
+
+    frame: Frame
+    sums: Tensor
+
+    @classmethod
+    def of(cls, frame: Frame, e: Tensor, d: Tensor) -> ErrorHistogram:
+        """Bin elements along the last axis of (prompts, steps, channels, elements) tensors."""
+
+        def framed(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+            std = torch.where(std == 0, torch.ones_like(std), std)
+            return (values.double() - mean[..., None]) / std[..., None]
+
+        z, w = framed(d, frame.mean_d, frame.std_d), framed(e, frame.mean_e, frame.std_e)
+        bins = ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(-1, BINS).long()
+        bins = torch.where(bins < 0, BINS + 1, bins)  # below the reach: the very last bin
+        steps, channels = frame.mean_d.shape
+        cells = torch.arange(steps * channels).reshape(steps, channels, 1) * (BINS + 2)
+        flat = (bins + cells).reshape(-1)
+        size = steps * channels * (BINS + 2)
+        weights = (torch.ones_like(z), z, z * z, w, w * w, w * z)
+        columns = [torch.bincount(flat, v.reshape(-1), minlength=size) for v in weights]
+        sums = (torch.stack(columns, -1) * UNIT).round().long()
+        return cls(frame, sums.reshape(steps, channels, BINS + 2, 6))
+
+    def __add__(self, other: ErrorHistogram) -> ErrorHistogram:
+        """Exact: integers add the same in any order.
+
+        Raises:
+            CalibrationError: if the frames differ.
+
+        """
+        for f in fields(Frame):
+            if not torch.equal(getattr(self.frame, f.name), getattr(other.frame, f.name)):
+                raise CalibrationError(
+                    "histograms with different pilot frames cannot be added; calibrate all parts "
+                    "with the same pilot, or merge the records without histograms."
+                )
+        return ErrorHistogram(self.frame, self.sums + other.sums)
+
+    def trimmed_covariances(self, spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(S_ee, S_eD, S_DD, kept share) over pairs with ``|D - mean| <= spread * std``.
+
+        The mean and standard deviation are those of all pairs, as in Q-Drift's released fit (one
+        round, on D only, unbiased); a bin counts as kept when its centre does, so the edge is exact
+        to one bin, 0.19 standard deviations of the pilot.
+        """
+        sums = self.sums.double() / UNIT
+        n, z, z2 = sums[..., 0], sums[..., 1], sums[..., 2]
+        total = n.sum(-1, keepdim=True).clamp_min(1)
+        mean = z.sum(-1, keepdim=True) / total
+        std = (z2.sum(-1, keepdim=True) / total - mean**2).clamp_min(0).sqrt()
+        width = 2 * REACH / BINS
+        centres = -REACH + width * (torch.arange(BINS + 2, dtype=torch.float64) + 0.5)
+        centres[BINS], centres[BINS + 1] = torch.inf, -torch.inf
+        kept = ((centres - mean).abs() <= spread * std) | (std == 0)
+        part = (sums * kept[..., None]).sum(-2)
+        m = part[..., 0].clamp_min(2)
+
+        def covariance(ab: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return (ab - a * b / m) / (m - 1)
+
+        ee = covariance(part[..., 4], part[..., 3], part[..., 3]) * self.frame.std_e**2
+        ed = covariance(part[..., 5], part[..., 3], part[..., 1])
+        dd = covariance(part[..., 2], part[..., 1], part[..., 1]) * self.frame.std_d**2
+        return ee, ed * self.frame.std_e * self.frame.std_d, dd, part[..., 0] / total[..., 0]

@@ -1,0 +1,75 @@
+"""What second-order moments say about the error: gain, slope, explained share, conditional variance.
+
+Everything is per step and channel, in the units of the raw model output unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenkeel.statistics.moments import PairedMoments
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """Population covariances of (x, e, D) on a leading shape, float64.
+
+    ``q = e + D`` follows by expansion: S_qq = S_ee + 2 S_eD + S_DD, S_qD = S_eD + S_DD.
+    """
+
+    xx: Tensor
+    xe: Tensor
+    xd: Tensor
+    ee: Tensor
+    ed: Tensor
+    dd: Tensor
+
+    @classmethod
+    def of(cls, moments: PairedMoments) -> SecondOrder:
+        """Covariances (divided by n) of pooled moments."""
+        n = moments.count.double()
+        return cls(
+            moments.s_xx / n,
+            moments.s_xe / n,
+            moments.s_xd / n,
+            moments.s(2, 0) / n,
+            moments.s(1, 1) / n,
+            moments.s(0, 2) / n,
+        )
+
+    @property
+    def gain(self) -> Tensor:
+        """K of ``D = k e + d + r`` (PTQD, He et al. 2023): S_eD / S_ee."""
+        return _ratio(self.ed, self.ee)
+
+    @property
+    def slope(self) -> Tensor:
+        """a, the slope of D regressed on q (D2-DPM, Q-Drift Eq. 14): S_qD / S_qq."""
+        return _ratio(self.ed + self.dd, self.ee + 2 * self.ed + self.dd)
+
+    @property
+    def explained(self) -> Tensor:
+        """R^2, the squared correlation of e and q."""
+        qe, qq = self.ee + self.ed, self.ee + 2 * self.ed + self.dd
+        return _ratio(qe * qe, self.ee * qq)
+
+    def conditional_variance(self, to_eps: Tensor, from_sample: Tensor) -> Tensor:
+        """Var(D | p) with ``p = to_eps q + from_sample x``, under joint normality (Q-Drift Eq. 25).
+
+        S_DD - S_pD^2 / S_pp; never below zero, and S_DD where p does not vary. With ``to_eps = 1``
+        and ``from_sample = 0`` the condition is the raw output itself.
+        """
+        qq, qd = self.ee + 2 * self.ed + self.dd, self.ed + self.dd
+        u, w = to_eps, from_sample
+        pp = u * u * qq + 2 * u * w * (self.xe + self.xd) + w * w * self.xx
+        pd = u * qd + w * self.xd
+        return (self.dd - _ratio(pd * pd, pp)).clamp_min(0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where the denominator is 0: nothing varies there, so nothing is explained."""
+    safe = torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / safe)
