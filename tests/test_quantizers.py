@@ -50,6 +50,11 @@ def rows(draw: st.DrawFn) -> Tensor:
     return torch.tensor(draw(st.lists(row, min_size=1, max_size=4)), dtype=torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)  # the layers and denoisers below start from random weights
+
+
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -257,6 +262,8 @@ def test_low_rank_error_is_the_tail_of_the_spectrum(
     weight = gaussian(rows, columns, seed=seed)
     left, right = best_low_rank(weight, rank)
     assert (left.shape, right.shape) == ((rows, rank), (rank, columns))
+    assert left.is_contiguous()
+    assert right.is_contiguous()
     tail = torch.linalg.svdvals(weight.double())[rank:].square().sum().sqrt().item()
     error = torch.linalg.norm(weight.double() - left.double() @ right.double()).item()
     assert error == pytest.approx(tail, rel=1e-5, abs=3e-6)
@@ -409,7 +416,6 @@ def test_the_branch_sees_the_activation_before_rounding() -> None:
 
 
 def test_rank_lowers_the_weight_error() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(48, 40))
     errors = [
         quantize_module(net, QuantizerSpec(3, group=16, rank=r))[1].layers[0].weight_error
@@ -526,7 +532,6 @@ class Small(nn.Module):
 
 
 def test_every_layer_is_reported_once_with_a_reason_or_an_error() -> None:
-    torch.manual_seed(0)
     net = Small().eval()
     new, report = quantize_module(net, QuantizerSpec(3, 8, group=4, rank=1))
     by_name = {layer.name: layer for layer in report.layers}

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from evenkeel.calibration import json_safe
 from evenkeel.corrections.plan import Correction, SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
 from evenkeel.hosts.correcting import Corrector
@@ -51,6 +52,7 @@ def apply(
         EvenkeelError: an unknown name in ``allow``.
 
     Example: see ``examples/three_lines.py``.
+
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
@@ -70,18 +72,24 @@ def apply(
         correction, pipeline, layout=layout, allow_range="range" in allow, check=check
     )
     install(pipeline.scheduler, corrector)
-    denoiser = denoiser_of(pipeline)
-    guard = _SwapGuard(pipeline)
-    handle = denoiser.register_forward_pre_hook(guard)
-    denoiser.__dict__[_GUARD] = handle
+    _watch(pipeline)
 
 
 def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
     uninstall(pipeline.scheduler)
-    handle = denoiser_of(pipeline).__dict__.pop(_GUARD, None)
+    handle = pipeline.__dict__.pop(_GUARD, None)
     if handle is not None:
         handle.remove()
+
+
+def _watch(pipeline: Any) -> None:
+    """Let the denoiser warn when the scheduler is replaced.
+
+    The handle stays with the pipeline: the denoiser may be compiled or exchanged before ``remove``.
+    """
+    guard = _SwapGuard(pipeline)
+    pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
 
 
 @contextmanager
@@ -92,6 +100,7 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
         pipeline: as for ``apply``.
         correction: as for ``apply``.
         **options: ``allow``, ``guidance_scale``, ``layout``, as for ``apply``.
+
     """
     before = installed(pipeline.scheduler)
     apply(pipeline, correction, **options)
@@ -101,6 +110,7 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
         remove(pipeline)
         if before:
             install(pipeline.scheduler, *before)
+            _watch(pipeline)
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,7 @@ class Summary:
         references: papers and equations.
         scheduler: class name.
         plan: the numbers of the latest run; None before the first one.
+
     """
 
     correction: str | None
@@ -162,10 +173,11 @@ def _refuse_mismatch(
         scheduler = pipeline.scheduler
         found_class = type(scheduler).__name__
         config = made_for.scheduler_config
-        changed = [k for k, v in config.items() if _plain(scheduler.config.get(k)) != v]
+        now = json_safe(dict(scheduler.config))
+        changed = [k for k, v in config.items() if now.get(k) != v]
         if found_class != made_for.scheduler_class or changed:
             details = "; ".join(
-                f"{k}: calibrated {config[k]!r}, now {scheduler.config.get(k)!r}" for k in changed
+                f"{k}: calibrated {config[k]!r}, now {now.get(k)!r}" for k in changed
             )
             raise Incompatible(
                 f"the record was made for {made_for.scheduler_class}, the pipeline has {found_class}"
@@ -174,10 +186,6 @@ def _refuse_mismatch(
             )
     if "guidance" not in allow:
         _check_guidance(made_for, guidance_scale)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_guidance(made_for: Provenance, guidance_scale: Any) -> None:
@@ -195,13 +203,15 @@ class _SwapGuard:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
+        self._scheduler = weakref.ref(pipeline.scheduler)
         self._warned = False
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         pipeline = self._pipeline() if self._pipeline is not None else None
         if pipeline is None or self._warned:
             return
-        if not installed(pipeline.scheduler):
+        replaced = pipeline.scheduler is not self._scheduler()
+        if replaced and not installed(pipeline.scheduler):
             self._warned = True
             warnings.warn(
                 f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
@@ -213,4 +223,4 @@ class _SwapGuard:
 
     def __getstate__(self) -> dict[str, Any]:
         # Weak references cannot be copied or pickled; a copied denoiser is no longer guarded.
-        return {"_pipeline": None, "_warned": False}
+        return {"_pipeline": None, "_scheduler": None, "_warned": False}

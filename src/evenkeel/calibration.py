@@ -7,10 +7,11 @@ moments are taken.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,13 @@ from tqdm.auto import tqdm
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.correcting import Corrector
-from evenkeel.hosts.interception import Interceptor, install, installed, uninstall
+from evenkeel.hosts.interception import (
+    Interceptor,
+    install,
+    installed,
+    plain_class,
+    uninstall,
+)
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipelines import (
     Prompt,
@@ -121,6 +128,7 @@ def calibrate(
         UnsupportedPipeline, UnsupportedSampler: see there.
 
     Example: see ``examples/three_lines.py``.
+
     """
     _check_arguments(prompts, quantized, denoiser_of(pipeline), trajectory, correction, batch_size)
     if guidance_scale is None:
@@ -148,7 +156,7 @@ def calibrate(
             "or the same object was passed twice."
         )
     if folder is not None:
-        _claim(folder, settings, batches, twins)
+        _claim(folder, pipeline, settings, batches, twins)
     before = installed(pipeline.scheduler)
     parts: list[Record | None] = [None] * len(batches)
     frame = pilot.frame if pilot is not None else None
@@ -186,7 +194,7 @@ def calibrate(
     record = _merged(parts, folder, len(batches))
     _barrier(world)
     if folder is not None and rank == 0:
-        shutil.rmtree(folder)
+        _tidy(folder)
     return record
 
 
@@ -236,8 +244,10 @@ def _calibrate_batch(
         corrector = Corrector(settings.correction, pipeline, layout=settings.layout)
         interceptors.insert(0, corrector)
     _run(pipeline, leader, follower, batch, settings, interceptors)
+    _refuse_non_finite(tape.outputs, leader is reference)  # or the replay would seem to differ
     replay = Replayer(tape)
     _run(pipeline, follower, leader, batch, settings, [replay])
+    _refuse_non_finite(replay.outputs, follower is reference)
     if len(replay.outputs) != len(tape.outputs):
         raise CalibrationError(
             f"the first run took {len(tape.outputs)} steps, the second {len(replay.outputs)}; the "
@@ -275,6 +285,16 @@ def _run(
         )
 
 
+def _refuse_non_finite(outputs: list[Tensor], is_reference: bool) -> None:
+    for k, output in enumerate(outputs):
+        if not torch.isfinite(output).all():
+            raise CalibrationError(
+                f"the {'full-precision' if is_reference else 'quantized'} denoiser gave a non-finite "
+                f"output (NaN or infinity) at step {k}; float16 often overflows where bfloat16 does "
+                f"not."
+            )
+
+
 def _stacked(tensors: list[Tensor], batch: tuple[list[Prompt], int]) -> Tensor:
     """(prompts, steps, ...) in float32 or wider.
 
@@ -306,12 +326,6 @@ def _statistics(
     x = _stacked(tape.samples, batch)
     layout = settings.layout or find_layout(pipeline, x[:, 0])
     d = q.double() - e.double()
-    if not (torch.isfinite(e).all() and torch.isfinite(q).all()):
-        which = "full-precision" if not torch.isfinite(e).all() else "quantized"
-        raise CalibrationError(
-            f"the {which} denoiser gave a non-finite output (NaN or infinity); float16 often "
-            f"overflows where bfloat16 does not."
-        )
     if not d.any():
         raise CalibrationError(
             "the quantized denoiser gives exactly the full-precision outputs: nothing was quantized."
@@ -340,6 +354,7 @@ def _statistics(
         spectrum=spectrum,
         histogram=ErrorHistogram.of(frame, e_c, d_c) if settings.histograms else None,
         noise_floor=torch.zeros(x.shape[1], dtype=torch.float64),
+        law=tape.law,
     )
 
 
@@ -371,9 +386,7 @@ def _provenance(
         quantized=twins[1],
         quantizer=quantizer_text(quantized),
         scheduler_class=type(scheduler).__name__,
-        scheduler_config=json_safe(
-            {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-        ),
+        scheduler_config=_config_of(scheduler),
         prediction=law.prediction,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
@@ -391,6 +404,10 @@ def _provenance(
             for name in ("evenkeel", "diffusers", "torch", "transformers")
         },
     )
+
+
+def _config_of(scheduler: Any) -> dict[str, Any]:
+    return json_safe({k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")})
 
 
 def json_safe(values: dict[str, Any]) -> dict[str, Any]:
@@ -460,8 +477,18 @@ def _part_folder(resume: str | os.PathLike[str] | None, world: int) -> Path | No
     return None if resume is None else Path(resume)
 
 
+def _tidy(folder: Path) -> None:
+    """Remove what calibration wrote, and the folder itself unless it holds something else."""
+    for pattern in ("part-*.safetensors*", "calibration.json*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def _claim(
     folder: Path,
+    pipeline: Any,
     settings: _Settings,
     batches: list[tuple[list[Prompt], int]],
     twins: tuple[str, str],
@@ -470,6 +497,13 @@ def _claim(
     folder.mkdir(parents=True, exist_ok=True)
     claim = json.dumps(
         {
+            "pipeline": type(pipeline).__name__,
+            "scheduler": [
+                plain_class(pipeline.scheduler).__name__,
+                _config_of(pipeline.scheduler),
+            ],
+            "correction": hashlib.sha256(repr(settings.correction).encode()).hexdigest(),
+            "layout": None if settings.layout is None else settings.layout.to_dict(),
             "steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "trajectory": settings.trajectory,

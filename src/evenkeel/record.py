@@ -17,20 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from evenkeel.errors import Incompatible, RecordError
+from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
-from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.histogram import BINS, UNIT, ErrorHistogram, Frame
+from evenkeel.statistics.moments import ORDERS, PairedMoments
 
 SCHEMA_VERSION = 1
 _MOMENTS = tuple(f.name for f in fields(PairedMoments) if f.name != "count")
 _FRAME = tuple(f.name for f in fields(Frame))
+_LAW = tuple(f.name for f in fields(StepLaw) if f.name not in ("sampler", "prediction"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Provenance:
         dtype: of the samples that entered the scheduler.
         elements: latent elements per channel of one prompt.
         versions: of the libraries; informative, not compared.
+
     """
 
     pipeline_class: str
@@ -91,6 +93,8 @@ class Record:
         spectrum: (T, bins) int64 in units of 2^-20 of the pilot's variance, summed over prompts; or None.
         histogram: or None.
         noise_floor: (T,) mean squared difference of two runs of the reference; 0 when repeatable.
+        law: of the calibrated run, so that factors can be computed and shown without the pipeline.
+
     """
 
     provenance: Provenance
@@ -102,6 +106,7 @@ class Record:
     spectrum: Tensor | None
     histogram: ErrorHistogram | None
     noise_floor: Tensor
+    law: StepLaw | None = None
 
     @property
     def prompts(self) -> int:
@@ -131,6 +136,7 @@ class Record:
 
         Raises:
             Incompatible: different provenance, or a prompt and seed that both contain.
+
         """
         differing = differences(self.provenance, other.provenance)
         if differing:
@@ -192,6 +198,7 @@ class Record:
 
         Raises:
             RecordError: missing, truncated, tampered with, foreign, or of another schema version.
+
         """
         path = Path(path)
         if not path.is_file():
@@ -202,7 +209,7 @@ class Record:
             content = path.read_bytes()
             metadata = _metadata(content)
             tensors = load_bytes(content)
-        except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as e:
+        except Exception as e:  # whatever a hostile file provokes in the parsers
             raise RecordError(
                 f"{path} is not a readable safetensors file ({e}); it is damaged or foreign. "
                 f"Restore it, or calibrate again."
@@ -214,26 +221,40 @@ class Record:
                 f"{path} has schema version {metadata.get('schema_version')}, this library reads "
                 f"{SCHEMA_VERSION}: calibrate again, or use the version that wrote it."
             )
-        if metadata.get("digest") != _digest(metadata.get("provenance", ""), tensors):
+        try:
+            genuine = metadata.get("digest") == _digest(metadata.get("provenance", ""), tensors)
+        except TypeError:  # a dtype that numpy does not have
+            genuine = False
+        if not genuine:
             raise RecordError(
                 f"{path} was changed after it was written (its digest does not match). Restore it, "
                 f"or calibrate again."
             )
-        return cls._from_tensors(Provenance(**json.loads(metadata["provenance"])), tensors)
+        try:
+            provenance = Provenance(**json.loads(metadata["provenance"]))
+            _refuse_malformed(provenance, tensors)
+        except Exception as e:  # anyone can compute a digest
+            raise RecordError(
+                f"{path} carries a matching digest but is not a valid record: {e}. Calibrate again."
+            ) from e
+        return cls._from_tensors(provenance, tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"moments.{n}": getattr(self.moments, n).contiguous() for n in _MOMENTS}
+        tensors = {f"moments.{n}": getattr(self.moments, n) for n in _MOMENTS}
         t = self.gram.shape[-1]
         upper = torch.triu_indices(t, t)
-        tensors["gram"] = self.gram[:, upper[0], upper[1]].contiguous()
+        tensors["gram"] = self.gram[:, upper[0], upper[1]]
         tensors["prompt_keys"], tensors["seeds"] = self.prompt_keys, self.seeds
         tensors["noise_floor"] = self.noise_floor
-        tensors |= {f"frame.{n}": getattr(self.frame, n).contiguous() for n in _FRAME}
+        tensors |= {f"frame.{n}": getattr(self.frame, n) for n in _FRAME}
         if self.spectrum is not None:
-            tensors["spectrum"] = self.spectrum.contiguous()
+            tensors["spectrum"] = self.spectrum
         if self.histogram is not None:
-            tensors["histogram"] = self.histogram.sums.contiguous()
-        return tensors
+            tensors["histogram"] = self.histogram.sums
+        if self.law is not None:
+            tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in _LAW}
+        # Cloned: safetensors refuses tensors that are views of one another.
+        return {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
     @classmethod
     def _from_tensors(cls, provenance: Provenance, tensors: dict[str, Tensor]) -> Record:
@@ -247,6 +268,10 @@ class Record:
         gram[:, upper[1], upper[0]] = tensors["gram"]
         frame = Frame(**{n: tensors[f"frame.{n}"] for n in _FRAME})
         sums = tensors.get("histogram")
+        law = None
+        if "law.alpha" in tensors:
+            arrays = {n: tensors[f"law.{n}"].numpy() for n in _LAW}
+            law = StepLaw(provenance.scheduler_class, provenance.prediction, **arrays)
         return cls(
             provenance=provenance,
             prompt_keys=tensors["prompt_keys"],
@@ -257,6 +282,7 @@ class Record:
             spectrum=tensors.get("spectrum"),
             histogram=None if sums is None else ErrorHistogram(frame, sums),
             noise_floor=tensors["noise_floor"],
+            law=law,
         )
 
 
@@ -303,6 +329,66 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float | None": (float, int, type(None)),
+    "list[float]": list,
+    "list[int]": list,
+    "dict[str, Any]": dict,
+    "dict[str, int]": dict,
+    "dict[str, str]": dict,
+}
+
+
+def _refuse_malformed(p: Provenance, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless fields, names, dtypes, shapes and numbers are those of a record."""
+    for f in fields(Provenance):
+        if not isinstance(getattr(p, f.name), _KINDS[str(f.type)]):
+            raise ValueError(f"{f.name} is {getattr(p, f.name)!r}, expected {f.type}")
+    if set(p.layout) != {"ndim", "axis", "channels", "patch"} or p.elements < 1:
+        raise ValueError(f"layout {p.layout} of {p.elements} elements is incomplete")
+    prompts, steps, channels = tensors["moments.mean_e"].shape
+    wanted = _expected(prompts, steps, channels)
+    missing, foreign = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    optional = {"histogram", "spectrum"}
+    if not any(n in tensors for n in wanted if n.startswith("law.")):
+        optional |= {n for n in wanted if n.startswith("law.")}
+    if missing - optional or foreign:
+        raise ValueError(f"missing tensors {sorted(missing)}, unknown tensors {sorted(foreign)}")
+    for name, tensor in tensors.items():
+        dtype, shape = wanted[name]
+        shape = (steps, tensor.shape[-1]) if name == "spectrum" and tensor.dim() else shape
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or 0 in shape:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {found}, expected {dtype} {shape}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has a value that is not finite")
+    for values in (p.timesteps, p.alpha, p.sigma):
+        if len(values) != steps or not np.isfinite(np.array(values, dtype=np.float64)).all():
+            raise ValueError(f"expected {steps} finite timesteps and levels, found {values}")
+
+
+def _expected(p: int, t: int, c: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    double, whole = torch.float64, torch.int64
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    wanted = {f"moments.{n}": (double, (p, t, c)) for n in _MOMENTS}
+    wanted["moments.central"] = (double, (p, t, c, len(ORDERS)))
+    wanted |= {f"frame.{n}": (double, (t, c)) for n in _FRAME}
+    return {
+        **wanted,
+        "gram": (torch.float32, (p, t * (t + 1) // 2)),
+        "prompt_keys": (torch.uint8, (p, 8)),
+        "seeds": (whole, (p,)),
+        "noise_floor": (double, (t,)),
+        **{f"law.{n}": (double, (t,)) for n in ("timesteps", "noise_weights", "sigma_down")},
+        **{f"law.{n}": (double, (t, t)) for n in ("sample_weights", "output_weights")},
+        **{f"law.{n}": (double, (t + 1,)) for n in ("alpha", "sigma")},
+        "spectrum": (whole, (t, 1)),  # any number of rings
+        "histogram": (whole, (t, c, BINS + 2, 6)),
+    }
 
 
 def _metadata(content: bytes) -> dict[str, str]:

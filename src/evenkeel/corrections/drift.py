@@ -11,12 +11,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evenkeel.corrections.plan import SamplerPlan, stretch_plan
-from evenkeel.sampling.step_law import StepLaw
+from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.evidence import Evidence
+
+LONGEST_LAG = 3  # pseudo Runge-Kutta: the fourth stage still starts from the state of the first
+# They return a prediction, correct it inside the next call and go on from there. By name: with few
+# steps their law cannot be told from that of a solver with stages.
+_PREDICTOR_CORRECTOR = ("UniPCMultistepScheduler", "SASolverScheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +32,17 @@ class DriftStep:
     Attributes:
         level: noise level before the step (sigma / alpha, or sigma along the raw output).
         target: nominal level after it, without injected noise.
-        injected: variance that the errors of the outputs used by this step add to the state.
+        injected: variance of the errors of the outputs used by this step (Q-Drift Eq. 37).
+        net: what the state's variance grows by. Multistep solvers use an output again after its error
+            has entered the state, with the opposite sign: Eq. 37 counts such an error twice over
+            (2.5 times the growth for second order and many steps, 5.6 times for third).
 
     """
 
     level: float
     target: float
     injected: float
+    net: float
 
     @property
     def length(self) -> float:
@@ -71,6 +81,7 @@ def plan_drift(
     explained, _ = evidence.at(law, second.explained, log=False)
     if not allow_range:
         evidence.refuse_outside(law, outside)
+    loadings = _loadings(law, options.along_output)
     c = torch.zeros_like(v)
     notes = []
     for k in range(law.steps):
@@ -83,7 +94,7 @@ def plan_drift(
                         f"{options.min_explained}: the statistics mean nothing here"
                     )
                     continue
-                step = _drift_step(law, k, v[:, channel], options.along_output)
+                step = _drift_step(law, k, v[:, channel], options.along_output, loadings)
                 value = rule(step)
                 if options.cap and step.target < value * step.length:
                     value = step.target / step.length
@@ -98,21 +109,53 @@ def _used(law: StepLaw, k: int) -> list[int]:
     return [j for j in range(k + 1) if abs(law.output_weights[k, j]) > 1e-12]
 
 
-def _drift_step(law: StepLaw, k: int, v: Tensor, along_output: bool) -> DriftStep:
-    """Q-Drift Eq. 37 through the step law: Var(dy) = sum_j (w[k,j] / alpha_next)^2 V_j."""
+def _scaled(law: StepLaw, k: int, along_output: bool) -> tuple[float, float, Array]:
+    """Level before and after step k and its output weights: of y = x / alpha, or of x itself."""
     start = int(law.anchor[k])
     if along_output:
-        scale, level, target = 1.0, law.sigma[start], law.sigma_down[k]
-    else:
-        scale = law.alpha[k + 1]
-        level, target = law.noise_to_signal[start], law.sigma_down[k] / scale
-    injected = sum((law.output_weights[k, j] / scale) ** 2 * float(v[j]) for j in _used(law, k))
-    return DriftStep(float(level), float(target), float(injected))
+        return float(law.sigma[start]), float(law.sigma_down[k]), law.output_weights[k]
+    scale = law.alpha[k + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a state of pure noise has no y
+        target, weights = float(law.sigma_down[k] / scale), law.output_weights[k] / scale
+    return float(law.noise_to_signal[start]), target, weights
+
+
+def _loadings(law: StepLaw, along_output: bool) -> Array:
+    """How much of the error of output j is in the state before step k: (K + 1, K).
+
+    The noise in a state, errors included, shrinks with the noise level; each step adds its own:
+    ``L_{k+1} = (s_next / s) L_k + w_k``.
+    """
+    loadings = np.zeros((law.steps + 1, law.steps))
+    for k in range(law.steps):
+        level, target, weights = _scaled(law, k, along_output)
+        if not math.isfinite(target):
+            continue
+        kept = target / level if level > 0 else 0.0
+        loadings[k + 1] = kept * loadings[law.anchor[k]] + weights
+    return loadings
+
+
+def _drift_step(law: StepLaw, k: int, v: Tensor, along_output: bool, loadings: Array) -> DriftStep:
+    """Q-Drift Eq. 37 through the step law: Var(dy) = sum_j (w[k,j] / alpha_next)^2 V_j.
+
+    ``net`` adds the covariance of the fresh terms with the errors that the state already holds.
+    """
+    level, target, weights = _scaled(law, k, along_output)
+    used = _used(law, k)
+    fresh, known = weights[used], v.numpy()[used]
+    held = loadings[law.anchor[k], used]
+    kept = target / level if level > 0 else 0.0
+    injected = float((fresh**2 * known).sum())
+    covariance = float((kept * held * fresh * known).sum())
+    return DriftStep(level, target, injected, injected + 2 * covariance)
 
 
 def _why_not(law: StepLaw, k: int, options: DriftOptions, outside: bool) -> str:
     """The reason to leave step k alone, or ""."""
     start = int(law.anchor[k])
+    if law.sampler in _PREDICTOR_CORRECTOR or k - start > LONGEST_LAG:
+        return "predictor-corrector: the state that it advances never leaves the sampler"
     if law.intermediate[k]:
         return "intermediate stage: its result is only a place to evaluate the network"
     if law.noise_weights[k] > 1e-9 and law.has_history:
@@ -121,10 +164,11 @@ def _why_not(law: StepLaw, k: int, options: DriftOptions, outside: bool) -> str:
         return "outside the calibrated noise levels"
     if law.sigma_down[k] == 0 and not options.correct_final_step:
         return "final step: there is no noise left to take off"
+    if law.sigma_down[k] < 0:
+        return "the step passes zero noise before it adds its own"
     if not options.along_output and law.alpha[start] == 0:
         return "pure noise: the consistent factor tends to 1 as alpha goes to 0"
-    level = law.sigma[start] if options.along_output else law.noise_to_signal[start]
-    target = law.sigma_down[k] if options.along_output else law.sigma_down[k] / law.alpha[k + 1]
+    level, target, _ = _scaled(law, k, options.along_output)
     if not math.isfinite(level) or level - target <= 1e-9 * max(1.0, level):
         return "the step does not lower the noise level"
     return ""

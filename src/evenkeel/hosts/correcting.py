@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.drift import LONGEST_LAG
 from evenkeel.corrections.plan import Correction, SamplerPlan
 from evenkeel.hosts.interception import Interceptor
 from evenkeel.hosts.layouts import LatentLayout, find_layout
@@ -43,7 +45,9 @@ class Corrector(Interceptor):
         self._pipeline = weakref.ref(pipeline)
         self._check = check
         self._plans: dict[tuple[Any, ...], SamplerPlan] = {}
-        self._weights: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
+        self._prepared: dict[torch.device, list[_Stretch | None]] = {}
+        self._steps: list[_Stretch | None] = []
+        self._wide = self._remembers = False
         self._index = -1
         self._past: list[Tensor] = []
 
@@ -56,30 +60,22 @@ class Corrector(Interceptor):
         self._past = []
 
     def wide(self) -> bool:
-        return self.plan is not None and not self.plan.is_identity
+        return self._wide
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        if self._index < 0 or (self.plan and self._index + 1 >= self.plan.law.steps):
+        if self._index < 0 or self._index + 1 >= len(self._steps):
             self._start(scheduler, timestep, sample, steering(kwargs))
         self._index += 1
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        plan, k = self.plan, self._index
-        assert plan is not None and self.layout is not None
-        lag = k - int(plan.law.anchor[k])
-        start = self._past[-lag] if lag else sample
-        if plan.law.intermediate.any():
-            self._past = [*self._past[-3:], sample]
-        if not plan.active[k]:
+        past, stretch = self._past, self._steps[self._index]
+        if self._remembers:
+            self._past = [*past[-LONGEST_LAG:], sample]
+        if stretch is None:
             return result
-        base, anchor, by_output = self._tensors(k, result)
-        stretched = result * base
-        stretched.addcmul_(start, anchor)
-        if plan.output[k].any():
-            stretched.addcmul_(output, by_output)
-        return stretched
+        return stretch(result, past[-stretch.lag] if stretch.lag else sample, output)
 
     def _start(
         self, scheduler: Any, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]
@@ -100,23 +96,51 @@ class Corrector(Interceptor):
         if key not in self._plans:
             law = probe_scheduler(scheduler, step_kwargs=step_kwargs, begin=begin)
             self._plans = {key: self.correction.plan(law, allow_range=self.allow_range)}
-            self._weights = {}
-        self.plan = self._plans[key]
+            self._prepared = {}
+        plan = self._plans[key]
+        if sample.device not in self._prepared:
+            self._prepared[sample.device] = [
+                _Stretch.of(plan, k, self.layout, sample.device) if plan.active[k] else None
+                for k in range(plan.law.steps)
+            ]
+        self.plan, self._steps = plan, self._prepared[sample.device]
+        self._wide = not plan.is_identity
+        self._remembers = bool(plan.law.intermediate.any())
         self._index = -1
         self._past = []
 
-    def _tensors(self, k: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        key = (k, str(like.device))
-        if key not in self._weights:
-            plan, layout = self.plan, self.layout
-            assert plan is not None and layout is not None
 
-            def shaped(values: Tensor) -> Tensor:
-                return layout.broadcast(values).to(like.device, torch.float32)
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """One step of a plan as tensors on the sample's device, so that a step costs only arithmetic."""
 
-            self._weights[key] = (
-                shaped(plan.base[k]),
-                shaped(plan.anchor[k]),
-                shaped(plan.output[k]),
-            )
-        return self._weights[key]
+    lag: int
+    base: Tensor
+    anchor: Tensor
+    output: Tensor | None
+    is_straight: bool
+
+    @classmethod
+    def of(cls, plan: SamplerPlan, k: int, layout: LatentLayout, device: torch.device) -> _Stretch:
+        def shaped(values: Tensor) -> Tensor:
+            return layout.broadcast(values).to(device, torch.float32)
+
+        base, anchor, output = plan.base[k], plan.anchor[k], plan.output[k]
+        uses_output = bool(output.any())
+        return cls(
+            lag=k - int(plan.law.anchor[k]),
+            base=shaped(base),
+            anchor=shaped(anchor),
+            output=shaped(output) if uses_output else None,
+            is_straight=not uses_output and torch.equal(base, 1 - anchor),
+        )
+
+    def __call__(self, result: Tensor, start: Tensor, output: Tensor) -> Tensor:
+        """``base * result + anchor * start + output * m``, in one pass where base = 1 - anchor."""
+        if self.is_straight and result.dtype == start.dtype == self.anchor.dtype:
+            return torch.lerp(result, start, self.anchor)
+        stretched = result * self.base
+        stretched.addcmul_(start, self.anchor)
+        if self.output is not None:
+            stretched.addcmul_(output, self.output)
+        return stretched

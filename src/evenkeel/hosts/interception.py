@@ -75,6 +75,7 @@ def _subclass(base: type) -> type:
     if base in _SUBCLASSES:
         return _SUBCLASSES[base]
     signature = inspect.signature(base.step)  # type: ignore[attr-defined]
+    names = tuple(signature.parameters)[1:]
     inner_step: Any = base.step  # type: ignore[attr-defined]
     inner_set: Any = base.set_timesteps  # type: ignore[attr-defined]
 
@@ -83,7 +84,11 @@ def _subclass(base: type) -> type:
         interceptors = self.__dict__.get(_STATE)
         if not interceptors:
             return inner_step(self, *args, **kwargs)
-        return _intercepted(self, interceptors, inner_step, signature.bind(self, *args, **kwargs))
+        # Binding a signature takes as long as the arithmetic of a small step: name arguments by hand.
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(arguments) < len(args) + len(kwargs) or not arguments.keys() >= _NEEDED:
+            signature.bind(self, *args, **kwargs)  # says what is wrong with this call
+        return _intercepted(self, interceptors, inner_step, arguments)
 
     @functools.wraps(inner_set)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +100,7 @@ def _subclass(base: type) -> type:
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return _rebuild, (base, self.__dict__.copy())
 
-    names = {
+    members = {
         "step": step,
         "set_timesteps": set_timesteps,
         "__reduce_ex__": reduce_ex,
@@ -104,35 +109,33 @@ def _subclass(base: type) -> type:
         "__doc__": base.__doc__,
         "_evenkeel_base": base,
     }
-    _SUBCLASSES[base] = type(base.__name__, (base,), names)
+    _SUBCLASSES[base] = type(base.__name__, (base,), members)
     return _SUBCLASSES[base]
 
 
-_FIXED = ("self", "model_output", "timestep", "sample", "generator", "return_dict")
+_NEEDED = frozenset(("model_output", "timestep", "sample"))
+_FIXED = _NEEDED | {"generator", "return_dict"}
 
 
 def _intercepted(
-    scheduler: Any, interceptors: list[Interceptor], inner_step: Any, bound: inspect.BoundArguments
+    scheduler: Any, interceptors: list[Interceptor], inner_step: Any, arguments: dict[str, Any]
 ) -> Any:
-    arguments = bound.arguments
-    output, sample, dtype = (
-        arguments["model_output"],
-        arguments["sample"],
-        arguments["sample"].dtype,
-    )
+    output, sample = arguments["model_output"], arguments["sample"]
+    dtype = sample.dtype
     extra = {k: v for k, v in arguments.items() if k not in _FIXED}
     for interceptor in interceptors:
         interceptor.before(scheduler, arguments["timestep"], output, sample, extra)
-    if any(i.wide() for i in interceptors):
+    wide = any(i.wide() for i in interceptors)
+    if wide:
         # 1 + c of Q-Drift's size is lost in bfloat16's rounding: compute in float32, cast once.
         output, sample = _widened(output), _widened(sample)
         arguments["model_output"], arguments["sample"] = output, sample
-    out = inner_step(*bound.args, **bound.kwargs)
+    out = inner_step(scheduler, **arguments)
     is_tuple = isinstance(out, tuple)
     result = out[0] if is_tuple else out.prev_sample
     for interceptor in interceptors:
         result = interceptor.after(scheduler, output, sample, result)
-    if any(i.wide() for i in interceptors):
+    if wide:
         result = result.to(dtype)
     if is_tuple:
         return (result, *out[1:])

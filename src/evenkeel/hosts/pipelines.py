@@ -22,6 +22,7 @@ def denoiser_name(pipeline: Any) -> str:
 
     Raises:
         UnsupportedPipeline: none, or two (Wan 2.2 splits the steps between two transformers).
+
     """
     if getattr(pipeline, "transformer_2", None) is not None:
         raise UnsupportedPipeline(
@@ -99,6 +100,7 @@ def run_pipeline(
 
     Raises:
         UnsupportedPipeline: an argument that this pipeline does not take, named.
+
     """
     parameters = call_parameters(pipeline)
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **call_defaults(pipeline)}
@@ -149,7 +151,9 @@ def fingerprint(module: nn.Module) -> str:
 
     Raises:
         UnsupportedPipeline: weights are not in memory (meta device under sequential offload).
+
     """
+    module = getattr(module, "_orig_mod", module)  # torch.compile wraps it; the network is the same
     digest = hashlib.sha256(type(module).__name__.encode())
     config = {k: v for k, v in dict(getattr(module, "config", {})).items() if k[:1] != "_"}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -35,7 +35,8 @@ def probe_scheduler(
 
     Raises:
         UnsupportedSampler: not linear (clipping, thresholding), not finite, an unusual ``step``
-            signature, or ``set_timesteps`` not called.
+            signature, ``set_timesteps`` not called, or flow matching whose timesteps tell the
+            denoiser another noise level than the sample has.
 
     >>> from diffusers import EulerDiscreteScheduler
     >>> scheduler = EulerDiscreteScheduler()
@@ -47,11 +48,14 @@ def probe_scheduler(
     """
     name = type(scheduler).__name__
     timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None or len(timesteps) == 0:
+    # Many constructors fill in all training timesteps; the number of steps is what tells.
+    steps = getattr(scheduler, "num_inference_steps", None)
+    if steps is None or timesteps is None or len(timesteps) == 0:
         raise UnsupportedSampler(f"{name} has no timesteps yet; call set_timesteps first.")
     timesteps = timesteps[begin:]
     if name == "SCMScheduler":  # its last timestep is only the end of the last step
         timesteps = timesteps[:-1]
+    _refuse_unshifted_times(scheduler)
     alpha, sigma = level_at(scheduler, begin)
     run = _ProbeRun(scheduler, timesteps, begin, dict(step_kwargs or {}))
     with _noise_replaced(type(scheduler), run.next_noise):
@@ -70,6 +74,25 @@ def probe_scheduler(
             "build it with tau_func=lambda t: 0."
         )
     return law
+
+
+def _refuse_unshifted_times(scheduler: Any) -> None:
+    """Flow matching shifts the sigmas that it makes of explicit timesteps, but not the timesteps."""
+    name, sigmas = type(scheduler).__name__, getattr(scheduler, "sigmas", None)
+    if not name.startswith("FlowMatch") or sigmas is None:
+        return
+    if scheduler.config.get("time_shift_type") == "linear":
+        return  # CogView4 and GLM-Image: their networks are trained on the unshifted times
+    times = scheduler.timesteps.cpu().double() / scheduler.config.num_train_timesteps
+    gap = (times - sigmas[: len(times)].cpu().double()).abs()
+    worst = int(gap.argmax())
+    if gap[worst] > 1e-3:
+        raise UnsupportedSampler(
+            f"{name} tells the denoiser time {times[worst]:.4g} at step {worst}, where the sample has "
+            f"noise level sigma = {sigmas[worst]:.4g}. Its sigmas are shifted (by mu or shift), but "
+            f"timesteps that are passed explicitly are not. Pass sigmas to set_timesteps or to the "
+            f"pipeline instead of timesteps."
+        )
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -91,7 +114,7 @@ def level_at(scheduler: Any, index: int) -> tuple[float, float]:
     x / alpha, so alpha = 1), and cumulative products (DDIM, DDPM, PNDM, LCM, TCD).
     """
     name = type(scheduler).__name__
-    if name.startswith("EDM") or "EDM" in name:
+    if "EDM" in name or name == "CMStochasticIterativeScheduler":
         raise UnsupportedSampler(
             f"{name} preconditions the model output with its input (EDM); its output is none of "
             f"epsilon, v_prediction, sample or flow_prediction. Use Euler or DPM-Solver on the same "

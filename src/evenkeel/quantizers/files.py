@@ -24,7 +24,7 @@ def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | 
     """Write every parameter and buffer, the configuration and the report; files are overwritten.
 
     Buffers that ``state_dict`` leaves out are written too, so that the loaded model computes the
-    same bits.
+    same bits. Tensors are stored contiguously: a model in channels_last layout comes back without.
 
     Args:
         module: what ``quantize_module`` returned for a diffusers model.
@@ -146,7 +146,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     try:
-        return dict(load_file(path))
+        # clone: the file's tensors sit wherever the header ends, and the same product rounds
+        # differently in memory of another alignment
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError as error:
         raise QuantizationError(f"{path} is missing: not a folder of save_quantized.") from error
     except SafetensorError as error:

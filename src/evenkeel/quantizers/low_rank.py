@@ -44,4 +44,6 @@ def best_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         )
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()
+    # LAPACK returns columns; another memory layout would round a product differently.
+    left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
+    return left.float().contiguous(), right.float().contiguous()

@@ -79,14 +79,37 @@ class StepLaw:
         """For every step the index of the state that it advances: k itself, or an earlier one.
 
         The second stage of Heun, and the second call of pseudo linear multistep, ignore the sample
-        they are handed and start again from the remembered one.
+        they are handed and start again from the remembered one. Some use it to turn the output into
+        noise or a clean sample: that is not advancing it, so all three forms are looked at.
         """
         anchors = np.arange(self.steps)
-        for k in range(1, self.steps):
-            if abs(self.sample_weights[k, k]) < 1e-9:
-                seen = np.flatnonzero(np.abs(self.sample_weights[k, :k]) > 1e-9)
-                anchors[k] = seen[-1] if len(seen) else k
+        for weights in (self.sample_weights, *self._converted_sample_weights()):
+            for k in range(1, self.steps):
+                row = np.abs(weights[k, : k + 1])
+                seen = np.flatnonzero(row[:k] > 1e-3)
+                # 1e-4: converting costs the rounding of the host's float32 tables, times 1 / alpha.
+                if row[k] < 1e-4 and len(seen):
+                    anchors[k] = min(anchors[k], seen[-1])
         return anchors
+
+    def _converted_sample_weights(self) -> tuple[Array, Array]:
+        """A with the outputs written as noise, and as clean samples, plus what is left of x_j.
+
+        At x = alpha x0 + sigma eps an output is m = u x0 + v eps, so m = (u / alpha) x + (...) eps
+        and m = (v / sigma) x + (...) x0. NaN where the form does not exist (alpha or sigma 0).
+        """
+        levels = zip(self.alpha[:-1], self.sigma[:-1], strict=True)
+        parts = np.full((2, self.steps), np.nan)
+        for j, (a, s) in enumerate(levels):
+            if a != 0:
+                parts[0, j] = clean_output(self.prediction, a, s, x0=1.0, eps=0.0) / a
+            if s != 0:
+                parts[1, j] = clean_output(self.prediction, a, s, x0=0.0, eps=1.0) / s
+        from_noise, from_clean = (
+            self.sample_weights + np.where(self.output_weights == 0, 0, self.output_weights * part)
+            for part in parts
+        )
+        return from_noise, from_clean
 
     @cached_property
     def intermediate(self) -> npt.NDArray[np.bool_]:
@@ -192,10 +215,13 @@ def read_step_law(
         )
         _refuse_nonlinear(result[random_rows], expected, sampler, k, k_max, rtol)
         alpha[k + 1], sigma_down[k] = result[level_rows], result[level_rows + 1]
+        # Rounding of the host's tables leaves up to 1e-6 where a level is exactly zero.
+        negligible = 2e-6 * max(1.0, abs(sigma_start))
+        if abs(sigma_down[k]) < negligible:
+            sigma_down[k] = 0.0
         sigma[k + 1] = np.hypot(sigma_down[k], noise_weights[k])
-        # Rounding of the host's tables leaves 1e-8 where the last level is exactly zero.
-        if sigma[k + 1] < 1e-6 * max(1.0, abs(sigma_start)):
-            sigma[k + 1], sigma_down[k] = 0.0, 0.0
+        if sigma[k + 1] < negligible:
+            sigma[k + 1] = 0.0
     return StepLaw(
         sampler=sampler,
         prediction=prediction,
@@ -217,6 +243,5 @@ def _refuse_nonlinear(
         raise UnsupportedSampler(
             f"step {k} of {k_max} of {sampler} is not linear in samples and model outputs: a random "
             f"input gave {found[0]:.6g} where the impulses predict {expected[0]:.6g}. Clipping and "
-            f"thresholding do this: build the scheduler with clip_sample=False, thresholding=False "
-            f"(clip_denoised=False for consistency models)."
+            f"thresholding do this: build the scheduler with clip_sample=False, thresholding=False."
         )

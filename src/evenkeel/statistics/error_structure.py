@@ -44,10 +44,11 @@ def radial_spectrum(d: Tensor, bins: int = 8) -> Tensor:
 
     Args:
         d: (..., height, width), any leading shape, which is averaged down to the first two axes.
-        bins: number of rings of equal width between frequency 0 and 1/2 (corners are cut off).
+        bins: number of rings of equal width between frequency 0 and 1/2 (corners are cut off);
+            half the longer side where that is less, as narrower rings would be empty.
 
     Returns:
-        (prompts, steps, bins) float64.
+        (prompts, steps, rings) float64.
 
     """
     if d.dim() < 4:
@@ -55,6 +56,7 @@ def radial_spectrum(d: Tensor, bins: int = 8) -> Tensor:
             f"a spectrum needs (prompts, steps, ..., height, width); got {tuple(d.shape)}."
         )
     height, width = d.shape[-2:]
+    bins = max(1, min(bins, max(height, width) // 2))
     power = torch.fft.fft2(d.double(), norm="ortho").abs() ** 2
     power = power.reshape(*d.shape[:2], -1, height, width).mean(2)
     fy, fx = torch.fft.fftfreq(height), torch.fft.fftfreq(width)

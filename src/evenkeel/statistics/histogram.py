@@ -17,6 +17,7 @@ from evenkeel.errors import CalibrationError
 BINS = 128
 REACH = 12.0
 UNIT = 2.0**20
+LIMIT = 2.0**58  # of one batch; far from overflow, so that batches can be added
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class ErrorHistogram:
         """Bin elements along the last axis of (prompts, steps, channels, elements) tensors."""
 
         def framed(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-            std = torch.where(std == 0, torch.ones_like(std), std)
-            return (values.double() - mean[..., None]) / std[..., None]
+            return (values.double() - mean[..., None]) / _unit(std)[..., None]
 
         z, w = framed(d, frame.mean_d, frame.std_d), framed(e, frame.mean_e, frame.std_e)
         bins = ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(-1, BINS).long()
@@ -53,7 +53,14 @@ class ErrorHistogram:
         size = steps * channels * (BINS + 2)
         weights = (torch.ones_like(z), z, z * z, w, w * w, w * z)
         columns = [torch.bincount(flat, v.reshape(-1), minlength=size) for v in weights]
-        sums = (torch.stack(columns, -1) * UNIT).round().long()
+        scaled = (torch.stack(columns, -1) * UNIT).round()
+        if not (scaled.abs() < LIMIT).all():
+            raise CalibrationError(
+                "an error or output lies thousands of standard deviations away from those of the pilot "
+                "(the first batch): the sum of squares does not fit the histogram. Calibrate with "
+                "histograms=False, or put a more typical prompt first."
+            )
+        sums = scaled.long()
         return cls(frame, sums.reshape(steps, channels, BINS + 2, 6))
 
     def __add__(self, other: ErrorHistogram) -> ErrorHistogram:
@@ -93,7 +100,13 @@ class ErrorHistogram:
         def covariance(ab: Tensor, a: Tensor, b: Tensor) -> Tensor:
             return (ab - a * b / m) / (m - 1)
 
-        ee = covariance(part[..., 4], part[..., 3], part[..., 3]) * self.frame.std_e**2
-        ed = covariance(part[..., 5], part[..., 3], part[..., 1])
-        dd = covariance(part[..., 2], part[..., 1], part[..., 1]) * self.frame.std_d**2
-        return ee, ed * self.frame.std_e * self.frame.std_d, dd, part[..., 0] / total[..., 0]
+        unit_e, unit_d = _unit(self.frame.std_e), _unit(self.frame.std_d)
+        ee = covariance(part[..., 4], part[..., 3], part[..., 3]) * unit_e**2
+        ed = covariance(part[..., 5], part[..., 3], part[..., 1]) * unit_e * unit_d
+        dd = covariance(part[..., 2], part[..., 1], part[..., 1]) * unit_d**2
+        return ee, ed, dd, part[..., 0] / total[..., 0]
+
+
+def _unit(std: Tensor) -> Tensor:
+    """The width by which values are divided: the pilot's, or 1 where the pilot did not vary."""
+    return torch.where(std == 0, torch.ones_like(std), std)

@@ -6,6 +6,8 @@ position and background; the slant is left open. What a caption leaves open may 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from numpy.random import Generator
 
 from evenkeel.zoo.handwriting import ATTRIBUTES, UNSPECIFIED
@@ -79,3 +81,38 @@ def vocabulary() -> list[str]:
     phrases += [*ATTRIBUTES["digit"], *ATTRIBUTES["colour"]]
     words = {w for p in phrases for w in p.split() if w != "{}"}
     return sorted(words)
+
+
+def read_caption(caption: str) -> dict[str, int]:
+    """What a caption of this grammar asks for: attribute -> value index, ``UNSPECIFIED`` if open.
+
+    >>> read_caption("a small red seven on blue")["digit"]
+    7
+    """
+    words = caption.lower().split()
+    text = " ".join(words)
+
+    def choice(name: str, phrases: Mapping[str, tuple[str, ...]]) -> int:
+        for value, options in phrases.items():
+            if any(f" {p} " in f" {text} " for p in options):
+                return ATTRIBUTES[name].index(value)
+        return UNSPECIFIED
+
+    ground, ink = UNSPECIFIED, UNSPECIFIED
+    for i, word in enumerate(words):
+        if word in ATTRIBUTES["colour"]:
+            before = [w for w in words[max(0, i - 2) : i] if w != "a"]
+            if before and before[-1] in ("on", "over", "of"):
+                ground = ATTRIBUTES["background"].index(word)
+            else:
+                ink = ATTRIBUTES["colour"].index(word)
+    digits = [ATTRIBUTES["digit"].index(w) for w in words if w in ATTRIBUTES["digit"]]
+    slants = {k: _SLANT_AFTER[k] + _SLANT_BEFORE.get(k, ()) for k in _SLANT_AFTER}
+    return {
+        "digit": digits[0] if digits else UNSPECIFIED,
+        "colour": ink,
+        "background": ground,
+        "size": choice("size", _SIZE_WORDS),
+        "position": choice("position", _PLACES),
+        "slant": choice("slant", slants),
+    }

@@ -28,8 +28,9 @@ from evenkeel.zoo.training import Recipe, fit
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
 EVALUATOR = Recipe(steps=1600, learning_rate=2e-3, seed=13, weight_decay=1e-2)
-DENOISER = Recipe(steps=6500, learning_rate=1e-3, seed=14, ema=0.999)
+DENOISER = Recipe(steps=9000, learning_rate=1e-3, seed=14, ema=0.999)
 BATCH = 128
+DENOISER_BATCH = 64
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
 DROP_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
 
@@ -85,7 +86,7 @@ def train_text_encoder(work: Path) -> tuple[Any, Any]:
         hidden = encoder(ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         losses = [
-            F.cross_entropy(head(pooled), (mentions[k] % head.out_features).to(device))
+            F.cross_entropy(head(pooled), (mentions[k] % (len(ATTRIBUTES[k]) + 1)).to(device))
             for k, head in heads.items()
         ]
         return torch.stack(losses).sum()
@@ -107,7 +108,8 @@ def train_autoencoder(work: Path) -> Any:
         edges = (x.diff(dim=-1) - y.diff(dim=-1)).abs().mean()
         edges = edges + (x.diff(dim=-2) - y.diff(dim=-2)).abs().mean()
         kl: Tensor = posterior.kl().mean() / x[0].numel()
-        return (x - y).abs().mean() + 0.5 * F.mse_loss(y, x) + 0.5 * edges + 2e-3 * kl
+        total: Tensor = (x - y).abs().mean() + 0.5 * F.mse_loss(y, x) + 0.5 * edges + 2e-3 * kl
+        return total
 
     fit(vae, loss, AUTOENCODER, work / "autoencoder")
     vae = vae.cpu()
@@ -166,15 +168,17 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
         device = next(module.parameters()).device
-        rows = torch.from_numpy(rng.integers(0, len(latents), BATCH))
-        drop = torch.from_numpy(rng.random(BATCH) < DROP_CAPTION)[:, None]
+        rows = torch.from_numpy(rng.integers(0, len(latents), DENOISER_BATCH))
+        drop = torch.from_numpy(rng.random(DENOISER_BATCH) < DROP_CAPTION)[:, None]
         tokens = torch.where(drop, empty_ids, ids[rows]).to(device)
         mask = torch.where(drop, empty_mask, masks[rows]).to(device)
         with torch.no_grad():
             captions = encoder.to(device)(tokens, attention_mask=mask).last_hidden_state
         x, noise = latents[rows].to(device), torch.randn(latents[rows].shape).to(device)
         # Stratified steps: one per stretch of the schedule, less noise in the gradient.
-        strata = torch.from_numpy((rng.permutation(BATCH) + rng.random(BATCH)) / BATCH)
+        strata = torch.from_numpy(
+            (rng.permutation(DENOISER_BATCH) + rng.random(DENOISER_BATCH)) / DENOISER_BATCH
+        )
         t = (strata * 1000).long().to(device)
         noisy = noise_schedule.add_noise(x, noise, t)
         predicted = module(
@@ -198,7 +202,7 @@ def _latent_pool(work: Path, tokenizer: Any, vae: Any) -> tuple[Tensor, Tensor, 
         captions, _ = mention(attributes, rng)
         ids, masks = tokenize(tokenizer, captions)
         with torch.no_grad():
-            parts = [vae.encode(p * 2 - 1).latent_dist.mode() for p in pictures.split(500)]
+            parts = [vae.encode(p * 2 - 1).latent_dist.mode() for p in torch.split(pictures, 500)]
         latents = torch.cat(parts) * vae.config.scaling_factor
         save_file({"latents": latents, "ids": ids, "masks": masks}, path)
     pool = load_file(path)

@@ -59,7 +59,7 @@ def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.M
         network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     network, optimizer = accelerator.prepare(network, optimizer)
-    plain = accelerator.unwrap_model(network)
+    plain: nn.Module = accelerator.unwrap_model(network)
     average = {k: v.detach().clone() for k, v in plain.state_dict().items()}
     state, first, spent = folder / "state.safetensors", 0, 0.0
     if state.exists():

@@ -1,0 +1,161 @@
+"""How much slower is a corrected ``scheduler.step`` than a plain one?
+
+Whole runs of 20 steps at the latent sizes of SDXL, PixArt and FLUX, without the denoiser; a run before
+the first measured one makes the plan. ``identity`` is a correction that changes nothing.
+Run: OMP_NUM_THREADS=1 python benchmarks/corrected_step.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from timing import Spread, interleaved, ratio, report
+
+from evenkeel.corrections import Identity, QDrift
+from evenkeel.corrections.plan import Correction
+from evenkeel.hosts.correcting import Corrector
+from evenkeel.hosts.interception import install
+from evenkeel.hosts.layouts import LatentLayout
+from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
+from evenkeel.statistics.moments import PairedMoments
+
+STEPS, REPEATS = 20, 100
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CASES: list[tuple[str, Callable[[], Any], tuple[int, ...], LatentLayout]] = [
+    (
+        "SDXL Euler",
+        lambda: EulerDiscreteScheduler(**SD_BETAS),
+        (1, 4, 128, 128),
+        LatentLayout(4, 1, 4, 1),
+    ),
+    (
+        "PixArt DPM-Solver++",
+        lambda: DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+        (1, 4, 128, 128),
+        LatentLayout(4, 1, 4, 1),
+    ),
+    (
+        "FLUX flow-matching Euler",
+        lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        (1, 4096, 64),
+        LatentLayout(3, 2, 16, 4),
+    ),
+]
+
+
+class Pipeline:
+    """Stands for a pipeline where only the scheduler matters."""
+
+
+class CountedDrift:
+    """Q-Drift that counts how often a plan was asked of it."""
+
+    name, references = "q-drift", ()
+
+    def __init__(self, inner: QDrift) -> None:
+        self.inner, self.plans = inner, 0
+
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> Any:
+        """As Q-Drift does."""
+        self.plans += 1
+        return self.inner.plan(law, allow_range=allow_range)
+
+
+def synthetic_evidence(law: StepLaw, channels: int) -> Evidence:
+    """An error of 5 percent at every level of the law, uncorrelated with the output."""
+    generator = torch.Generator().manual_seed(0)
+    e, d, x = torch.randn(3, 2, law.steps, channels, 256, generator=generator)
+    sizes = torch.linspace(0.04, 0.06, channels)[:, None]
+    moments = PairedMoments.of(e, sizes * d, x)
+    return Evidence(law.prediction, law.alpha[:-1], law.sigma[:-1], moments)
+
+
+def ready(make: Callable[[], Any]) -> Any:
+    scheduler = make()
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+class Runs:
+    """Whole runs of one scheduler; calling it prepares one and returns the timed part."""
+
+    def __init__(self, scheduler: Any, outputs: list[torch.Tensor], start: torch.Tensor) -> None:
+        self.scheduler, self.outputs, self.start = scheduler, outputs, start
+        self.result = start
+
+    def __call__(self) -> Callable[[], None]:
+        self.scheduler.set_timesteps(STEPS)
+        if hasattr(self.scheduler, "scale_model_input"):
+            self.scheduler.scale_model_input(self.start, self.scheduler.timesteps[0])
+        return self._steps
+
+    def _steps(self) -> None:
+        sample = self.start
+        for t, output in zip(self.scheduler.timesteps, self.outputs, strict=True):
+            sample = self.scheduler.step(output, t, sample, return_dict=False)[0]
+        self.result = sample
+
+
+def measure(
+    name: str,
+    make: Callable[[], Any],
+    shape: tuple[int, ...],
+    layout: LatentLayout,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(shape, generator=generator).to(dtype)
+    outputs = [torch.randn(shape, generator=generator).to(dtype) for _ in range(STEPS)]
+    law = probe_scheduler(ready(make))
+    drift = CountedDrift(QDrift(synthetic_evidence(law, layout.channels)))
+    pipeline = Pipeline()
+    corrections: dict[str, Correction | None] = {
+        "plain": None,
+        "identity": Identity(),
+        "corrected": drift,
+    }
+    runs = {}
+    for variant, correction in corrections.items():
+        scheduler = ready(make)
+        if correction is not None:
+            install(scheduler, Corrector(correction, pipeline, layout=layout))
+        runs[variant] = Runs(scheduler, outputs, start)
+    laps = interleaved(runs, repeats=REPEATS)
+    assert drift.plans == 1, f"{drift.plans} plans were made where one serves all runs"
+    assert torch.equal(runs["identity"].result, runs["plain"].result)
+    assert not torch.equal(runs["corrected"].result, runs["plain"].result)
+    ratios = {v: ratio(laps, v, "plain") for v in ("corrected", "identity")}
+    microseconds = Spread.of([1e3 * t / STEPS for t in laps["plain"]])
+    kind = str(dtype).removeprefix("torch.")
+    report(
+        {
+            "benchmark": "corrected_step",
+            "case": name,
+            "shape": shape,
+            "dtype": kind,
+            "plain_us_per_step": microseconds.to_dict(1),
+            **{f"{v}_over_plain": r.to_dict() for v, r in ratios.items()},
+        },
+        f"{name}, {kind}: corrected {ratios['corrected']} x plain, identity "
+        f"{ratios['identity']} x plain, plain {microseconds.median:.0f} us",
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, make, shape, layout in CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            measure(name, make, shape, layout, dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Write what a comparison found: ``results.json``, the images of every arm, ``report.html``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from evenkeel.comparison import Comparison
+from evenkeel.inspection import describe
+from evenkeel.record import Record
+from evenkeel.reports import write_report
+
+
+def save_results(
+    out: Path,
+    comparison: Comparison,
+    settings: dict[str, Any],
+    record: Record | None,
+    prompts: list[str],
+    *,
+    shown: int = 12,
+) -> dict[str, Any]:
+    """Write everything into ``out`` and return the content of ``results.json``.
+
+    ``settings`` and ``arms`` (name and measures, each with value, stderr, low, high, n), and
+    ``calibration`` as ``inspection.describe`` gives it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {n: importlib.metadata.version(n) for n in ("evenkeel", "torch", "diffusers")}
+    results: dict[str, Any] = {
+        "settings": {**settings, **{f"{k} version": v for k, v in versions.items()}},
+        "arms": [arm.as_dict() for arm in comparison.arms],
+        "calibration": None if record is None else describe(record),
+    }
+    results = json.loads(json.dumps(results, default=str))
+    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    grids = {name: images[:shown] for name, images in comparison.images.items()}
+    write_report(out / "report.html", results, grids, prompts[:shown])
+    return results
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,78 @@
+"""The embedded evaluator, prompts and reference images of the handwriting pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from evenkeel.zoo import networks
+from evenkeel.zoo.captions import read_caption, sample_mentions, write_caption
+from evenkeel.zoo.handwriting import (
+    ATTRIBUTES,
+    UNSPECIFIED,
+    draw_scans,
+    load_scans,
+    render,
+    sample_attributes,
+)
+
+
+class HandwritingEvaluator:
+    """Features of the attribute network, and which attributes of the caption an image shows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = networks.Evaluator().eval()
+        self.network.load_state_dict(load_file(folder / "evaluator.safetensors"))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
+        return self.network.features(images)
+
+    @torch.no_grad()
+    def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
+        """(n, 6): 1 where the image shows what the caption says, NaN where it says nothing."""
+        parts = [self.network(part) for part in torch.split(images, 256)]
+        columns = []
+        asked = [read_caption(str(p)) for p in prompts]
+        for name in ATTRIBUTES:
+            shown = torch.cat([p[name].argmax(1) for p in parts])
+            wanted = torch.tensor([a[name] for a in asked])
+            match = (shown == wanted).float()
+            match[wanted == UNSPECIFIED] = torch.nan
+            columns.append(match)
+        return torch.stack(columns, 1)
+
+
+def sample_prompts(n: int, seed: int) -> list[str]:
+    """``n`` captions from the grammar; different seeds give independent captions."""
+    rng = np.random.default_rng([seed, 7])
+    attributes = sample_attributes(n, rng)
+    rows = [{k: int(v[i]) for k, v in attributes.items()} for i in range(n)]
+    return [write_caption(sample_mentions(r, rng), rng) for r in rows]
+
+
+def reference_images(prompts: Sequence[str], seed: int) -> Tensor:
+    """Pictures of *held-out* scans that show what the captions ask: (n, 3, 32, 32) uint8.
+
+    What a caption leaves open is drawn at random, as for the captions' own pictures.
+    """
+    rng = np.random.default_rng([seed, 8])
+    attributes = sample_attributes(len(prompts), rng)
+    for i, prompt in enumerate(prompts):
+        said = {k: v for k, v in read_caption(prompt).items() if v != UNSPECIFIED}
+        for name, value in said.items():
+            attributes[name][i] = value
+        # A free colour must still differ from the one that was asked for.
+        if attributes["colour"][i] == attributes["background"][i]:
+            free = "background" if "background" not in said else "colour"
+            shift = int(rng.integers(1, len(ATTRIBUTES["colour"])))
+            attributes[free][i] = (int(attributes[free][i]) + shift) % len(ATTRIBUTES["colour"])
+    scans = draw_scans(attributes["digit"], load_scans(held_out=True), rng)
+    pictures = render(scans, attributes, rng)
+    return (pictures * 255).round().to(torch.uint8)
