@@ -1,4 +1,4 @@
-"""How much slower is a corrected ``scheduler.step`` than a plain one?
+"""How much slower a corrected ``scheduler.step`` is than a plain one.
 
 Whole runs of 20 steps at the latent sizes of SDXL, PixArt and FLUX, without the denoiser; a run before
 the first measured one makes the plan. ``identity`` is a correction that changes nothing.
@@ -93,6 +93,7 @@ class Runs:
         self.result = start
 
     def __call__(self) -> Callable[[], None]:
+        """Begin a run; its steps remain to be done."""
         self.scheduler.set_timesteps(STEPS)
         if hasattr(self.scheduler, "scale_model_input"):
             self.scheduler.scale_model_input(self.start, self.scheduler.timesteps[0])

@@ -7,7 +7,9 @@ process, which stands still while other processes have the core; run with ``OMP_
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
@@ -45,11 +47,15 @@ class Spread:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+    variants: Mapping[str, Callable[[], Callable[[], object]]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Milliseconds of processor time of every variant, one per repeat.
+    """Milliseconds of every variant, one per repeat.
 
-    A variant may return a callable: only that one is timed, so that it can prepare first.
+    A variant is called to prepare and returns the work to be timed.
     """
     laps: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -57,10 +63,9 @@ def interleaved(
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             work = variants[name]()
-            assert callable(work)
-            start = time.process_time_ns()
+            start = clock()
             work()
-            elapsed = (time.process_time_ns() - start) / 1e6
+            elapsed = 1e3 * (clock() - start)
             if repeat >= 0:
                 laps[name].append(elapsed)
     return laps
@@ -73,12 +78,7 @@ def ratio(laps: dict[str, list[float]], name: str, base: str) -> Spread:
 
 def report(case: Mapping[str, Any], line: str) -> None:
     """Print one case as JSON, then the same for people."""
-    print(json.dumps({**case, "machine": machine()}))
+    machine = f"{os.cpu_count()}-core {platform.machine()} CPU"
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    print(json.dumps({**case, "machine": machine, "python": platform.python_version(), **versions}))
     print(f"# {line}", flush=True)
-
-
-def machine() -> str:
-    """Where this ran, as far as it matters."""
-    import torch
-
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"

@@ -27,7 +27,16 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = ("errors", "estimate", "sampling", "statistics", "corrections", "metrics")
-FORBIDDEN_IN_MATHEMATICS = {"diffusers", "transformers", "logging", "tqdm", "safetensors", "json", "os", "io"}
+FORBIDDEN_IN_MATHEMATICS = {
+    "diffusers",
+    "transformers",
+    "logging",
+    "tqdm",
+    "safetensors",
+    "json",
+    "os",
+    "io",
+}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 
 
@@ -51,7 +60,12 @@ def violations(path, found):
     level = LEVEL[home(path)]
     for line, module in found:
         parts = module.split(".")
-        if parts[0] == "evenkeel" and len(parts) > 1 and parts[1] in LEVEL and LEVEL[parts[1]] > level:
+        if (
+            parts[0] == "evenkeel"
+            and len(parts) > 1
+            and parts[1] in LEVEL
+            and LEVEL[parts[1]] > level
+        ):
             yield f"{path.name}:{line} imports {module}"
 
 

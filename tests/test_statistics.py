@@ -148,8 +148,7 @@ def test_merging_any_split_in_any_order_gives_the_moments_of_the_union(
     e = e + offset
     edges = [0, *sorted(set(cuts)), 40]
     parts = [
-        PairedMoments.of(*(t[:, a:b] for t in (e, d, x)))
-        for a, b in itertools.pairwise(edges)
+        PairedMoments.of(*(t[:, a:b] for t in (e, d, x))) for a, b in itertools.pairwise(edges)
     ]
     order.shuffle(parts)  # type: ignore[attr-defined]
     merged = parts[0]

@@ -33,7 +33,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "yellow": (0.96, 0.86, 0.20),
     "purple": (0.58, 0.18, 0.70),
 }
-SIZES = {"small": 17.0, "large": 24.0}  # height of the 8x8 scan's box in pixels
+SIZES = ("small", "large")
 POSITIONS = {  # centre of the box, in units of the free margin left and right of the middle
     "centre": (0.0, 0.0),
     "top left": (-0.85, -0.85),
@@ -41,17 +41,41 @@ POSITIONS = {  # centre of the box, in units of the free margin left and right o
     "bottom left": (-0.85, 0.85),
     "bottom right": (0.85, 0.85),
 }
-SLANTS = {"upright": 0.0, "left": 0.38, "right": -0.38}  # shear of x by y (rows grow downwards)
+SLANTS = ("upright", "left", "right")
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "digit": DIGITS,
     "colour": tuple(COLOURS),
     "background": tuple(COLOURS),
-    "size": tuple(SIZES),
+    "size": SIZES,
     "position": tuple(POSITIONS),
-    "slant": tuple(SLANTS),
+    "slant": SLANTS,
 }
 UNSPECIFIED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How attributes become geometry.
+
+    Attributes:
+        boxes: height of the scan's box in pixels, per size.
+        slants: shear of x by y (rows grow downwards), per slant.
+        box_jitter, shift_jitter, slant_jitter: half widths of uniform jitters, so that no two
+            pictures are equal.
+
+    """
+
+    boxes: tuple[float, float]
+    slants: tuple[float, float, float]
+    box_jitter: float
+    shift_jitter: float
+    slant_jitter: float
+
+
+# What captions speak of, and a wider range on which the autoencoder is trained.
+CAPTIONED = Placement((20.0, 28.0), (0.0, 0.3, -0.3), 0.5, 0.3, 0.04)
+WIDE = Placement((17.0, 24.0), (0.0, 0.38, -0.38), 1.0, 0.7, 0.08)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +113,13 @@ def sample_attributes(n: int, rng: Generator) -> dict[str, Tensor]:
     return {k: torch.from_numpy(v.astype(np.int64)) for k, v in drawn.items()}
 
 
-def render(scans: Tensor, attributes: dict[str, Tensor], rng: Generator) -> Tensor:
-    """Draw scans (n, 8, 8) with the given attributes; returns (n, 3, 32, 32) float32 in [0, 1].
-
-    Size, place, slant and colours are jittered a little, so that no two pictures are equal.
-    """
+def render(
+    scans: Tensor,
+    attributes: dict[str, Tensor],
+    rng: Generator,
+    placement: Placement = CAPTIONED,
+) -> Tensor:
+    """Draw scans (n, 8, 8) with the given attributes; returns (n, 3, 32, 32) float32 in [0, 1]."""
     n = len(scans)
 
     def table(values: Sequence[float], key: str) -> Tensor:
@@ -102,11 +128,15 @@ def render(scans: Tensor, attributes: dict[str, Tensor], rng: Generator) -> Tens
     def jitter(scale: float) -> Tensor:
         return torch.from_numpy(rng.uniform(-scale, scale, n).astype(np.float32))
 
-    box = table(list(SIZES.values()), "size") + jitter(1.0)
+    box = table(placement.boxes, "size") + jitter(placement.box_jitter)
     margin = (IMAGE_SIZE - box) / 2
-    centre_x = table([x for x, _ in POSITIONS.values()], "position") * margin + jitter(0.7)
-    centre_y = table([y for _, y in POSITIONS.values()], "position") * margin + jitter(0.7)
-    shear = table(list(SLANTS.values()), "slant") + jitter(0.08)
+    centre_x = table([x for x, _ in POSITIONS.values()], "position") * margin + jitter(
+        placement.shift_jitter
+    )
+    centre_y = table([y for _, y in POSITIONS.values()], "position") * margin + jitter(
+        placement.shift_jitter
+    )
+    shear = table(placement.slants, "slant") + jitter(placement.slant_jitter)
 
     # Output pixel -> scan coordinate, both in [-1, 1]: undo the shift, the scale and the shear.
     scale, zero = IMAGE_SIZE / box, torch.zeros(n)
@@ -139,9 +169,9 @@ def draw_scans(digits: Tensor, scans: Scans, rng: Generator) -> Tensor:
 
 
 def sample_pictures(
-    n: int, rng: Generator, *, held_out: bool = False
+    n: int, rng: Generator, *, held_out: bool = False, placement: Placement = CAPTIONED
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw ``n`` pictures (n, 3, 32, 32) in [0, 1] and their attributes."""
     attributes = sample_attributes(n, rng)
     scans = draw_scans(attributes["digit"], load_scans(held_out), rng)
-    return render(scans, attributes, rng), attributes
+    return render(scans, attributes, rng, placement), attributes

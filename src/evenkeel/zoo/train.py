@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from evenkeel.zoo import networks
 from evenkeel.zoo.captions import sample_mentions, write_caption
-from evenkeel.zoo.handwriting import ATTRIBUTES, sample_attributes, sample_pictures
+from evenkeel.zoo.handwriting import ATTRIBUTES, WIDE, sample_attributes, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
 EVALUATOR = Recipe(steps=1600, learning_rate=2e-3, seed=13, weight_decay=1e-2)
-DENOISER = Recipe(steps=9000, learning_rate=1e-3, seed=14, ema=0.999)
+DENOISER = Recipe(steps=9500, learning_rate=1e-3, seed=14, ema=0.999)
 BATCH = 128
 DENOISER_BATCH = 64
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
@@ -101,7 +101,7 @@ def train_autoencoder(work: Path) -> Any:
     vae = networks.build_autoencoder()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
-        pictures, _ = sample_pictures(64, rng)
+        pictures, _ = sample_pictures(64, rng, placement=WIDE)
         x = pictures.to(vae.device) * 2 - 1
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
@@ -150,7 +150,7 @@ def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
 
 
 def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
-    """Epsilon prediction on latents encoded once, captions dropped at random for guidance."""
+    """Epsilon prediction on latents encoded once; captions dropped at random for guidance."""
     from diffusers import DDPMScheduler
 
     latents, ids, masks = _latent_pool(work, tokenizer, vae)
@@ -175,11 +175,9 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
         with torch.no_grad():
             captions = encoder.to(device)(tokens, attention_mask=mask).last_hidden_state
         x, noise = latents[rows].to(device), torch.randn(latents[rows].shape).to(device)
-        # Stratified steps: one per stretch of the schedule, less noise in the gradient.
-        strata = torch.from_numpy(
-            (rng.permutation(DENOISER_BATCH) + rng.random(DENOISER_BATCH)) / DENOISER_BATCH
-        )
-        t = (strata * 1000).long().to(device)
+        # Stratified: one timestep per stretch of the schedule, less noise in the gradient.
+        strata = (rng.permutation(DENOISER_BATCH) + rng.random(DENOISER_BATCH)) / DENOISER_BATCH
+        t = torch.from_numpy((strata * 1000).astype(np.int64)).to(device)
         noisy = noise_schedule.add_noise(x, noise, t)
         predicted = module(
             noisy,
@@ -189,7 +187,10 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return F.mse_loss(predicted, noise)
+        # Weighted as an error of v = alpha eps - sigma x0: every noise level counts about the same.
+        signal = noise_schedule.alphas_cumprod.to(device)[t]
+        squared: Tensor = (predicted - noise).pow(2).mean((1, 2, 3))
+        return (squared / signal).mean()
 
     return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()
 
