@@ -28,7 +28,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
-STEPS, REPEATS = 20, 100
+STEPS, REPEATS = 20, 300
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CASES: list[tuple[str, Callable[[], Any], tuple[int, ...], LatentLayout]] = [
     (

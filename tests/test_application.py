@@ -297,6 +297,15 @@ def test_removing_first_silences_the_warning(sdxl: Rig, order: str) -> None:
         sdxl.sample()
 
 
+def test_removing_through_a_pipeline_that_shares_the_scheduler_is_no_swap(sdxl: Rig) -> None:
+    plain = sdxl.sample()
+    evenkeel.apply(sdxl.pipe, sdxl.strong)
+    evenkeel.remove(diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(sdxl.pipe))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(sdxl.sample(), plain)
+
+
 def test_applying_again_after_a_swap_corrects_the_new_scheduler(sdxl: Rig) -> None:
     evenkeel.apply(sdxl.pipe, sdxl.strong)
     corrected = sdxl.sample()

@@ -156,7 +156,7 @@ def _why_not(law: StepLaw, k: int, options: DriftOptions, outside: bool) -> str:
     start = int(law.anchor[k])
     if law.sampler in _PREDICTOR_CORRECTOR or k - start > LONGEST_LAG:
         return "predictor-corrector: the state that it advances never leaves the sampler"
-    if False:
+    if law.intermediate[k]:
         return "intermediate stage: its result is only a place to evaluate the network"
     if law.noise_weights[k] > 1e-9 and law.has_history:
         return "stochastic multistep solver: it already adds noise, drift scaling is not defined"

@@ -190,7 +190,8 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
         # Weighted as an error of v = alpha eps - sigma x0: every noise level counts about the same.
         signal = noise_schedule.alphas_cumprod.to(device)[t]
         squared: Tensor = (predicted - noise).pow(2).mean((1, 2, 3))
-        return (squared / signal).mean()
+        weighted: Tensor = (squared / signal).mean()
+        return weighted
 
     return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()
 
