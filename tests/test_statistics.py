@@ -310,26 +310,28 @@ def kept_covariances(e: Tensor, d: Tensor, kept: Tensor) -> tuple[float, float, 
     return float(found[0, 0]), float(found[0, 1]), float(found[1, 1])
 
 
+@pytest.mark.parametrize("off", [0.0, 1.7], ids=["pilot like the rest", "pilot far off"])
 @pytest.mark.parametrize("spread", [1.0, 2.5, 4.0])
-def test_trimmed_covariances_equal_a_two_pass_fit_within_one_bin(spread: float) -> None:
+def test_trimmed_covariances_equal_a_two_pass_fit_within_one_bin(spread: float, off: float) -> None:
     e, d = heavy_tailed()
-    frame = framed(e, d)
+    own = framed(e, d)
+    frame = Frame(own.mean_d - off * own.std_d, (1 + off) * own.std_d, own.mean_e, own.std_e)
     ee, ed, dd, share = ErrorHistogram.of(frame, e, d).trimmed_covariances(spread)
     half_bin = REACH / BINS
     for step in range(2):
         for channel in range(3):
             a, b = e[:, step, channel].flatten(), d[:, step, channel].flatten()
-            std = float(frame.std_d[step, channel])
-            z = (b - frame.mean_d[step, channel]) / std
+            z = (b - frame.mean_d[step, channel]) / frame.std_d[step, channel]
             centre = (torch.floor(z / (2 * half_bin)) + 0.5) * 2 * half_bin
-            spread_of_all = float(b.std(correction=0)) / std
-            kept = (centre.abs() <= spread * spread_of_all) & (z.abs() <= REACH)
+            edge = spread * float(z.std(correction=0))
+            kept = ((centre - z.mean()).abs() <= edge) & (z.abs() <= REACH)
             wanted = kept_covariances(a, b, kept)
             found = [float(t[step, channel]) for t in (ee, ed, dd)]
             assert found == pytest.approx(wanted, rel=1e-4)
             assert float(share[step, channel]) == pytest.approx(float(kept.double().mean()))
-            narrow = kept_covariances(a, b, z.abs() <= spread - 1.01 * half_bin)
-            broad = kept_covariances(a, b, z.abs() <= spread + 1.01 * half_bin)
+            from_mean = (z - z.mean()).abs()
+            narrow = kept_covariances(a, b, from_mean <= edge - 1.01 * half_bin)
+            broad = kept_covariances(a, b, from_mean <= edge + 1.01 * half_bin)
             assert narrow[2] * (1 - 1e-6) <= found[2] <= broad[2] * (1 + 1e-6)
             assert found[2] < 0.999 * float(b.var())  # something was trimmed
 

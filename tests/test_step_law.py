@@ -350,6 +350,20 @@ def test_anchor_is_the_state_that_a_step_advances(name: str, expected: list[int]
     assert law.intermediate[:5].tolist() == starts_over
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++"])
+def test_anchor_does_not_depend_on_what_is_predicted(algorithm: str, prediction: str) -> None:
+    """The second stage converts its output with the sample it is handed; it does not advance it."""
+    scheduler = d.DPMSolverSinglestepScheduler(
+        algorithm_type=algorithm,
+        prediction_type=prediction,
+        lower_order_final=True,
+        final_sigmas_type="sigma_min",
+        **SD_BETAS,
+    )
+    assert probed(scheduler).anchor[:8].tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+
+
 # --- refused ---
 
 

@@ -123,9 +123,10 @@ def _intercepted(
     output, sample = arguments["model_output"], arguments["sample"]
     dtype = sample.dtype
     extra = {k: v for k, v in arguments.items() if k not in _FIXED}
+    wide = False
     for interceptor in interceptors:
         interceptor.before(scheduler, arguments["timestep"], output, sample, extra)
-    wide = any(i.wide() for i in interceptors)
+        wide = interceptor.wide() or wide
     if wide:
         # 1 + c of Q-Drift's size is lost in bfloat16's rounding: compute in float32, cast once.
         output, sample = _widened(output), _widened(sample)
