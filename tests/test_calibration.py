@@ -529,7 +529,7 @@ def test_an_unknown_trajectory_and_an_unknown_argument_are_named(
 def test_several_processes_need_a_folder(
     dit: TinyPipeline, twin: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evenkeel.calibration._process", lambda: (0, 2))
+    monkeypatch.setattr("evenkeel.calibration.run.process", lambda: (0, 2))
     with pytest.raises(CalibrationError, match="resume=<folder>"):
         measure(dit, twin)
 

@@ -54,6 +54,7 @@ class Provenance:
         dtype: of the samples that entered the scheduler.
         elements: latent elements per channel of one prompt.
         versions: of the libraries; informative, not compared.
+        correction: name and options of what was applied along a corrected trajectory, else "".
 
     """
 
@@ -77,6 +78,7 @@ class Provenance:
     dtype: str
     elements: int
     versions: dict[str, str]
+    correction: str = ""
 
 
 @dataclass(frozen=True)

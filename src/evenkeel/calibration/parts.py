@@ -1,0 +1,128 @@
+"""Finished batches: kept in a folder against kills, shared between processes, merged at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenkeel.calibration.settings import Settings, config_of, json_safe
+from evenkeel.errors import CalibrationError
+from evenkeel.hosts.interception import (
+    plain_class,
+)
+from evenkeel.hosts.pipelines import (
+    Prompt,
+)
+from evenkeel.record import (
+    Record,
+    canonical_order,
+    prompt_key,
+)
+from evenkeel.statistics.histogram import Frame
+
+
+def first_frame(parts: list[Record | None], folder: Path | None) -> Frame:
+    """The pilot frame that the first batch made, in this process or in another."""
+    first = parts[0]
+    if first is None:
+        assert folder is not None
+        first = Record.load(folder / "part-00000.safetensors")
+    return first.frame
+
+
+def merged(parts: list[Record | None], folder: Path | None, n: int) -> Record:
+    """All parts as one record, rows in canonical order."""
+    record: Record | None = None
+    for index in range(n):
+        part = parts[index]
+        if part is None:
+            assert folder is not None
+            part = Record.load(folder / f"part-{index:05d}.safetensors")
+        record = part if record is None else record.merge(part)
+    assert record is not None
+    order = canonical_order(record.prompt_keys, record.seeds)
+    assert torch.equal(order, torch.arange(len(order)))
+    return record
+
+
+def part_folder(resume: str | os.PathLike[str] | None, world: int) -> Path | None:
+    """Where finished batches go; several processes cannot do without."""
+    if resume is None and world > 1:
+        raise CalibrationError(
+            "several processes exchange finished batches through a folder: pass resume=<folder>, the "
+            "same for all of them."
+        )
+    return None if resume is None else Path(resume)
+
+
+def claim_folder(
+    folder: Path,
+    pipeline: Any,
+    settings: Settings,
+    batches: list[tuple[list[Prompt], int]],
+    twins: tuple[str, str],
+) -> None:
+    """Mark the folder as this calibration's, or refuse one that belongs to another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = json.dumps(
+        {
+            "pipeline": type(pipeline).__name__,
+            "scheduler": [
+                plain_class(pipeline.scheduler).__name__,
+                config_of(pipeline.scheduler),
+            ],
+            "correction": hashlib.sha256(repr(settings.correction).encode()).hexdigest(),
+            "layout": None if settings.layout is None else settings.layout.to_dict(),
+            "steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "trajectory": settings.trajectory,
+            "call": json_safe(settings.call),
+            "histograms": settings.histograms,
+            "twins": twins,
+            "prompts": [
+                [b[1], *(bytes(prompt_key(str(p)).tolist()).hex() for p in b[0])] for b in batches
+            ],
+        },
+        sort_keys=True,
+    )
+    path = folder / "calibration.json"
+    if path.exists() and path.read_text() != claim:
+        raise CalibrationError(
+            f"{folder} holds the finished batches of another calibration (other models, prompts or "
+            f"settings). Remove it, or pass another folder."
+        )
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(claim)
+    os.replace(partial, path)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what calibration wrote, and the folder itself unless it holds something else."""
+    for pattern in ("part-*.safetensors*", "calibration.json*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def process() -> tuple[int, int]:
+    """Rank and number of processes under torchrun; joins the group if the launcher set one up."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available():
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier(world: int) -> None:
+    """Wait for all processes."""
+    if world > 1:
+        torch.distributed.barrier()

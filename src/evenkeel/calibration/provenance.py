@@ -1,0 +1,58 @@
+"""What a record of this calibration is for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from evenkeel.calibration.settings import Settings, config_of, correction_text, json_safe
+from evenkeel.hosts.layouts import LatentLayout
+from evenkeel.hosts.pipelines import (
+    denoiser_name,
+    quantizer_text,
+)
+from evenkeel.record import (
+    Provenance,
+)
+from evenkeel.sampling.step_law import StepLaw
+
+
+def provenance_of(
+    pipeline: Any,
+    quantized: nn.Module,
+    law: StepLaw,
+    x: Tensor,
+    layout: LatentLayout,
+    settings: Settings,
+    twins: tuple[str, str],
+) -> Provenance:
+    """Everything two records must agree on before they may be merged or applied."""
+    scheduler = pipeline.scheduler
+    return Provenance(
+        pipeline_class=type(pipeline).__name__,
+        denoiser=denoiser_name(pipeline),
+        reference=twins[0],
+        quantized=twins[1],
+        quantizer=quantizer_text(quantized),
+        scheduler_class=type(scheduler).__name__,
+        scheduler_config=config_of(scheduler),
+        prediction=law.prediction,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        timesteps=law.timesteps.tolist(),
+        alpha=law.alpha[:-1].tolist(),
+        sigma=law.sigma[:-1].tolist(),
+        call=json_safe(settings.call),
+        trajectory=settings.trajectory,
+        layout=layout.to_dict(),
+        latent_shape=list(x.shape[2:]),
+        dtype=str(x.dtype).removeprefix("torch."),
+        elements=x[0, 0].numel() // layout.channels,
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("evenkeel", "diffusers", "torch", "transformers")
+        },
+        correction=correction_text(settings.correction),
+    )

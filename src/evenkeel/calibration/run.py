@@ -1,0 +1,198 @@
+"""Calibrate: run the full-precision and the quantized denoiser side by side and keep statistics.
+
+Both see the same states, after guidance and everything else the pipeline does, because the second
+run is led through the states of the first (``hosts.tape``). Raw outputs are dropped as soon as their
+moments are taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from evenkeel.calibration.batch import calibrate_batch, with_noise_floor
+from evenkeel.calibration.parts import (
+    barrier,
+    claim_folder,
+    first_frame,
+    merged,
+    part_folder,
+    process,
+    tidy,
+)
+from evenkeel.calibration.settings import TRAJECTORIES, Settings
+from evenkeel.corrections.plan import Correction
+from evenkeel.errors import CalibrationError
+from evenkeel.hosts.interception import (
+    install,
+    installed,
+    uninstall,
+)
+from evenkeel.hosts.layouts import LatentLayout
+from evenkeel.hosts.pipelines import (
+    Prompt,
+    call_parameters,
+    denoiser_of,
+    fingerprint,
+    quiet,
+)
+from evenkeel.record import (
+    Record,
+)
+
+
+def calibrate(
+    pipeline: Any,
+    *,
+    quantized: nn.Module,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    trajectory: str = "full-precision",
+    correction: Correction | None = None,
+    histograms: bool = True,
+    side_by_side: bool = True,
+    call: dict[str, Any] | None = None,
+    layout: LatentLayout | None = None,
+    pilot: Record | None = None,
+    noise_floor_limit: float = 0.05,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Record:
+    """Measure the quantization error of ``quantized`` along ``pipeline``'s own trajectories.
+
+    Prompt i starts from noise of seed ``seed + i``, whatever the batch size. Under torchrun the
+    batches are shared between the processes and every process returns the whole record.
+
+    Args:
+        pipeline: a diffusers pipeline with its full-precision denoiser.
+        quantized: the quantized denoiser, same call signature.
+        prompts: texts, or class labels for class-conditional pipelines.
+        num_inference_steps: as passed to the pipeline.
+        guidance_scale: as passed to the pipeline; None uses the pipeline's default.
+        seed: of the first prompt's initial noise.
+        batch_size: prompts per pipeline call.
+        trajectory: whose outputs advance the sample: ``full-precision`` (as published),
+            ``quantized``, or ``corrected`` (quantized with ``correction`` applied).
+        correction: needed for, and only for, ``corrected``.
+        histograms: also keep error histograms, for trimming.
+        side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
+        call: further arguments of the pipeline call, such as ``{"height": 512}``.
+        layout: where the latent's channels are; found by itself for known pipelines.
+        pilot: a record whose histogram frame to use, so that the two can be merged.
+        noise_floor_limit: how much two runs of the same denoiser may differ, relative to the error.
+        resume: a folder for finished batches. After a kill, the same call continues there and gives
+            the bit-identical record; the folder is removed at the end.
+        progress: show a bar.
+
+    Returns:
+        The record; save it with ``record.save(path)``.
+
+    Raises:
+        CalibrationError: no prompts, identical twins, non-finite outputs, outputs of another shape,
+            a pipeline that is not repeatable, a resume folder of another calibration.
+        UnsupportedPipeline, UnsupportedSampler: see there.
+
+    Example: see ``examples/three_lines.py``.
+
+    """
+    _check_arguments(prompts, quantized, denoiser_of(pipeline), trajectory, correction, batch_size)
+    if guidance_scale is None:
+        default = call_parameters(pipeline).get("guidance_scale")
+        if default is not None and isinstance(default.default, (int, float)):
+            guidance_scale = float(default.default)
+    settings = Settings(
+        num_inference_steps,
+        guidance_scale,
+        dict(call or {}),
+        trajectory,
+        correction,
+        layout,
+        histograms,
+        side_by_side,
+    )
+    rank, world = process()
+    starts = range(0, len(prompts), batch_size)
+    batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
+    folder = part_folder(resume, world)
+    twins = fingerprint(denoiser_of(pipeline)), fingerprint(quantized)
+    if twins[0] == twins[1]:
+        raise CalibrationError(
+            "the quantized denoiser is identical to the full-precision one: nothing was quantized, "
+            "or the same object was passed twice."
+        )
+    if folder is not None:
+        claim_folder(folder, pipeline, settings, batches, twins)
+    before = installed(pipeline.scheduler)
+    parts: list[Record | None] = [None] * len(batches)
+    frame = pilot.frame if pilot is not None else None
+    try:
+        with quiet(pipeline):
+            mine = [0, *(i for i in range(1, len(batches)) if i % world == rank)]
+            if rank != 0:
+                barrier(world)  # the first batch makes the frame that all histograms share
+                mine = mine[1:]
+            bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
+            for index in bar:
+                path = None if folder is None else folder / f"part-{index:05d}.safetensors"
+                if frame is None and index != 0:
+                    frame = first_frame(parts, folder)
+                if path is not None and path.exists():
+                    parts[index] = Record.load(path)
+                else:
+                    part = calibrate_batch(
+                        pipeline, quantized, batches[index], settings, twins, frame
+                    )
+                    if index == 0:
+                        part = with_noise_floor(
+                            part, pipeline, batches[0], settings, noise_floor_limit
+                        )
+                    parts[index] = part
+                    if path is not None:
+                        part.save(path)
+                if index == 0 and rank == 0:
+                    barrier(world)
+        barrier(world)
+    finally:
+        uninstall(pipeline.scheduler)
+        if before:
+            install(pipeline.scheduler, *before)
+    record = merged(parts, folder, len(batches))
+    barrier(world)
+    if folder is not None and rank == 0:
+        tidy(folder)
+    return record
+
+
+def _check_arguments(
+    prompts: Sequence[Prompt],
+    quantized: nn.Module,
+    reference: nn.Module,
+    trajectory: str,
+    correction: Correction | None,
+    batch_size: int,
+) -> None:
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise CalibrationError(
+            f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
+        )
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
+    if trajectory not in TRAJECTORIES:
+        raise CalibrationError(f"trajectory must be one of {TRAJECTORIES}, got {trajectory!r}.")
+    if (trajectory == "corrected") != (correction is not None):
+        raise CalibrationError(
+            f"trajectory={trajectory!r} with correction={correction!r}: pass a correction for, and "
+            f"only for, trajectory='corrected'."
+        )
+    if quantized is reference:
+        raise CalibrationError(
+            "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "
+            "full-precision one in the pipeline."
+        )
