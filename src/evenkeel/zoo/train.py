@@ -28,7 +28,12 @@ from evenkeel.zoo.training import Recipe, fit
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
 EVALUATOR = Recipe(steps=1600, learning_rate=2e-3, seed=13, weight_decay=1e-2)
-DENOISER = Recipe(steps=9500, learning_rate=1e-3, seed=14, ema=0.999)
+# Cosine with one warm restart (Loshchilov & Hutter 2017): colours and places are learnt first, digits last.
+DENOISER = (
+    Recipe(steps=9500, learning_rate=1e-3, seed=14, ema=0.999),
+    Recipe(steps=9000, learning_rate=1e-3, seed=15, ema=0.999),
+)
+DENOISER_RUNS = ("denoiser", "denoiser-restart")
 BATCH = 128
 DENOISER_BATCH = 64
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
@@ -160,7 +165,7 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
         beta_end=networks.SCHEDULER["beta_end"],
         beta_schedule=networks.SCHEDULER["beta_schedule"],
     )
-    torch.manual_seed(DENOISER.seed)
+    torch.manual_seed(DENOISER[0].seed)
     denoiser = networks.build_denoiser()
     # As the original: modulation and output start at zero.
     nn.init.zeros_(denoiser.proj_out.weight)
@@ -193,13 +198,15 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
         weighted: Tensor = (squared / signal).mean()
         return weighted
 
-    return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()
+    for recipe, name in zip(DENOISER, DENOISER_RUNS, strict=True):
+        denoiser = fit(denoiser, loss, recipe, work / name)
+    return denoiser.cpu()
 
 
 def _latent_pool(work: Path, tokenizer: Any, vae: Any) -> tuple[Tensor, Tensor, Tensor]:
     path = work / "latents.safetensors"
     if not path.exists():
-        rng = np.random.default_rng(DENOISER.seed)
+        rng = np.random.default_rng(DENOISER[0].seed)
         pictures, attributes = sample_pictures(POOL, rng)
         captions, _ = mention(attributes, rng)
         ids, masks = tokenize(tokenizer, captions)
@@ -230,7 +237,7 @@ def train_pixart_sigma(work: Path, out: Path) -> None:
     pipe.save_pretrained(out)
     save_file(evaluator.state_dict(), out / "evaluator.safetensors")
     curves = {}
-    for name in ("text_encoder", "autoencoder", "evaluator", "denoiser"):
+    for name in ("text_encoder", "autoencoder", "evaluator", *DENOISER_RUNS):
         shutil.copy(work / name / "loss.jsonl", out / f"loss-{name}.jsonl")
         curves[name] = json.loads((work / name / "loss.jsonl").read_text().splitlines()[-1])
     training = {
