@@ -27,28 +27,52 @@ from evenkeel.record import (
 from evenkeel.statistics.histogram import Frame
 
 
-def first_frame(parts: list[Record | None], folder: Path | None) -> Frame:
-    """The pilot frame that the first batch made, in this process or in another."""
-    first = parts[0]
-    if first is None:
-        assert folder is not None
-        first = Record.load(folder / "part-00000.safetensors")
-    return first.frame
+class Parts:
+    """The finished batches of one calibration: in a folder, or folded into one record as they come.
 
+    Batches must be put in order. Nothing grows with the number of batches but the record itself.
+    """
 
-def merged(parts: list[Record | None], folder: Path | None, n: int) -> Record:
-    """All parts as one record, rows in canonical order."""
-    record: Record | None = None
-    for index in range(n):
-        part = parts[index]
-        if part is None:
-            assert folder is not None
-            part = Record.load(folder / f"part-{index:05d}.safetensors")
-        record = part if record is None else record.merge(part)
-    assert record is not None
-    order = canonical_order(record.prompt_keys, record.seeds)
-    assert torch.equal(order, torch.arange(len(order)))
-    return record
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._folded: Record | None = None
+
+    def path(self, index: int) -> Path | None:
+        """The file of one batch; None when nothing is kept on disk."""
+        return None if self._folder is None else self._folder / f"part-{index:05d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        """Whether an earlier run, or another process, finished this batch."""
+        path = self.path(index)
+        return path is not None and path.exists()
+
+    def put(self, index: int, part: Record) -> None:
+        """Keep a finished batch."""
+        path = self.path(index)
+        if path is not None:
+            part.save(path)
+        else:
+            self._folded = part if self._folded is None else self._folded.merge(part)
+
+    def frame(self) -> Frame:
+        """The pilot frame that the first batch made, in this process or in another."""
+        path = self.path(0)
+        first = self._folded if path is None else Record.load(path)
+        assert first is not None
+        return first.frame
+
+    def merged(self, n: int) -> Record:
+        """All ``n`` batches as one record, rows in canonical order."""
+        record = self._folded
+        for index in range(n):
+            path = self.path(index)
+            if path is not None:
+                part = Record.load(path)
+                record = part if record is None else record.merge(part)
+        assert record is not None
+        order = canonical_order(record.prompt_keys, record.seeds)
+        assert torch.equal(order, torch.arange(len(order)))
+        return record
 
 
 def part_folder(resume: str | os.PathLike[str] | None, world: int) -> Path | None:

@@ -16,10 +16,9 @@ from tqdm.auto import tqdm
 
 from evenkeel.calibration.batch import calibrate_batch, with_noise_floor
 from evenkeel.calibration.parts import (
+    Parts,
     barrier,
     claim_folder,
-    first_frame,
-    merged,
     part_folder,
     process,
     tidy,
@@ -130,7 +129,7 @@ def calibrate(
     if folder is not None:
         claim_folder(folder, pipeline, settings, batches, twins)
     before = installed(pipeline.scheduler)
-    parts: list[Record | None] = [None] * len(batches)
+    parts = Parts(folder)
     frame = pilot.frame if pilot is not None else None
     try:
         with quiet(pipeline):
@@ -140,22 +139,14 @@ def calibrate(
                 mine = mine[1:]
             bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
             for index in bar:
-                path = None if folder is None else folder / f"part-{index:05d}.safetensors"
-                if frame is None and index != 0:
-                    frame = first_frame(parts, folder)
-                if path is not None and path.exists():
-                    parts[index] = Record.load(path)
-                else:
-                    part = calibrate_batch(
-                        pipeline, quantized, batches[index], settings, twins, frame
-                    )
+                if not parts.has(index):
+                    if frame is None and index != 0:
+                        frame = parts.frame()
+                    batch = batches[index]
+                    part = calibrate_batch(pipeline, quantized, batch, settings, twins, frame)
                     if index == 0:
-                        part = with_noise_floor(
-                            part, pipeline, batches[0], settings, noise_floor_limit
-                        )
-                    parts[index] = part
-                    if path is not None:
-                        part.save(path)
+                        part = with_noise_floor(part, pipeline, batch, settings, noise_floor_limit)
+                    parts.put(index, part)
                 if index == 0 and rank == 0:
                     barrier(world)
         barrier(world)
@@ -163,7 +154,7 @@ def calibrate(
         uninstall(pipeline.scheduler)
         if before:
             install(pipeline.scheduler, *before)
-    record = merged(parts, folder, len(batches))
+    record = parts.merged(len(batches))
     barrier(world)
     if folder is not None and rank == 0:
         tidy(folder)
