@@ -1,4 +1,4 @@
-"""What do Q-Drift and exact drift change on the embedded pipeline? W3A4, W4A4 and W4A8, 2,000 images per arm.
+"""What Q-Drift and exact drift change on the embedded pipeline: W3A4, W4A4, W4A8, 2,000 images per arm.
 
 Frozen: 32 calibration captions (seed 0), 2,000 other captions (seed 1), the same noise in every arm,
 DPM-Solver++ 2M, 20 steps, guidance 4.5. Every arm's images are kept in --work, so an interrupted run
