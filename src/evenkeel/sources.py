@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
-from evenkeel.hosts.pipelines import call_parameters, denoiser_of
+from evenkeel.hosts.pipelines import call_parameters, denoiser_of, load
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
@@ -24,19 +24,17 @@ def load_pipeline(source: str, dtype: str = "float32") -> Any:
 
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     local = source.startswith("zoo:") or Path(source).exists()
     place = zoo.path_of(source[4:]) if source.startswith("zoo:") else source
     try:
-        return DiffusionPipeline.from_pretrained(
-            place, local_files_only=local, torch_dtype=getattr(torch, dtype)
-        )
+        pipeline = load(place, local_files_only=local)
     except (OSError, ValueError) as e:
         raise UnsupportedPipeline(
             f"{source!r} is not a pipeline that diffusers can load: {_first_line(e)}. Give zoo:NAME, a "
             f"folder with a model_index.json, or the id of a pipeline on the hub."
         ) from e
+    return pipeline if dtype == "float32" else pipeline.to(getattr(torch, dtype))
 
 
 def load_denoiser(source: str, pipeline: Any) -> nn.Module:
@@ -65,9 +63,7 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
 
 def is_handwriting(pipeline: Any) -> Path | None:
     """The folder of a pipeline that brings the handwriting evaluator along, or None."""
-    folder = Path(
-        str(getattr(pipeline, "_name_or_path", "") or pipeline.config.get("_name_or_path", ""))
-    )
+    folder = Path(str(pipeline.config.get("_name_or_path", "")))
     return folder if (folder / "evaluator.safetensors").is_file() else None
 
 

@@ -17,6 +17,22 @@ from evenkeel.errors import UnsupportedPipeline
 Prompt = str | int
 
 
+def load(place: Any, **options: Any) -> Any:
+    """``DiffusionPipeline.from_pretrained`` without the loading bars of two libraries."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    chatty = [x for x in (diffusers_logging, transformers_logging) if x.is_progress_bar_enabled()]
+    for library in chatty:
+        library.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(place, **options)
+    finally:
+        for library in chatty:
+            library.enable_progress_bar()
+
+
 def denoiser_name(pipeline: Any) -> str:
     """Name of the component that predicts: ``transformer`` or ``unet``.
 

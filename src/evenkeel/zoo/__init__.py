@@ -64,6 +64,6 @@ def path_of(name: str) -> Path:
 
 def load(name: str) -> Any:
     """The pipeline, as ``DiffusionPipeline.from_pretrained`` loads any other, in evaluation mode."""
-    from diffusers import DiffusionPipeline
+    from evenkeel.hosts.pipelines import load as load_pipeline
 
-    return DiffusionPipeline.from_pretrained(path_of(name), local_files_only=True)
+    return load_pipeline(path_of(name), local_files_only=True)
