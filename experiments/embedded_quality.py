@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from evenkeel import zoo
-from evenkeel.comparison import Arm, generate
+from evenkeel.generation import Arm, generate
 from evenkeel.metrics import frechet_distance, mean_estimate
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES

@@ -20,6 +20,7 @@ LAYERS = [
     {"record"},
     {"hosts"},
     {"calibration", "application", "inspection"},
+    {"generation"},
     {"comparison", "zoo", "reports"},
     {"results", "sources"},
     {"demo"},

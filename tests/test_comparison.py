@@ -76,6 +76,9 @@ def test_images_are_kept_and_reused(tiny, quantized, tmp_path):
     assert torch.equal(first.images["quantized"], again.images["quantized"])
     with pytest.raises(MetricError, match="other prompts or settings"):
         run(tiny, quantized, folder=tmp_path, seed=5)
+    other = quantize_module(tiny.model, QuantizerSpec.parse("w8a8-g8"))[0]
+    with pytest.raises(MetricError, match="other prompts or settings"):
+        run(tiny, other, folder=tmp_path)
 
 
 def test_the_pipeline_is_as_before(tiny, quantized):

@@ -27,12 +27,12 @@ from evenkeel.errors import EvenkeelError, Incompatible, RecordError
 from evenkeel.record import (
     Provenance,
     Record,
-    _digest,
     canonical_order,
     differences,
     fixed_point_spectrum,
     prompt_key,
 )
+from evenkeel.record.layout import digest
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.histogram import BINS, ErrorHistogram, Frame
@@ -377,7 +377,7 @@ def forged(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Non
     header = json.loads(metadata["provenance"])
     change(tensors, header)
     text = json.dumps(header, sort_keys=True)
-    metadata |= {"provenance": text, "digest": _digest(text, tensors)}
+    metadata |= {"provenance": text, "digest": digest(text, tensors)}
     path.write_bytes(save_bytes(tensors, metadata))
     return path
 
@@ -436,7 +436,7 @@ def test_a_header_that_is_no_provenance_is_refused(tmp_path: Path, text: str) ->
     path = tmp_path / "r"
     tensors = load_bytes(WHOLE.save(path).read_bytes())
     metadata = {"format": "evenkeel-record", "schema_version": "1", "provenance": text}
-    metadata["digest"] = _digest(text, tensors)
+    metadata["digest"] = digest(text, tensors)
     path.write_bytes(save_bytes(tensors, metadata))
     with pytest.raises(RecordError, match="not a valid record"):
         Record.load(path)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from evenkeel import zoo
-from evenkeel.comparison import Arm, generate
 from evenkeel.errors import EvenkeelError
+from evenkeel.generation import Arm, generate
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from evenkeel.application import remove as remove
     from evenkeel.application import summary as summary
     from evenkeel.calibration import calibrate as calibrate
-    from evenkeel.comparison import Arm as Arm
     from evenkeel.comparison import compare as compare
     from evenkeel.corrections import ExactDrift as ExactDrift
     from evenkeel.corrections import Identity as Identity
     from evenkeel.corrections import QDrift as QDrift
     from evenkeel.estimate import Estimate as Estimate
+    from evenkeel.generation import Arm as Arm
     from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Arm": "comparison",
+    "Arm": "generation",
     "Estimate": "estimate",
     "ExactDrift": "corrections",
     "Identity": "corrections",

@@ -209,8 +209,8 @@ def _run_sample(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from evenkeel.comparison import Arm, generate
     from evenkeel.errors import EvenkeelError
+    from evenkeel.generation import Arm, generate
     from evenkeel.sources import load_prompts
 
     if (options.correction is None) != (options.record is None):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.application import applied
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
-from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, quiet, run_pipeline
+from evenkeel.generation import Arm as Arm
+from evenkeel.generation import generate
+from evenkeel.hosts.pipelines import Prompt, denoiser_of
 from evenkeel.metrics import (
     alignment,
     frechet_difference,
@@ -55,16 +51,6 @@ class Evaluator(Protocol):
     def matches(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor | None:
         """(n, attributes) of 0 and 1, NaN where the prompt leaves it open; None if it cannot tell."""
         ...
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to generate: which denoiser, with which correction."""
-
-    name: str
-    denoiser: nn.Module
-    correction: Correction | None = None
-    allow: tuple[str, ...] = ()
 
 
 @dataclass
@@ -169,85 +155,6 @@ def compare(
             )
     results = measure(images, seconds, prompts, evaluator, reference_images)
     return Comparison(results, images)
-
-
-def generate(
-    pipeline: Any,
-    arm: Arm,
-    prompts: Sequence[Prompt],
-    seed: int,
-    batch_size: int,
-    options: Mapping[str, Any],
-    folder: str | os.PathLike[str] | None,
-    on_batch: Callable[[], Any],
-) -> tuple[Tensor, list[float]]:
-    """Images (n, 3, H, W) uint8 of one arm, and seconds per image of every batch."""
-    made, seconds = [], []
-    with quiet(pipeline), denoiser_swapped(pipeline, arm.denoiser):
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            path = None
-            if folder is not None:
-                path = Path(folder) / arm.name / f"{start:06d}-{len(batch):03d}.safetensors"
-            key = json.dumps([seed, [str(p) for p in batch], {**options}], default=str)
-            kept = _kept(path, key)
-            if kept is None:
-                began = time.perf_counter()
-                pictures = _pictures(pipeline, arm, batch, seed + start, options)
-                each = (time.perf_counter() - began) / len(batch)
-                if path is not None:
-                    _keep(path, key, pictures, each)
-            else:
-                pictures, each = kept
-            made.append(pictures)
-            seconds.append(each)
-            on_batch()
-    return torch.cat(made), seconds
-
-
-def _pictures(
-    pipeline: Any, arm: Arm, batch: list[Prompt], seed: int, options: Mapping[str, Any]
-) -> Tensor:
-    def run() -> Any:
-        seeds = range(seed, seed + len(batch))
-        return run_pipeline(pipeline, batch, seeds, output_type="np", **options)
-
-    if arm.correction is None:
-        out = run()
-    else:
-        guidance = options["guidance_scale"]
-        with applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance):
-            out = run()
-    array = np.asarray(out)
-    if array.ndim != 4:
-        raise MetricError(
-            f"expected images (n, H, W, 3) from {type(pipeline).__name__}, got shape {array.shape}; "
-            f"compare works on images, not on video."
-        )
-    return (torch.from_numpy(array).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _keep(path: Path, key: str, pictures: Tensor, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    tensors = {
-        "images": pictures.contiguous(),
-        "seconds": torch.tensor([seconds], dtype=torch.float64),
-        "key": torch.tensor(list(key.encode()), dtype=torch.uint8),
-    }
-    save_file(tensors, partial)
-    os.replace(partial, path)
-
-
-def _kept(path: Path | None, key: str) -> tuple[Tensor, float] | None:
-    if path is None or not path.exists():
-        return None
-    found = load_file(path)
-    if bytes(found["key"].tolist()).decode() != key:
-        raise MetricError(
-            f"{path} holds images of other prompts or settings; remove that folder or use another."
-        )
-    return found["images"], float(found["seconds"])
 
 
 def measure(

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,63 +21,15 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from evenkeel.errors import Incompatible, RecordError
+from evenkeel.record.layout import FRAME, LAW, MOMENTS, digest, read_metadata, refuse_malformed
+from evenkeel.record.provenance import Provenance, differences
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.statistics.histogram import BINS, UNIT, ErrorHistogram, Frame
-from evenkeel.statistics.moments import ORDERS, PairedMoments
+from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
+from evenkeel.statistics.moments import PairedMoments
 
 SCHEMA_VERSION = 1
-_MOMENTS = tuple(f.name for f in fields(PairedMoments) if f.name != "count")
-_FRAME = tuple(f.name for f in fields(Frame))
-_LAW = tuple(f.name for f in fields(StepLaw) if f.name not in ("sampler", "prediction"))
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a record was made for. Two records with equal provenance measure the same thing.
-
-    Attributes:
-        pipeline_class: diffusers class name.
-        denoiser: name of the component, ``transformer`` or ``unet``.
-        reference, quantized: fingerprints of the two denoisers.
-        quantizer: what quantized it, as text ("unknown" if it does not say).
-        scheduler_class, scheduler_config: as configured.
-        prediction: what the raw outputs are.
-        num_inference_steps, guidance_scale: as passed to the pipeline.
-        timesteps, alpha, sigma: of the sampler's calls.
-        call: further JSON-safe arguments of the pipeline call.
-        trajectory: whose outputs advanced the sample: full-precision, quantized or corrected.
-        layout: LatentLayout fields.
-        latent_shape: of one prompt.
-        dtype: of the samples that entered the scheduler.
-        elements: latent elements per channel of one prompt.
-        versions: of the libraries; informative, not compared.
-        correction: name and options of what was applied along a corrected trajectory, else "".
-
-    """
-
-    pipeline_class: str
-    denoiser: str
-    reference: str
-    quantized: str
-    quantizer: str
-    scheduler_class: str
-    scheduler_config: dict[str, Any]
-    prediction: str
-    num_inference_steps: int
-    guidance_scale: float | None
-    timesteps: list[float]
-    alpha: list[float]
-    sigma: list[float]
-    call: dict[str, Any]
-    trajectory: str
-    layout: dict[str, int]
-    latent_shape: list[int]
-    dtype: str
-    elements: int
-    versions: dict[str, str]
-    correction: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +95,7 @@ class Record:
         if differing:
             raise Incompatible("the records measure different things:\n" + "\n".join(differing))
         same_frame = all(
-            torch.equal(getattr(self.frame, n), getattr(other.frame, n)) for n in _FRAME
+            torch.equal(getattr(self.frame, n), getattr(other.frame, n)) for n in FRAME
         )
         if not same_frame:
             raise Incompatible(
@@ -186,7 +137,7 @@ class Record:
             "format": "evenkeel-record",
             "schema_version": str(SCHEMA_VERSION),
             "provenance": header,
-            "digest": _digest(header, tensors),
+            "digest": digest(header, tensors),
         }
         partial = path.with_name(path.name + ".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +160,7 @@ class Record:
             )
         try:
             content = path.read_bytes()
-            metadata = _metadata(content)
+            metadata = read_metadata(content)
             tensors = load_bytes(content)
         except Exception as e:  # whatever a hostile file provokes in the parsers
             raise RecordError(
@@ -224,7 +175,7 @@ class Record:
                 f"{SCHEMA_VERSION}: calibrate again, or use the version that wrote it."
             )
         try:
-            genuine = metadata.get("digest") == _digest(metadata.get("provenance", ""), tensors)
+            genuine = metadata.get("digest") == digest(metadata.get("provenance", ""), tensors)
         except TypeError:  # a dtype that numpy does not have
             genuine = False
         if not genuine:
@@ -234,7 +185,7 @@ class Record:
             )
         try:
             provenance = Provenance(**json.loads(metadata["provenance"]))
-            _refuse_malformed(provenance, tensors)
+            refuse_malformed(provenance, tensors)
         except Exception as e:  # anyone can compute a digest
             raise RecordError(
                 f"{path} carries a matching digest but is not a valid record: {e}. Calibrate again."
@@ -242,19 +193,19 @@ class Record:
         return cls._from_tensors(provenance, tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"moments.{n}": getattr(self.moments, n) for n in _MOMENTS}
+        tensors = {f"moments.{n}": getattr(self.moments, n) for n in MOMENTS}
         t = self.gram.shape[-1]
         upper = torch.triu_indices(t, t)
         tensors["gram"] = self.gram[:, upper[0], upper[1]]
         tensors["prompt_keys"], tensors["seeds"] = self.prompt_keys, self.seeds
         tensors["noise_floor"] = self.noise_floor
-        tensors |= {f"frame.{n}": getattr(self.frame, n) for n in _FRAME}
+        tensors |= {f"frame.{n}": getattr(self.frame, n) for n in FRAME}
         if self.spectrum is not None:
             tensors["spectrum"] = self.spectrum
         if self.histogram is not None:
             tensors["histogram"] = self.histogram.sums
         if self.law is not None:
-            tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in _LAW}
+            tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in LAW}
         # Cloned: safetensors refuses tensors that are views of one another.
         return {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
@@ -262,17 +213,17 @@ class Record:
     def _from_tensors(cls, provenance: Provenance, tensors: dict[str, Tensor]) -> Record:
         shape = tensors["moments.mean_e"].shape
         count = torch.full(shape, provenance.elements, dtype=torch.int64)
-        moments = PairedMoments(count=count, **{n: tensors[f"moments.{n}"] for n in _MOMENTS})
+        moments = PairedMoments(count=count, **{n: tensors[f"moments.{n}"] for n in MOMENTS})
         t = shape[1]
         upper = torch.triu_indices(t, t)
         gram = torch.zeros(shape[0], t, t)
         gram[:, upper[0], upper[1]] = tensors["gram"]
         gram[:, upper[1], upper[0]] = tensors["gram"]
-        frame = Frame(**{n: tensors[f"frame.{n}"] for n in _FRAME})
+        frame = Frame(**{n: tensors[f"frame.{n}"] for n in FRAME})
         sums = tensors.get("histogram")
         law = None
         if "law.alpha" in tensors:
-            arrays = {n: tensors[f"law.{n}"].numpy() for n in _LAW}
+            arrays = {n: tensors[f"law.{n}"].numpy() for n in LAW}
             law = StepLaw(provenance.scheduler_class, provenance.prediction, **arrays)
         return cls(
             provenance=provenance,
@@ -286,15 +237,6 @@ class Record:
             noise_floor=tensors["noise_floor"],
             law=law,
         )
-
-
-def differences(a: Provenance, b: Provenance, ignore: tuple[str, ...] = ("versions",)) -> list[str]:
-    """One line per field in which two provenances differ."""
-    return [
-        f"  {f.name}: {getattr(a, f.name)!r} against {getattr(b, f.name)!r}"
-        for f in fields(Provenance)
-        if f.name not in ignore and getattr(a, f.name) != getattr(b, f.name)
-    ]
 
 
 def canonical_order(keys: Tensor, seeds: Tensor) -> Tensor:
@@ -320,83 +262,5 @@ def _spectrum_scale(frame: Frame) -> Tensor:
 
 
 def _joined(a: PairedMoments, b: PairedMoments, order: Tensor) -> PairedMoments:
-    names = ("count", *_MOMENTS)
+    names = ("count", *MOMENTS)
     return PairedMoments(**{n: torch.cat([getattr(a, n), getattr(b, n)])[order] for n in names})
-
-
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-_KINDS: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float | None": (float, int, type(None)),
-    "list[float]": list,
-    "list[int]": list,
-    "dict[str, Any]": dict,
-    "dict[str, int]": dict,
-    "dict[str, str]": dict,
-}
-
-
-def _refuse_malformed(p: Provenance, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless fields, names, dtypes, shapes and numbers are those of a record."""
-    for f in fields(Provenance):
-        if not isinstance(getattr(p, f.name), _KINDS[str(f.type)]):
-            raise ValueError(f"{f.name} is {getattr(p, f.name)!r}, expected {f.type}")
-    if set(p.layout) != {"ndim", "axis", "channels", "patch"} or p.elements < 1:
-        raise ValueError(f"layout {p.layout} of {p.elements} elements is incomplete")
-    prompts, steps, channels = tensors["moments.mean_e"].shape
-    wanted = _expected(prompts, steps, channels)
-    missing, foreign = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    optional = {"histogram", "spectrum"}
-    if not any(n in tensors for n in wanted if n.startswith("law.")):
-        optional |= {n for n in wanted if n.startswith("law.")}
-    if missing - optional or foreign:
-        raise ValueError(f"missing tensors {sorted(missing)}, unknown tensors {sorted(foreign)}")
-    for name, tensor in tensors.items():
-        dtype, shape = wanted[name]
-        shape = (steps, tensor.shape[-1]) if name == "spectrum" and tensor.dim() else shape
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or 0 in shape:
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{name} is {found}, expected {dtype} {shape}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has a value that is not finite")
-    for values in (p.timesteps, p.alpha, p.sigma):
-        if len(values) != steps or not np.isfinite(np.array(values, dtype=np.float64)).all():
-            raise ValueError(f"expected {steps} finite timesteps and levels, found {values}")
-
-
-def _expected(p: int, t: int, c: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    double, whole = torch.float64, torch.int64
-    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    wanted = {f"moments.{n}": (double, (p, t, c)) for n in _MOMENTS}
-    wanted["moments.central"] = (double, (p, t, c, len(ORDERS)))
-    wanted |= {f"frame.{n}": (double, (t, c)) for n in _FRAME}
-    return {
-        **wanted,
-        "gram": (torch.float32, (p, t * (t + 1) // 2)),
-        "prompt_keys": (torch.uint8, (p, 8)),
-        "seeds": (whole, (p,)),
-        "noise_floor": (double, (t,)),
-        **{f"law.{n}": (double, (t,)) for n in ("timesteps", "noise_weights", "sigma_down")},
-        **{f"law.{n}": (double, (t, t)) for n in ("sample_weights", "output_weights")},
-        **{f"law.{n}": (double, (t + 1,)) for n in ("alpha", "sigma")},
-        "spectrum": (whole, (t, 1)),  # any number of rings
-        "histogram": (whole, (t, c, BINS + 2, 6)),
-    }
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or size > len(content) - 8:
-        raise ValueError("the header is longer than the file")
-    header = json.loads(content[8 : 8 + size])
-    found = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return dict(found)

@@ -1,0 +1,144 @@
+"""Generate: one arm's images, batch by batch, kept in a folder so that nothing made is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evenkeel.application import applied
+from evenkeel.corrections.plan import Correction
+from evenkeel.errors import MetricError
+from evenkeel.hosts.pipelines import Prompt, denoiser_swapped, fingerprint, quiet, run_pipeline
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to generate: which denoiser, with which correction."""
+
+    name: str
+    denoiser: nn.Module
+    correction: Correction | None = None
+    allow: tuple[str, ...] = ()
+
+
+def generate(
+    pipeline: Any,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    seed: int,
+    batch_size: int,
+    options: Mapping[str, Any],
+    folder: str | os.PathLike[str] | None,
+    on_batch: Callable[[], Any],
+) -> tuple[Tensor, list[float]]:
+    """Images (n, 3, H, W) uint8 of one arm, and seconds per image of every batch.
+
+    Args:
+        pipeline: any diffusers image pipeline.
+        arm: which denoiser and correction.
+        prompts: texts or class labels.
+        seed: of the first prompt's noise; prompt i uses ``seed + i``.
+        batch_size: prompts per pipeline call.
+        options: ``num_inference_steps``, ``guidance_scale`` and ``call`` of ``run_pipeline``.
+        folder: where finished batches are kept and looked for; None keeps nothing.
+        on_batch: called after every batch, for progress.
+
+    Raises:
+        MetricError: the folder holds images of something else, or the pipeline makes no images.
+
+    """
+    made, seconds = [], []
+    identity = _identity(pipeline, arm) if folder is not None else ""
+    with quiet(pipeline), denoiser_swapped(pipeline, arm.denoiser):
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            path = None
+            if folder is not None:
+                path = Path(folder) / arm.name / f"{start:06d}-{len(batch):03d}.safetensors"
+            key = json.dumps([identity, seed, [str(p) for p in batch], {**options}], default=str)
+            kept = _kept(path, key)
+            if kept is None:
+                began = time.perf_counter()
+                pictures = _pictures(pipeline, arm, batch, seed + start, options)
+                each = (time.perf_counter() - began) / len(batch)
+                if path is not None:
+                    _keep(path, key, pictures, each)
+            else:
+                pictures, each = kept
+            made.append(pictures)
+            seconds.append(each)
+            on_batch()
+    return torch.cat(made), seconds
+
+
+def _pictures(
+    pipeline: Any, arm: Arm, batch: list[Prompt], seed: int, options: Mapping[str, Any]
+) -> Tensor:
+    def run() -> Any:
+        seeds = range(seed, seed + len(batch))
+        return run_pipeline(pipeline, batch, seeds, output_type="np", **options)
+
+    if arm.correction is None:
+        out = run()
+    else:
+        guidance = options["guidance_scale"]
+        with applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance):
+            out = run()
+    array = np.asarray(out)
+    if array.ndim != 4:
+        raise MetricError(
+            f"expected images (n, H, W, 3) from {type(pipeline).__name__}, got shape {array.shape}; "
+            f"compare works on images, not on video."
+        )
+    return (torch.from_numpy(array).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _identity(pipeline: Any, arm: Arm) -> str:
+    """Whatever else decides about an arm's images: networks, scheduler, correction and its evidence."""
+    scheduler = pipeline.scheduler
+    digest = hashlib.sha256(fingerprint(arm.denoiser).encode())
+    digest.update(type(scheduler).__name__.encode())
+    digest.update(json.dumps(dict(scheduler.config), sort_keys=True, default=str).encode())
+    if arm.correction is not None:
+        names = getattr(arm.correction, "__dataclass_fields__", {})
+        options = {k: getattr(arm.correction, k) for k in names if k != "evidence"}
+        text = json.dumps([arm.correction.name, options, arm.allow], sort_keys=True, default=str)
+        digest.update(text.encode())
+        moments = getattr(getattr(arm.correction, "evidence", None), "moments", None)
+        if moments is not None:
+            digest.update(moments.central.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _keep(path: Path, key: str, pictures: Tensor, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    tensors = {
+        "images": pictures.contiguous(),
+        "seconds": torch.tensor([seconds], dtype=torch.float64),
+        "key": torch.tensor(list(key.encode()), dtype=torch.uint8),
+    }
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+def _kept(path: Path | None, key: str) -> tuple[Tensor, float] | None:
+    if path is None or not path.exists():
+        return None
+    found = load_file(path)
+    if bytes(found["key"].tolist()).decode() != key:
+        raise MetricError(
+            f"{path} holds images of other prompts or settings; remove that folder or use another."
+        )
+    return found["images"], float(found["seconds"])

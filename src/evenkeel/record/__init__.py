@@ -1,0 +1,9 @@
+"""The record: one small, safe file that holds what a calibration measured and what it was made for."""
+
+from evenkeel.record.provenance import Provenance as Provenance
+from evenkeel.record.provenance import differences as differences
+from evenkeel.record.record import SCHEMA_VERSION as SCHEMA_VERSION
+from evenkeel.record.record import Record as Record
+from evenkeel.record.record import canonical_order as canonical_order
+from evenkeel.record.record import fixed_point_spectrum as fixed_point_spectrum
+from evenkeel.record.record import prompt_key as prompt_key
