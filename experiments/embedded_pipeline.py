@@ -20,7 +20,6 @@ from evenkeel import zoo
 from evenkeel.calibration import calibrate
 from evenkeel.comparison import FULL_PRECISION, compare, standard_arms
 from evenkeel.corrections import ExactDrift, QDrift
-from evenkeel.inspection import describe
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports import markdown_table
 from evenkeel.results import save_results
@@ -70,7 +69,6 @@ def run(text: str, images: int, work: Path) -> None:
         **SETTINGS,
     }
     results = save_results(work / text, comparison, settings, record, prompts)
-    results["calibration"] = describe(record)
     (HERE / f"results-{text}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ ROOT = Path(evenkeel.__file__).parent
 
 # A module may import from its own row and from any row above it, never from below.
 LAYERS = [
-    {"errors", "estimate"},
+    {"errors", "estimate", "atomic"},
     {"sampling"},
     {"statistics"},
     {"corrections", "quantizers", "metrics"},

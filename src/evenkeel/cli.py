@@ -68,11 +68,10 @@ def _positive(text: str) -> int:
     return value
 
 
-def _sampling(parser: argparse.ArgumentParser, *, quantized: bool = True) -> None:
+def _sampling(parser: argparse.ArgumentParser) -> None:
     """What every command that samples takes."""
     parser.add_argument("pipeline", help=_PIPELINE)
-    if quantized:
-        parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
+    parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
     parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
     parser.add_argument("--steps", type=_positive, help="number of inference steps")
     parser.add_argument(
@@ -208,9 +207,11 @@ def _sample(commands: Any) -> None:
 def _run_sample(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
+    from tqdm.auto import tqdm
 
     from evenkeel.errors import EvenkeelError
     from evenkeel.generation import Arm, generate
+    from evenkeel.record import Record
     from evenkeel.sources import load_prompts
 
     if (options.correction is None) != (options.record is None):
@@ -219,10 +220,8 @@ def _run_sample(options: argparse.Namespace) -> None:
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed)
     chosen = None
     if options.correction is not None:
-        chosen = _corrections(options, [options.correction])[0]
+        chosen = _corrections(Record.load(options.record), [options.correction])[0]
     arm = Arm("sample", quantized, chosen, tuple(options.allow))
-    from tqdm.auto import tqdm
-
     with tqdm(desc="sample", unit="batch", disable=options.json) as bar:
         images, seconds = generate(
             pipeline, arm, prompts, options.seed, options.batch_size, settings, None, bar.update
@@ -266,7 +265,8 @@ def _run_compare(options: argparse.Namespace) -> None:
     if options.record is None:
         raise EvenkeelError("compare needs --record FILE, made by evenkeel calibrate.")
     names = list(ALL) if options.corrections == "all" else options.corrections.split(",")
-    corrections = _corrections(options, names)
+    record = Record.load(options.record)
+    corrections = _corrections(record, names)
     pipeline, quantized, settings = _loaded(options)
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
     comparison = compare(
@@ -289,22 +289,20 @@ def _run_compare(options: argparse.Namespace) -> None:
         "seed": options.seed,
         **settings,
     }
-    results = save_results(options.out, comparison, described, Record.load(options.record), prompts)
+    results = save_results(options.out, comparison, described, record, prompts)
     print(json.dumps(results) if options.json else text_table(results))
 
 
-def _corrections(options: argparse.Namespace, names: list[str]) -> list[Any]:
+def _corrections(record: Any, names: list[str]) -> list[Any]:
     from evenkeel.corrections import ALL
     from evenkeel.errors import EvenkeelError
-    from evenkeel.record import Record
 
     unknown = [n for n in names if n not in ALL]
     if unknown:
         raise EvenkeelError(
             f"no correction called {', '.join(unknown)}; there is {', '.join(ALL)}."
         )
-    evidence = Record.load(options.record).evidence
-    return [ALL[n](evidence) for n in names]
+    return [ALL[n](record.evidence) for n in names]
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:

@@ -7,17 +7,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from evenkeel.application import applied
-from evenkeel.corrections.plan import Correction
+from evenkeel.atomic import write_atomically
+from evenkeel.corrections.plan import Correction, digest_of
 from evenkeel.errors import MetricError
 from evenkeel.hosts.pipelines import Prompt, denoiser_swapped, fingerprint, quiet, run_pipeline
 
@@ -60,7 +62,11 @@ def generate(
     """
     made, seconds = [], []
     identity = _identity(pipeline, arm) if folder is not None else ""
-    with quiet(pipeline), denoiser_swapped(pipeline, arm.denoiser):
+    with (
+        quiet(pipeline),
+        denoiser_swapped(pipeline, arm.denoiser),
+        _corrected(pipeline, arm, options["guidance_scale"]),
+    ):
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
             path = None
@@ -70,7 +76,7 @@ def generate(
             kept = _kept(path, key)
             if kept is None:
                 began = time.perf_counter()
-                pictures = _pictures(pipeline, arm, batch, seed + start, options)
+                pictures = _pictures(pipeline, batch, seed + start, options)
                 each = (time.perf_counter() - began) / len(batch)
                 if path is not None:
                     _keep(path, key, pictures, each)
@@ -82,20 +88,18 @@ def generate(
     return torch.cat(made), seconds
 
 
-def _pictures(
-    pipeline: Any, arm: Arm, batch: list[Prompt], seed: int, options: Mapping[str, Any]
-) -> Tensor:
-    def run() -> Any:
-        seeds = range(seed, seed + len(batch))
-        return run_pipeline(pipeline, batch, seeds, output_type="np", **options)
-
+def _corrected(
+    pipeline: Any, arm: Arm, guidance_scale: float | None
+) -> AbstractContextManager[Any]:
+    """Applied once for the whole arm: checking the denoiser and planning cost as much as a batch."""
     if arm.correction is None:
-        out = run()
-    else:
-        guidance = options["guidance_scale"]
-        with applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance):
-            out = run()
-    array = np.asarray(out)
+        return nullcontext()
+    return applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance_scale)
+
+
+def _pictures(pipeline: Any, batch: list[Prompt], seed: int, options: Mapping[str, Any]) -> Tensor:
+    seeds = range(seed, seed + len(batch))
+    array = np.asarray(run_pipeline(pipeline, batch, seeds, output_type="np", **options))
     if array.ndim != 4:
         raise MetricError(
             f"expected images (n, H, W, 3) from {type(pipeline).__name__}, got shape {array.shape}; "
@@ -110,27 +114,17 @@ def _identity(pipeline: Any, arm: Arm) -> str:
     digest = hashlib.sha256(fingerprint(arm.denoiser).encode())
     digest.update(type(scheduler).__name__.encode())
     digest.update(json.dumps(dict(scheduler.config), sort_keys=True, default=str).encode())
-    if arm.correction is not None:
-        names = getattr(arm.correction, "__dataclass_fields__", {})
-        options = {k: getattr(arm.correction, k) for k in names if k != "evidence"}
-        text = json.dumps([arm.correction.name, options, arm.allow], sort_keys=True, default=str)
-        digest.update(text.encode())
-        moments = getattr(getattr(arm.correction, "evidence", None), "moments", None)
-        if moments is not None:
-            digest.update(moments.central.contiguous().numpy().tobytes())
+    digest.update(f"{digest_of(arm.correction)} {sorted(arm.allow)}".encode())
     return digest.hexdigest()
 
 
 def _keep(path: Path, key: str, pictures: Tensor, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     tensors = {
         "images": pictures.contiguous(),
         "seconds": torch.tensor([seconds], dtype=torch.float64),
         "key": torch.tensor(list(key.encode()), dtype=torch.uint8),
     }
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    write_atomically(path, save(tensors))
 
 
 def _kept(path: Path | None, key: str) -> tuple[Tensor, float] | None:

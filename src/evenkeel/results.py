@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from evenkeel.atomic import write_atomically
 from evenkeel.comparison import Comparison
 from evenkeel.inspection import describe
 from evenkeel.record import Record
@@ -28,7 +28,6 @@ def save_results(
     ``settings`` and ``arms`` (name and measures, each with value, stderr, low, high, n), and
     ``calibration`` as ``inspection.describe`` gives it.
     """
-    out.mkdir(parents=True, exist_ok=True)
     versions = {n: importlib.metadata.version(n) for n in ("evenkeel", "torch", "diffusers")}
     results: dict[str, Any] = {
         "settings": {**settings, **{f"{k} version": v for k, v in versions.items()}},
@@ -36,13 +35,7 @@ def save_results(
         "calibration": None if record is None else describe(record),
     }
     results = json.loads(json.dumps(results, default=str))
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     grids = {name: images[:shown] for name, images in comparison.images.items()}
     write_report(out / "report.html", results, grids, prompts[:shown])
     return results
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)

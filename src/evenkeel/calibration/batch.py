@@ -12,23 +12,11 @@ from evenkeel.calibration.provenance import provenance_of
 from evenkeel.calibration.settings import Settings
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.correcting import Corrector
-from evenkeel.hosts.interception import (
-    Interceptor,
-    install,
-)
+from evenkeel.hosts.interception import Interceptor, install
 from evenkeel.hosts.layouts import find_layout
-from evenkeel.hosts.pipelines import (
-    Prompt,
-    denoiser_of,
-    denoiser_swapped,
-    run_pipeline,
-)
+from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, run_pipeline
 from evenkeel.hosts.tape import Recorder, Replayer, Tape
-from evenkeel.record import (
-    Record,
-    fixed_point_spectrum,
-    prompt_key,
-)
+from evenkeel.record import Record, fixed_point_spectrum, prompt_key
 from evenkeel.statistics.error_structure import radial_spectrum, step_gram
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
@@ -39,7 +27,6 @@ def calibrate_batch(
     quantized: nn.Module,
     batch: tuple[list[Prompt], int],
     settings: Settings,
-    twins: tuple[str, str],
     frame: Frame | None,
 ) -> Record:
     """Lead one denoiser along the trajectory, the other through its states; the batch's record."""
@@ -64,7 +51,7 @@ def calibrate_batch(
         )
     first, second = _stacked(tape.outputs, batch), _stacked(replay.outputs, batch)
     e, q = (first, second) if settings.trajectory == "full-precision" else (second, first)
-    return _statistics(pipeline, tape, e, q, quantized, batch, settings, twins, frame)
+    return _statistics(pipeline, tape, (e, q), batch, settings, frame)
 
 
 def with_noise_floor(
@@ -78,11 +65,10 @@ def with_noise_floor(
     one = (batch[0][:1], batch[1])
     reference = denoiser_of(pipeline)
     tape = Tape()
-    _run(
-        pipeline, reference, reference, one, replace(settings, side_by_side=True), [Recorder(tape)]
-    )
+    alone = replace(settings, side_by_side=True)  # one denoiser: nothing to move away
+    _run(pipeline, reference, reference, one, alone, [Recorder(tape)])
     replay = Replayer(tape)
-    _run(pipeline, reference, reference, one, replace(settings, side_by_side=True), [replay])
+    _run(pipeline, reference, reference, one, alone, [replay])
     pairs = zip(tape.outputs, replay.outputs, strict=True)
     floor = torch.stack([(a.double() - b.double()).pow(2).mean().cpu() for a, b in pairs])
     error = part.gram.double().diagonal(dim1=1, dim2=2).mean(0)
@@ -105,8 +91,8 @@ def _run(
     interceptors: list[Interceptor],
 ) -> None:
     prompts, seed = batch
-    home = next(iter(active.parameters()), torch.zeros(0)).device
     if not settings.side_by_side:
+        home = next(iter(active.parameters()), torch.zeros(0)).device
         home = torch.device(getattr(pipeline, "_execution_device", home))
         idle.to("cpu")
         active.to(home)
@@ -153,14 +139,12 @@ def _stacked(tensors: list[Tensor], batch: tuple[list[Prompt], int]) -> Tensor:
 def _statistics(
     pipeline: Any,
     tape: Tape,
-    e: Tensor,
-    q: Tensor,
-    quantized: nn.Module,
+    outputs: tuple[Tensor, Tensor],
     batch: tuple[list[Prompt], int],
     settings: Settings,
-    twins: tuple[str, str],
     frame: Frame | None,
 ) -> Record:
+    e, q = outputs
     x = _stacked(tape.samples, batch)
     layout = settings.layout or find_layout(pipeline, x[:, 0])
     d = q.double() - e.double()
@@ -183,7 +167,7 @@ def _statistics(
     assert tape.law is not None
     prompts, seed = batch
     return Record(
-        provenance=provenance_of(pipeline, quantized, tape.law, x, layout, settings, twins),
+        provenance=provenance_of(pipeline, tape.law, x, layout, settings),
         prompt_keys=torch.stack([prompt_key(str(p)) for p in prompts]),
         seeds=torch.arange(seed, seed + len(prompts)),
         moments=moments,

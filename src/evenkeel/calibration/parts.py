@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,19 +10,13 @@ from typing import Any
 
 import torch
 
+from evenkeel.atomic import write_atomically
 from evenkeel.calibration.settings import Settings, config_of, json_safe
+from evenkeel.corrections.plan import digest_of
 from evenkeel.errors import CalibrationError
-from evenkeel.hosts.interception import (
-    plain_class,
-)
-from evenkeel.hosts.pipelines import (
-    Prompt,
-)
-from evenkeel.record import (
-    Record,
-    canonical_order,
-    prompt_key,
-)
+from evenkeel.hosts.interception import plain_class
+from evenkeel.hosts.pipelines import Prompt
+from evenkeel.record import Record, canonical_order, prompt_key
 from evenkeel.statistics.histogram import Frame
 
 
@@ -90,10 +83,8 @@ def claim_folder(
     pipeline: Any,
     settings: Settings,
     batches: list[tuple[list[Prompt], int]],
-    twins: tuple[str, str],
 ) -> None:
     """Mark the folder as this calibration's, or refuse one that belongs to another."""
-    folder.mkdir(parents=True, exist_ok=True)
     claim = json.dumps(
         {
             "pipeline": type(pipeline).__name__,
@@ -101,14 +92,14 @@ def claim_folder(
                 plain_class(pipeline.scheduler).__name__,
                 config_of(pipeline.scheduler),
             ],
-            "correction": hashlib.sha256(repr(settings.correction).encode()).hexdigest(),
+            "correction": digest_of(settings.correction),
             "layout": None if settings.layout is None else settings.layout.to_dict(),
             "steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "trajectory": settings.trajectory,
             "call": json_safe(settings.call),
             "histograms": settings.histograms,
-            "twins": twins,
+            "twins": settings.twins,
             "prompts": [
                 [b[1], *(bytes(prompt_key(str(p)).tolist()).hex() for p in b[0])] for b in batches
             ],
@@ -121,9 +112,7 @@ def claim_folder(
             f"{folder} holds the finished batches of another calibration (other models, prompts or "
             f"settings). Remove it, or pass another folder."
         )
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(claim)
-    os.replace(partial, path)
+    write_atomically(path, claim)
 
 
 def tidy(folder: Path) -> None:

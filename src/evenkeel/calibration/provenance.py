@@ -5,37 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from evenkeel.calibration.settings import Settings, config_of, correction_text, json_safe
+from evenkeel.calibration.settings import Settings, config_of, json_safe
+from evenkeel.corrections.plan import text_of
 from evenkeel.hosts.layouts import LatentLayout
-from evenkeel.hosts.pipelines import (
-    denoiser_name,
-    quantizer_text,
-)
-from evenkeel.record import (
-    Provenance,
-)
+from evenkeel.hosts.pipelines import denoiser_name
+from evenkeel.record import Provenance
 from evenkeel.sampling.step_law import StepLaw
 
 
 def provenance_of(
-    pipeline: Any,
-    quantized: nn.Module,
-    law: StepLaw,
-    x: Tensor,
-    layout: LatentLayout,
-    settings: Settings,
-    twins: tuple[str, str],
+    pipeline: Any, law: StepLaw, x: Tensor, layout: LatentLayout, settings: Settings
 ) -> Provenance:
     """Everything two records must agree on before they may be merged or applied."""
     scheduler = pipeline.scheduler
     return Provenance(
         pipeline_class=type(pipeline).__name__,
         denoiser=denoiser_name(pipeline),
-        reference=twins[0],
-        quantized=twins[1],
-        quantizer=quantizer_text(quantized),
+        reference=settings.twins[0],
+        quantized=settings.twins[1],
+        quantizer=settings.quantizer,
         scheduler_class=type(scheduler).__name__,
         scheduler_config=config_of(scheduler),
         prediction=law.prediction,
@@ -54,5 +44,5 @@ def provenance_of(
             name: importlib.metadata.version(name)
             for name in ("evenkeel", "diffusers", "torch", "transformers")
         },
-        correction=correction_text(settings.correction),
+        correction=text_of(settings.correction),
     )

@@ -15,33 +15,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evenkeel.calibration.batch import calibrate_batch, with_noise_floor
-from evenkeel.calibration.parts import (
-    Parts,
-    barrier,
-    claim_folder,
-    part_folder,
-    process,
-    tidy,
-)
+from evenkeel.calibration.parts import Parts, barrier, claim_folder, part_folder, process, tidy
 from evenkeel.calibration.settings import TRAJECTORIES, Settings
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import CalibrationError
-from evenkeel.hosts.interception import (
-    install,
-    installed,
-    uninstall,
-)
+from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.pipelines import (
     Prompt,
     call_parameters,
     denoiser_of,
     fingerprint,
+    quantizer_text,
     quiet,
 )
-from evenkeel.record import (
-    Record,
-)
+from evenkeel.record import Record
 
 
 def calibrate(
@@ -106,16 +94,6 @@ def calibrate(
         default = call_parameters(pipeline).get("guidance_scale")
         if default is not None and isinstance(default.default, (int, float)):
             guidance_scale = float(default.default)
-    settings = Settings(
-        num_inference_steps,
-        guidance_scale,
-        dict(call or {}),
-        trajectory,
-        correction,
-        layout,
-        histograms,
-        side_by_side,
-    )
     rank, world = process()
     starts = range(0, len(prompts), batch_size)
     batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
@@ -126,8 +104,20 @@ def calibrate(
             "the quantized denoiser is identical to the full-precision one: nothing was quantized, "
             "or the same object was passed twice."
         )
+    settings = Settings(
+        num_inference_steps,
+        guidance_scale,
+        dict(call or {}),
+        trajectory,
+        correction,
+        layout,
+        histograms,
+        side_by_side,
+        twins,
+        quantizer_text(quantized),
+    )
     if folder is not None:
-        claim_folder(folder, pipeline, settings, batches, twins)
+        claim_folder(folder, pipeline, settings, batches)
     before = installed(pipeline.scheduler)
     parts = Parts(folder)
     frame = pilot.frame if pilot is not None else None
@@ -143,7 +133,7 @@ def calibrate(
                     if frame is None and index != 0:
                         frame = parts.frame()
                     batch = batches[index]
-                    part = calibrate_batch(pipeline, quantized, batch, settings, twins, frame)
+                    part = calibrate_batch(pipeline, quantized, batch, settings, frame)
                     if index == 0:
                         part = with_noise_floor(part, pipeline, batch, settings, noise_floor_limit)
                     parts.put(index, part)

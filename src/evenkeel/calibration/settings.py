@@ -14,7 +14,14 @@ TRAJECTORIES = ("full-precision", "quantized", "corrected")
 
 @dataclass(frozen=True)
 class Settings:
-    """What does not change from batch to batch."""
+    """What does not change from batch to batch; the arguments of ``calibrate``, and the twins.
+
+    Attributes:
+        twins: fingerprints of the full-precision and the quantized denoiser.
+        quantizer: what quantized it, as text.
+        (others): see ``calibrate``.
+
+    """
 
     num_inference_steps: int
     guidance_scale: float | None
@@ -24,20 +31,13 @@ class Settings:
     layout: LatentLayout | None
     histograms: bool
     side_by_side: bool
+    twins: tuple[str, str]
+    quantizer: str
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
     """The scheduler's configuration as JSON, without private entries."""
     return json_safe({k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")})
-
-
-def correction_text(correction: Correction | None) -> str:
-    """Name and options of a correction; its evidence is another record's business."""
-    if correction is None:
-        return ""
-    names = getattr(correction, "__dataclass_fields__", {})
-    options = {k: getattr(correction, k) for k in names if k != "evidence"}
-    return f"{correction.name} {json.dumps(options, sort_keys=True, default=str)}"
 
 
 def json_safe(values: dict[str, Any]) -> dict[str, Any]:

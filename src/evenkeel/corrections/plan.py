@@ -6,8 +6,9 @@ a host carries them out. Nothing here calls a network.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+import hashlib
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +69,31 @@ class Correction(Protocol):
 
         """
         ...
+
+
+def options_of(correction: Correction) -> dict[str, Any]:
+    """A correction's knobs by name, without the evidence it was fitted from."""
+    if not is_dataclass(correction):
+        return {}
+    return {f.name: getattr(correction, f.name) for f in fields(correction) if f.name != "evidence"}
+
+
+def text_of(correction: Correction | None) -> str:
+    """Name and knobs on one line, "" for no correction."""
+    if correction is None:
+        return ""
+    knobs = (f"{k}={v!r}" for k, v in sorted(options_of(correction).items()))
+    return f"{correction.name}({', '.join(knobs)})"
+
+
+def digest_of(correction: Correction | None) -> str:
+    """Tells any two corrections apart: by name, knobs, and the moments of their evidence."""
+    digest = hashlib.sha256(text_of(correction).encode())
+    moments = getattr(getattr(correction, "evidence", None), "moments", None)
+    if moments is not None:
+        for tensor in (moments.mean_e, moments.mean_d, moments.central):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ deterministic sampler that drift points along the step itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -131,11 +131,6 @@ def bootstrap_factors(
     factors = []
     for _ in range(resamples):
         rows = torch.randint(n, (n,), generator=generator)
-        options = {
-            k: getattr(correction, k)
-            for k in correction.__dataclass_fields__
-            if k not in ("evidence", "trim")
-        }
-        resampled = type(correction)(evidence=evidence.resampled(rows), **options)
+        resampled = replace(correction, evidence=evidence.resampled(rows), trim=None)
         factors.append(resampled.plan(law, allow_range=True).factor)
     return torch.stack(factors)

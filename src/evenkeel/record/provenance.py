@@ -14,7 +14,7 @@ class Provenance:
         pipeline_class: diffusers class name.
         denoiser: name of the component, ``transformer`` or ``unet``.
         reference, quantized: fingerprints of the two denoisers.
-        quantizer: what quantized it, as text ("unknown" if it does not say).
+        quantizer: what quantized it, as text ("none" if it does not say).
         scheduler_class, scheduler_config: as configured.
         prediction: what the raw outputs are.
         num_inference_steps, guidance_scale: as passed to the pipeline.

@@ -20,6 +20,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from evenkeel.atomic import write_atomically
 from evenkeel.errors import Incompatible, RecordError
 from evenkeel.record.layout import FRAME, LAW, MOMENTS, digest, read_metadata, refuse_malformed
 from evenkeel.record.provenance import Provenance, differences
@@ -94,10 +95,7 @@ class Record:
         differing = differences(self.provenance, other.provenance)
         if differing:
             raise Incompatible("the records measure different things:\n" + "\n".join(differing))
-        same_frame = all(
-            torch.equal(getattr(self.frame, n), getattr(other.frame, n)) for n in FRAME
-        )
-        if not same_frame:
+        if not self.frame.same_as(other.frame):
             raise Incompatible(
                 "the records were binned in different pilot frames; calibrate the later parts with "
                 "pilot=<the first record>."
@@ -130,7 +128,6 @@ class Record:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file atomically: a crash leaves the old file or none, never half of one."""
-        path = Path(path)
         tensors = self._tensors()
         header = json.dumps(asdict(self.provenance), sort_keys=True)
         metadata = {
@@ -139,11 +136,7 @@ class Record:
             "provenance": header,
             "digest": digest(header, tensors),
         }
-        partial = path.with_name(path.name + ".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save_bytes(tensors, metadata))
-        os.replace(partial, path)
-        return path
+        return write_atomically(Path(path), save_bytes(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evenkeel.atomic import write_atomically
 from evenkeel.reports.measures import ABSENT, MEASURES
 from evenkeel.reports.plots import (
     correlation_plot,
@@ -76,8 +77,7 @@ def write_report(
 ) -> Path:
     """Everything about one comparison in one HTML file, pictures included, nothing to load.
 
-    The file appears whole or not at all: it is written beside its place and then moved there.
-    Folders that are missing are made.
+    The file appears whole or not at all. Folders that are missing are made.
 
     Args:
         path: of the file.
@@ -94,16 +94,7 @@ def write_report(
     Example: ``write_report("report.html", results, {"quantized": pictures}, ["a red kite"])``.
 
     """
-    path = Path(path)
-    document = _document(results, images, prompts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(document, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_atomically(Path(path), _document(results, images, prompts))
 
 
 def _document(

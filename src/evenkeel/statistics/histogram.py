@@ -29,6 +29,11 @@ class Frame:
     mean_e: Tensor
     std_e: Tensor
 
+    def same_as(self, other: Frame) -> bool:
+        """Whether both put every value into the same bin."""
+        names = (f.name for f in fields(Frame))
+        return all(torch.equal(getattr(self, n), getattr(other, n)) for n in names)
+
 
 @dataclass(frozen=True)
 class ErrorHistogram:
@@ -70,12 +75,11 @@ class ErrorHistogram:
             CalibrationError: if the frames differ.
 
         """
-        for f in fields(Frame):
-            if not torch.equal(getattr(self.frame, f.name), getattr(other.frame, f.name)):
-                raise CalibrationError(
-                    "histograms with different pilot frames cannot be added; calibrate all parts "
-                    "with the same pilot, or merge the records without histograms."
-                )
+        if not self.frame.same_as(other.frame):
+            raise CalibrationError(
+                "histograms with different pilot frames cannot be added; calibrate all parts "
+                "with the same pilot, or merge the records without histograms."
+            )
         return ErrorHistogram(self.frame, self.sums + other.sums)
 
     def trimmed_covariances(self, spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

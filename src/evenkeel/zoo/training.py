@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from evenkeel.atomic import write_atomically
 
 # (network, generator of this step) -> scalar loss
 Loss = Callable[[nn.Module, np.random.Generator], Tensor]
@@ -115,9 +116,8 @@ def _save(
     tensors |= {f"average.{k}": v.clone() for k, v in average.items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "seconds": f"{seconds:.1f}"})
-    os.replace(partial, path)
+    metadata = {"step": str(step), "seconds": f"{seconds:.1f}"}
+    write_atomically(path, save(tensors, metadata))
 
 
 def _load(
