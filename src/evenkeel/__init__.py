@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from evenkeel.application import remove as remove
     from evenkeel.application import summary as summary
     from evenkeel.calibration import calibrate as calibrate
+    from evenkeel.calibration import fit_readout as fit_readout
+    from evenkeel.calibration import refit_branches as refit_branches
     from evenkeel.comparison import compare as compare
     from evenkeel.corrections import ExactDrift as ExactDrift
     from evenkeel.corrections import Identity as Identity
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
+    from evenkeel.record import Readout as Readout
     from evenkeel.record import Record as Record
 
 __version__ = "0.1.0"
@@ -36,13 +39,16 @@ _HOME = {
     "Identity": "corrections",
     "QDrift": "corrections",
     "QuantizerSpec": "quantizers",
+    "Readout": "record",
     "Record": "record",
     "applied": "application",
     "apply": "application",
     "calibrate": "calibration",
     "compare": "comparison",
+    "fit_readout": "calibration",
     "probe_scheduler": "hosts.probing",
     "quantize_module": "quantizers",
+    "refit_branches": "calibration",
     "remove": "application",
     "summary": "application",
 }

@@ -14,14 +14,15 @@ from torch import nn
 from evenkeel.calibration import json_safe
 from evenkeel.corrections.plan import Correction, SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
-from evenkeel.hosts.correcting import Corrector
-from evenkeel.hosts.interception import install, installed, uninstall
+from evenkeel.hosts.correcting import Corrector, interceptors_of
+from evenkeel.hosts.head_switch import HeadSwitch
+from evenkeel.hosts.interception import Interceptor, install, installed, uninstall
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.pipelines import denoiser_of, fingerprint
-from evenkeel.record import Provenance
+from evenkeel.record import Provenance, Readout
 
 ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
-_GUARD = "_evenkeel_guard"
+_GUARD, _SWITCHES = "_evenkeel_guard", "_evenkeel_switches"
 
 
 def apply(
@@ -35,8 +36,9 @@ def apply(
     """Let ``correction`` change how this pipeline samples, until ``remove``.
 
     The scheduler instance is given a subclass of its own class; nothing else of the pipeline
-    changes, and what ``save_pretrained`` writes is plain diffusers. Applying again replaces the
-    correction before.
+    changes, and what ``save_pretrained`` writes is plain diffusers. A ``Readout`` also exchanges the
+    weights of the denoiser's output head from step to step; remove it before saving the denoiser.
+    Applying again replaces the correction before.
 
     Args:
         pipeline: with the *quantized* denoiser in place.
@@ -57,39 +59,62 @@ def apply(
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
-    source = getattr(getattr(correction, "evidence", None), "source", None)
-    provenance = source if isinstance(source, Provenance) else None
+    provenance = _made_for(correction)
+    if isinstance(correction, Readout) and correction.then is None:
+        allow = {*allow, "guidance"}  # a head acts before guidance
     if provenance is not None:
-        _refuse_mismatch(pipeline, provenance, allow, guidance_scale)
+        with _heads_at_rest(pipeline):
+            _refuse_mismatch(pipeline, provenance, allow, guidance_scale)
         layout = layout or LatentLayout(**provenance.layout)
 
     def check(running: Any) -> None:
         if provenance is not None and "guidance" not in allow:
             _check_guidance(provenance, getattr(running, "_guidance_scale", None))
 
-    remove(pipeline)
-    corrector = Corrector(
-        correction, pipeline, layout=layout, allow_range="range" in allow, check=check
+    interceptors = interceptors_of(
+        correction,
+        pipeline,
+        denoiser_of(pipeline),
+        layout=layout,
+        allow_range="range" in allow,
+        check=check,
     )
-    install(pipeline.scheduler, corrector)
-    _watch(pipeline)
+    remove(pipeline)
+    _put(pipeline, interceptors)
 
 
 def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
     uninstall(pipeline.scheduler)
+    # Kept with the pipeline: its scheduler or denoiser may have been exchanged meanwhile.
+    for switch in pipeline.__dict__.pop(_SWITCHES, ()):
+        switch.detach()
     handle = pipeline.__dict__.pop(_GUARD, None)
     if handle is not None:
         handle.remove()
 
 
-def _watch(pipeline: Any) -> None:
-    """Let the denoiser warn when the scheduler is replaced.
-
-    The handle stays with the pipeline: the denoiser may be compiled or exchanged before ``remove``.
-    """
+def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
+    install(pipeline.scheduler, *interceptors)
+    pipeline.__dict__[_SWITCHES] = [i for i in interceptors if isinstance(i, HeadSwitch)]
+    for switch in pipeline.__dict__[_SWITCHES]:
+        switch.attach()
+    # The denoiser warns when the scheduler is replaced.
     guard = _SwapGuard(pipeline)
     pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
+
+
+@contextmanager
+def _heads_at_rest(pipeline: Any) -> Iterator[None]:
+    """Inside, the denoiser has its own head, so that it can be recognised."""
+    switches = pipeline.__dict__.get(_SWITCHES, ())
+    for switch in switches:
+        switch.detach()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.attach()
 
 
 @contextmanager
@@ -109,8 +134,7 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
     finally:
         remove(pipeline)
         if before:
-            install(pipeline.scheduler, *before)
-            _watch(pipeline)
+            _put(pipeline, before)
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,7 @@ class Summary:
         references: papers and equations.
         scheduler: class name.
         plan: the numbers of the latest run; None before the first one.
+        heads: how each step's output head was refitted, as text; "" where it is not changed.
 
     """
 
@@ -129,11 +154,14 @@ class Summary:
     references: tuple[str, ...]
     scheduler: str
     plan: SamplerPlan | None
+    heads: str = ""
 
     def __str__(self) -> str:
         if self.correction is None:
             return f"no correction is applied to {self.scheduler}"
         lines = [f"{self.correction} on {self.scheduler} ({'; '.join(self.references)})"]
+        if self.heads:
+            lines.append(self.heads)
         if self.plan is None:
             lines.append("the factors are computed at the first step of the next run")
             return "\n".join(lines)
@@ -149,8 +177,17 @@ def summary(pipeline: Any) -> Summary:
     for interceptor in installed(pipeline.scheduler):
         if isinstance(interceptor, Corrector):
             correction = interceptor.correction
-            return Summary(correction.name, correction.references, scheduler, interceptor.plan)
+            heads = str(correction) if isinstance(correction, Readout) else ""
+            plan = interceptor.plan
+            return Summary(correction.name, correction.references, scheduler, plan, heads)
     return Summary(None, (), scheduler, None)
+
+
+def _made_for(correction: Correction) -> Provenance | None:
+    if isinstance(correction, Readout):
+        return correction.provenance
+    source = getattr(getattr(correction, "evidence", correction), "source", None)
+    return source if isinstance(source, Provenance) else None
 
 
 def _refuse_mismatch(

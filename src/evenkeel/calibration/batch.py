@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evenkeel.calibration.provenance import provenance_of
 from evenkeel.calibration.settings import Settings
 from evenkeel.errors import CalibrationError
-from evenkeel.hosts.correcting import Corrector
+from evenkeel.hosts.correcting import heads_attached, interceptors_of
 from evenkeel.hosts.interception import Interceptor, install
 from evenkeel.hosts.layouts import find_layout
 from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, run_pipeline
@@ -37,9 +37,10 @@ def calibrate_batch(
     tape = Tape()
     interceptors: list[Interceptor] = [Recorder(tape)]
     if settings.correction is not None:
-        corrector = Corrector(settings.correction, pipeline, layout=settings.layout)
-        interceptors.insert(0, corrector)
-    _run(pipeline, leader, follower, batch, settings, interceptors)
+        parts = interceptors_of(settings.correction, pipeline, leader, layout=settings.layout)
+        interceptors = [*parts, *interceptors]
+    with heads_attached(interceptors):
+        _run(pipeline, leader, follower, batch, settings, interceptors)
     _refuse_non_finite(tape.outputs, leader is reference)  # or the replay would seem to differ
     replay = Replayer(tape)
     _run(pipeline, follower, leader, batch, settings, [replay])

@@ -18,7 +18,7 @@ from evenkeel.sampling.step_law import StepLaw
 
 @dataclass(frozen=True)
 class SamplerPlan:
-    """Replace the result of step k by ``base * x_base + anchor * x_anchor + output * m``.
+    """Replace the result of step k by ``base * x_base + anchor * x_anchor + output * m - shift``.
 
     ``x_base`` is what the unmodified sampler returns, ``x_anchor`` the state that the step advances
     (``law.anchor``), ``m`` the model output. Steps that are not ``active`` are not touched at all.
@@ -29,6 +29,8 @@ class SamplerPlan:
         base, anchor, output: same shape as ``factor``.
         active: (K,) bool.
         explanations: one per step; why it is left alone, or "".
+        shift: (K, *sample) float32 subtracted from the result of each active step, or None. The
+            trailing shape is that of one sample, with 1 where values are shared.
 
     """
 
@@ -39,6 +41,7 @@ class SamplerPlan:
     output: Tensor
     active: Tensor
     explanations: tuple[str, ...]
+    shift: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -73,6 +76,9 @@ class Correction(Protocol):
 
 def options_of(correction: Correction) -> dict[str, Any]:
     """A correction's knobs by name, without the evidence it was fitted from."""
+    own = getattr(correction, "options", None)
+    if own is not None:
+        return dict(own)
     if not is_dataclass(correction):
         return {}
     return {f.name: getattr(correction, f.name) for f in fields(correction) if f.name != "evidence"}
@@ -87,8 +93,11 @@ def text_of(correction: Correction | None) -> str:
 
 
 def digest_of(correction: Correction | None) -> str:
-    """Tells any two corrections apart: by name, knobs, and the moments of their evidence."""
+    """Tells any two corrections apart: by name, knobs, the moments of their evidence, their tables."""
     digest = hashlib.sha256(text_of(correction).encode())
+    content: Any = getattr(correction, "content_digest", None)
+    if content is not None:
+        digest.update(content().encode())
     moments = getattr(getattr(correction, "evidence", None), "moments", None)
     if moments is not None:
         for tensor in (moments.mean_e, moments.mean_d, moments.central):

@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenkeel.corrections.drift import LONGEST_LAG
 from evenkeel.corrections.plan import Correction, SamplerPlan
+from evenkeel.hosts.head_switch import HeadSwitch
 from evenkeel.hosts.interception import Interceptor
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.hosts.tape import steering, step_index
+from evenkeel.record.readout import Readout
 
 Check = Callable[[Any], None]
+
+
+@contextmanager
+def heads_attached(interceptors: Sequence[Interceptor]) -> Iterator[None]:
+    """Inside, those of ``interceptors`` that change the output head do so."""
+    switches = [i for i in interceptors if isinstance(i, HeadSwitch)]
+    for switch in switches:
+        switch.attach()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.detach()
+
+
+def interceptors_of(
+    correction: Correction, pipeline: Any, denoiser: nn.Module, **options: Any
+) -> list[Interceptor]:
+    """Everything that carries ``correction`` out: its sampler part and, if it has one, its head."""
+    found: list[Interceptor] = [Corrector(correction, pipeline, **options)]
+    if isinstance(correction, Readout):
+        found.append(
+            HeadSwitch(
+                correction.table,
+                denoiser,
+                correction.head,
+                allow_range=options.get("allow_range", False),
+            )
+        )
+    return found
 
 
 class Corrector(Interceptor):
@@ -118,6 +151,7 @@ class _Stretch:
     base: Tensor
     anchor: Tensor
     output: Tensor | None
+    shift: Tensor | None
     is_straight: bool
 
     @classmethod
@@ -132,11 +166,16 @@ class _Stretch:
             base=shaped(base),
             anchor=shaped(anchor),
             output=shaped(output) if uses_output else None,
+            shift=None if plan.shift is None else plan.shift[k].to(device),
             is_straight=not uses_output and torch.equal(base, 1 - anchor),
         )
 
     def __call__(self, result: Tensor, start: Tensor, output: Tensor) -> Tensor:
-        """``base * result + anchor * start + output * m``, in one pass where base = 1 - anchor."""
+        """``base * result + anchor * start + output * m - shift``; one pass where base = 1 - anchor."""
+        stretched = self._stretched(result, start, output)
+        return stretched if self.shift is None else stretched - self.shift
+
+    def _stretched(self, result: Tensor, start: Tensor, output: Tensor) -> Tensor:
         if self.is_straight and result.dtype == start.dtype == self.anchor.dtype:
             return torch.lerp(result, start, self.anchor)
         stretched = result * self.base

@@ -22,7 +22,7 @@ class Interceptor:
     """
 
     def begin(self, scheduler: Any) -> None:
-        """A new run starts (``set_timesteps`` was called)."""
+        """A new run starts (``set_timesteps`` was called, or its first step was set)."""
 
     def wide(self) -> bool:
         """Whether this run must be computed in float32 whatever the sample's dtype."""
@@ -97,6 +97,11 @@ def _subclass(base: type) -> type:
             interceptor.begin(self)
         return result
 
+    def set_begin_index(self: Any, begin_index: int = 0) -> None:
+        base.set_begin_index(self, begin_index)  # type: ignore[attr-defined]
+        for interceptor in self.__dict__.get(_STATE, ()):
+            interceptor.begin(self)
+
     def reduce_ex(self: Any, protocol: Any) -> Any:
         return _rebuild, (base, self.__dict__.copy())
 
@@ -109,6 +114,8 @@ def _subclass(base: type) -> type:
         "__doc__": base.__doc__,
         "_evenkeel_base": base,
     }
+    if hasattr(base, "set_begin_index"):
+        members["set_begin_index"] = functools.wraps(base.set_begin_index)(set_begin_index)
     _SUBCLASSES[base] = type(base.__name__, (base,), members)
     return _SUBCLASSES[base]
 

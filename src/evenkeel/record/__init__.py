@@ -2,6 +2,8 @@
 
 from evenkeel.record.provenance import Provenance as Provenance
 from evenkeel.record.provenance import differences as differences
+from evenkeel.record.readout import HeadFit as HeadFit
+from evenkeel.record.readout import Readout as Readout
 from evenkeel.record.record import SCHEMA_VERSION as SCHEMA_VERSION
 from evenkeel.record.record import Record as Record
 from evenkeel.record.record import canonical_order as canonical_order

@@ -1,0 +1,145 @@
+"""One denoiser call's fit: which rows belong together, the ridge penalty, and whether it helped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from evenkeel.record.readout import HeadFit
+from evenkeel.statistics.normal_equations import NormalEquations, held_out_errors
+
+FOLDS = 4
+FOLD_MEMORY = 80e6  # bytes for all folds' scatter matrices: two folds at FLUX's width
+WIDE = 1024  # features from which the grid of penalties is coarser, as a factor takes seconds
+PENALTIES = tuple(10.0**k for k in (-4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
+PENALTIES_WIDE = tuple(10.0**k for k in range(-4, 3))
+
+Solution = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows that stand or fall together when held-out errors are averaged: a prompt, or a part of one.
+
+    Attributes:
+        prompt: its index.
+        part, parts: block of positions out of so many.
+        fold: which fold leaves it out.
+
+    """
+
+    prompt: int
+    part: int
+    parts: int
+    fold: int
+
+    def rows(self, positions: int) -> slice:
+        """The block of positions."""
+        return slice(self.part * positions // self.parts, (self.part + 1) * positions // self.parts)
+
+
+def units_of(prompts: int, positions: int, features: int) -> list[Unit]:
+    """Folds are sets of prompts; a single prompt is folded over blocks of its positions.
+
+    Fewer than four prompts are split into blocks to have enough units for a bound; blocks of one
+    prompt still share a fold, unless there is only one prompt.
+    """
+    packed = features * (features + 1) / 2 * 8
+    folds = max(2, min(FOLDS, int(FOLD_MEMORY // packed)))
+    if prompts >= 4:
+        return [Unit(p, 0, 1, p * folds // prompts) for p in range(prompts)]
+    parts = min(8 if prompts == 1 else 4, positions)
+    if prompts == 1:
+        return [Unit(0, j, parts, j * folds // parts) for j in range(parts)]
+    folds = min(folds, prompts)
+    return [Unit(p, j, parts, p * folds // prompts) for p in range(prompts) for j in range(parts)]
+
+
+def new_folds(
+    units: Sequence[Unit], features: int, targets: int, bias: bool
+) -> list[NormalEquations]:
+    """Empty normal equations, one per fold."""
+    count = max(u.fold for u in units) + 1
+    return [NormalEquations(features, targets, bias) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class CallFit:
+    """Solutions of one denoiser call.
+
+    Attributes:
+        whole: fitted on all prompts; what is kept.
+        without: per fold, fitted on the others; what the prompts of that fold advance with.
+        penalty: in units of the features' mean scatter.
+
+    """
+
+    whole: Solution
+    without: list[Solution]
+    penalty: float
+
+    @classmethod
+    def of(
+        cls,
+        folds: Sequence[NormalEquations],
+        prior: CallFit | None = None,
+    ) -> CallFit:
+        """The ridge solution with the penalty of least held-out error.
+
+        With a ``prior`` (the change shared by all steps) solutions are drawn to it instead of to
+        zero; each fold to the prior that was fitted without it.
+        """
+        penalties = PENALTIES_WIDE if folds[0].features > WIDE else PENALTIES
+        priors = None if prior is None else prior.without
+        errors, solutions = held_out_errors(folds, penalties, priors)
+        best = int(errors.argmin())
+        everything = NormalEquations.merged(folds)
+        whole = everything.solve([penalties[best]], None if prior is None else prior.whole)[0]
+        return cls(whole, [s[best] for s in solutions], penalties[best])
+
+
+class Judge:
+    """Squared errors before and after, per unit; says whether a change is kept."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._index = {(u.prompt, u.part): i for i, u in enumerate(units)}
+        self.before = torch.zeros(len(units), dtype=torch.float64)
+        self.after = torch.zeros(len(units), dtype=torch.float64)
+
+    def see(self, unit: Unit, before: Tensor, after: Tensor) -> None:
+        """Errors of some rows of a unit under the solution that never saw them."""
+        i = self._index[unit.prompt, unit.part]
+        self.before[i] += before.double().pow(2).sum().cpu()
+        self.after[i] += after.double().pow(2).sum().cpu()
+
+    def verdict(self, step: int, branch: int, penalty: float) -> HeadFit:
+        """Keep the change only if the mean error over units falls, with 95 % confidence.
+
+        One-sided Student interval of the paired differences; the bound is given relative to the
+        mean error before.
+        """
+        n, mean = len(self.before), float(self.before.mean())
+        if mean == 0:
+            return HeadFit(step, branch, penalty, 1.0, 1.0, "there is no error to correct")
+        change = (self.after - self.before) / mean
+        spread = float(change.std()) / n**0.5 if n > 1 else float("inf")
+        left = 1 + float(change.mean())
+        bound = left + float(student.ppf(0.95, max(n - 1, 1))) * spread
+        reason = "" if bound < 1 else "no certain improvement on held-out prompts"
+        return HeadFit(step, branch, penalty, left, min(bound, 1e9), reason)
+
+
+def blocks(units: Sequence[Unit], prompts: range, rows: int) -> Iterator[tuple[Unit, int, int]]:
+    """Which rows of a batch's samples belong to which unit: (unit, sample, index of its branch).
+
+    A batch of P prompts with guidance has its samples branch after branch: sample r is prompt r % P.
+    """
+    size = len(prompts)
+    for unit in units:
+        if unit.prompt in prompts:
+            for branch in range(rows // size):
+                yield unit, branch * size + unit.prompt - prompts.start, branch

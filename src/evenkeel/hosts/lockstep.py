@@ -1,0 +1,89 @@
+"""Advance several pipeline calls together: each pauses where it wants something from the others.
+
+A pipeline's ``__call__`` cannot be suspended, so each call runs in a thread of its own; but only one
+of them, or the caller, runs at any time, in an order that the caller decides. There is no
+concurrency, only several stacks: results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Abandoned(BaseException):
+    """Raised inside a strand that its owner no longer waits for; pipelines do not catch it."""
+
+
+class Finished:
+    """What ``resume`` returns when the body has returned; carries its result."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+
+class Strand:
+    """One call that can be paused from inside.
+
+    >>> def body(strand):
+    ...     return strand.pause("question") + 1
+    >>> strand = Strand(body)
+    >>> strand.resume()
+    'question'
+    >>> strand.resume(41).result
+    42
+
+    """
+
+    def __init__(self, body: Callable[[Strand], Any]) -> None:
+        self._body = body
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._given: Any = None
+        self._shown: Any = None
+        self._abandoned = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def resume(self, answer: Any = None) -> Any:
+        """Let it run until it pauses (returns what it shows) or returns (a ``Finished``).
+
+        Raises:
+            BaseException: whatever its body raised.
+
+        """
+        self._given = answer
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._shown
+
+    def pause(self, shown: Any) -> Any:
+        """Called inside: show something to the owner, wait for the answer."""
+        self._shown = shown
+        self._back.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise Abandoned
+        return self._given
+
+    def abandon(self) -> None:
+        """Unwind a paused strand; harmless on one that never started or has ended."""
+        if self._thread.is_alive():
+            self._abandoned = True
+            self._go.release()
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._shown = Finished(self._body(self))
+        except Abandoned:
+            return
+        except BaseException as error:
+            self._error = error
+        self._back.release()

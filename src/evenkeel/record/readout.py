@@ -1,0 +1,262 @@
+"""Readout: the output head refitted per step, its evidence, and the safe file that holds both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from evenkeel.atomic import write_atomically
+from evenkeel.corrections.exact_drift import ExactDrift
+from evenkeel.corrections.head_table import HeadTable
+from evenkeel.corrections.plan import Correction, Identity, SamplerPlan, digest_of, text_of
+from evenkeel.errors import CalibrationError, RecordError
+from evenkeel.record.layout import MOMENTS, digest, read_metadata
+from evenkeel.record.provenance import Provenance
+from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
+from evenkeel.statistics.moments import ORDERS, PairedMoments
+
+FORMAT, SCHEMA_VERSION = "evenkeel-readout", 1
+FORMS = ("per-step", "shared", "hierarchical")
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """How the fit of one denoiser call went.
+
+    Attributes:
+        step, branch: which call.
+        penalty: ridge penalty that cross-validation chose, in units of the features' mean scatter.
+        held_out: squared error that is left on prompts that the fit did not see, relative to the
+            error before; 1 is no change.
+        bound: one-sided 95 % upper bound of ``held_out``.
+        explanation: why the original head is kept, or "".
+
+    """
+
+    step: int
+    branch: int
+    penalty: float
+    held_out: float
+    bound: float
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Readout:
+    """At step i, use the output head W + dW_i instead of W; the same multiply, nothing else runs.
+
+    With features h that enter the head of the quantized denoiser and targets t, what the
+    full-precision denoiser's head gives at the same input minus what the quantized one gives,
+
+        dW_i, db_i = argmin sum |t - dW h - db|^2 + p s |dW|^2      (s: mean scatter of a feature)
+
+    p by cross-validation over prompts. Ours; derived in docs/readout.md. A step whose held-out error
+    does not fall with 95 % confidence keeps its head, so that without evidence nothing changes.
+
+    A head acts before guidance, so a table is valid at every guidance scale. A sampler correction
+    may follow (``then``): ``with_drift`` hands the rest of the error, measured on prompts that the
+    head in use was not fitted to, to ``ExactDrift``; that part belongs to one guidance scale.
+
+    Attributes:
+        provenance: what it was fitted for; ``trajectory`` is ``corrected``.
+        head: name of the layer in the denoiser.
+        form: ``per-step``, ``shared`` (one change for all steps, can be folded into the checkpoint)
+            or ``hierarchical`` (per-step changes drawn to the shared one).
+        table: the heads over noise levels.
+        fits: one per denoiser call.
+        evidence: moments of the error that is left after guidance; None where guidance is not a
+            linear combination of the denoiser's outputs.
+        then: a correction of the sampler on top, or None.
+
+    """
+
+    provenance: Provenance
+    head: str
+    form: str
+    table: HeadTable
+    fits: tuple[HeadFit, ...]
+    evidence: Evidence | None
+    then: Correction | None = None
+
+    @property
+    def name(self) -> str:
+        """``readout``, and what follows: ``readout+exact-drift``."""
+        return "readout" if self.then is None else f"readout+{self.then.name}"
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Derived here; docs/readout.md."""
+        return ("evenkeel, docs/readout.md",)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The knobs, without what was fitted."""
+        return {"form": self.form, "then": text_of(self.then)}
+
+    @property
+    def accepted(self) -> int:
+        """How many of the denoiser calls have a head of their own."""
+        return int(self.table.active.sum())
+
+    def with_drift(self) -> Readout:
+        """The same with exact drift on the error that is left.
+
+        Raises:
+            CalibrationError: nothing is known about that error.
+
+        """
+        if self.evidence is None:
+            raise CalibrationError(
+                "this readout holds no evidence of the error that is left: its pipeline combines the "
+                "guidance branches in a way that is not linear. Use it without drift."
+            )
+        return replace(self, then=ExactDrift(self.evidence))
+
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        """What the sampler does differently: nothing, or what follows.
+
+        Nothing either where no head was changed: evidence that did not hold for the heads is none.
+        """
+        if self.then is None or self.table.is_identity:
+            return Identity().plan(law)
+        return self.then.plan(law, allow_range=allow_range)
+
+    def content_digest(self) -> str:
+        """Tells any two tables apart, and what follows them."""
+        running = hashlib.sha256(f"{self.head} {digest_of(self.then)}".encode())
+        for tensor in _table_tensors(self.table).values():
+            running.update(tensor.numpy().tobytes())
+        return running.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file atomically; float16 heads, float64 moments, a JSON header."""
+        tensors = _table_tensors(self.table)
+        if self.evidence is not None:
+            tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
+        header = json.dumps(asdict(self.provenance), sort_keys=True)
+        fit = json.dumps(
+            {"head": self.head, "form": self.form, "fits": [asdict(f) for f in self.fits]},
+            sort_keys=True,
+        )
+        tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        metadata = {
+            "format": FORMAT,
+            "schema_version": str(SCHEMA_VERSION),
+            "provenance": header,
+            "readout": fit,
+            "digest": digest(header + fit, tensors),
+        }
+        return write_atomically(Path(path), save_bytes(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Readout:
+        """Read and check a file; never executes anything in it.
+
+        Args:
+            path: written by ``save``.
+
+        Raises:
+            RecordError: missing, foreign, damaged, changed, or of another schema version.
+
+        """
+        place = Path(path)
+        if not place.is_file():
+            raise RecordError(f"{place} is not a file; expected one made by evenkeel readout.")
+        try:
+            content = place.read_bytes()
+            metadata, tensors = read_metadata(content), load_bytes(content)
+        except Exception as e:  # whatever a hostile file provokes in the parsers
+            raise RecordError(
+                f"{place} is not a readable safetensors file ({e}); it is damaged or foreign."
+            ) from e
+        if metadata.get("format") != FORMAT:
+            raise RecordError(f"{place} is a safetensors file but not an evenkeel readout.")
+        if metadata.get("schema_version") != str(SCHEMA_VERSION):
+            raise RecordError(
+                f"{place} has schema version {metadata.get('schema_version')}, this library reads "
+                f"{SCHEMA_VERSION}: fit again, or use the version that wrote it."
+            )
+        try:
+            texts = metadata["provenance"] + metadata["readout"]
+            if metadata.get("digest") != digest(texts, tensors):
+                raise ValueError("its digest does not match; it was changed after it was written")
+            return cls._from_file(metadata, tensors)
+        except Exception as e:  # anyone can compute a digest
+            raise RecordError(f"{place} is not a valid readout: {e}. Fit again.") from e
+
+    @classmethod
+    def _from_file(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Readout:
+        provenance = Provenance(**json.loads(metadata["provenance"]))
+        described = json.loads(metadata["readout"])
+        steps, branches, features, targets = tensors["table.weight"].shape
+        wanted = {
+            "weight": (torch.float16, (steps, branches, features, targets)),
+            "scale": (torch.float32, (steps, branches)),
+            "constant": (torch.float32, (steps, branches, targets)),
+            "active": (torch.bool, (steps, branches)),
+        }
+        for n, (dtype, shape) in wanted.items():
+            tensor = tensors[f"table.{n}"]
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or 0 in shape:
+                raise ValueError(f"{n} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}")
+        foreign = (
+            tensors.keys() - {f"table.{n}" for n in wanted} - {f"moments.{n}" for n in MOMENTS}
+        )
+        if foreign or not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise ValueError(f"unknown tensors {sorted(foreign)}, or values that are not finite")
+        levels = np.array(provenance.alpha), np.array(provenance.sigma)
+        if len(levels[0]) != steps or len(levels[1]) != steps or described["form"] not in FORMS:
+            raise ValueError(f"{steps} heads for {len(levels[0])} levels, form {described['form']}")
+        weight, scale, constant, active = (tensors[f"table.{n}"] for n in wanted)
+        table = HeadTable(*levels, weight, scale, constant, active)
+        evidence = None
+        if "moments.mean_e" in tensors:
+            moments = _moments_of(provenance, tensors, steps)
+            evidence = Evidence(provenance.prediction, *levels, moments, source=provenance)
+        fits = tuple(HeadFit(**f) for f in described["fits"])
+        return cls(provenance, described["head"], described["form"], table, fits, evidence)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.form} readout of {self.head} ({self.table.weight.shape[2]} features, "
+            f"{self.table.weight.shape[3]} outputs): {self.accepted} of {len(self.fits)} heads "
+            f"changed",
+            "step  branch  sigma/alpha  penalty  error left on held-out prompts (95 % bound)",
+        ]
+        for f in self.fits:
+            with np.errstate(divide="ignore"):
+                level = self.table.sigma[f.step] / self.table.alpha[f.step]
+            lines.append(
+                f"{f.step:4d}  {f.branch:6d}  {level:11.4g}  {f.penalty:7.2g}  {f.held_out:6.3f} "
+                f"(< {f.bound:.3f})  {f.explanation}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def _table_tensors(table: HeadTable) -> dict[str, Tensor]:
+    kept = [f.name for f in fields(HeadTable) if f.name not in ("alpha", "sigma")]
+    return {f"table.{n}": getattr(table, n) for n in kept}
+
+
+def _moments_of(p: Provenance, tensors: dict[str, Tensor], steps: int) -> PairedMoments:
+    shape = tensors["moments.mean_e"].shape
+    if len(shape) != 3 or shape[1] != steps or 0 in shape:
+        raise ValueError(f"moments of shape {tuple(shape)} for {steps} steps")
+    for n in MOMENTS:
+        tensor = tensors[f"moments.{n}"]
+        expected = (*shape, len(ORDERS)) if n == "central" else tuple(shape)
+        if tensor.dtype != torch.float64 or tuple(tensor.shape) != expected:
+            raise ValueError(f"moments.{n} is {tensor.dtype} {tuple(tensor.shape)}")
+    count = torch.full(shape, p.elements, dtype=torch.int64)
+    return PairedMoments(count=count, **{n: tensors[f"moments.{n}"] for n in MOMENTS})
