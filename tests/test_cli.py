@@ -26,7 +26,12 @@ def run(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["calibrate"], ["inspect"], ["sample"], ["compare"]]
+    "command",
+    [[]]
+    + [
+        [name]
+        for name in "demo calibrate readout refit fold inspect sample compare".split()
+    ],
 )
 def test_help_imports_nothing_heavy(command):
     code = (

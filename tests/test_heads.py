@@ -15,16 +15,8 @@ from torch.nn import functional as F
 
 import tiny_pipelines as tp
 from evenkeel.errors import UnsupportedPipeline
-from evenkeel.hosts.heads import (
-    Head,
-    find_head,
-    is_plain,
-    is_reordered,
-    layer_of,
-    outputs_as_rows,
-    rows_as_outputs,
-    rows_of,
-)
+from evenkeel.hosts.head_rows import Head, outputs_as_rows, rows_as_outputs, rows_of
+from evenkeel.hosts.heads import find_head, is_plain, is_reordered, layer_of
 from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.spec import QuantizerSpec
 

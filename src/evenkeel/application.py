@@ -85,6 +85,9 @@ def apply(
 
 def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
+    for switch in installed(pipeline.scheduler):  # put there by a pipeline that shares it
+        if isinstance(switch, HeadSwitch):
+            switch.detach()
     uninstall(pipeline.scheduler)
     # Kept with the pipeline: its scheduler or denoiser may have been exchanged meanwhile.
     for switch in pipeline.__dict__.pop(_SWITCHES, ()):
@@ -250,6 +253,8 @@ class _SwapGuard:
         replaced = pipeline.scheduler is not self._scheduler()
         if replaced and not installed(pipeline.scheduler):
             self._warned = True
+            for switch in pipeline.__dict__.get(_SWITCHES, ()):
+                switch.detach()  # a run that was interrupted left a step's head in place
             warnings.warn(
                 f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
                 f"(Scheduler.from_config makes a new object): the correction is gone and this run is "

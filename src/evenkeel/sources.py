@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
 from evenkeel.hosts.pipelines import call_parameters, denoiser_of, load
-from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module
+from evenkeel.quantizers import (
+    QuantizationReport,
+    QuantizerSpec,
+    load_quantized,
+    quantize_module,
+    save_quantized,
+)
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
 
@@ -37,6 +43,23 @@ def load_pipeline(source: str, dtype: str = "float32") -> Any:
     return pipeline if dtype == "float32" else pipeline.to(getattr(torch, dtype))
 
 
+def save_denoiser(module: nn.Module, like: nn.Module, folder: Path) -> None:
+    """Write a denoiser where ``load_denoiser`` finds it again.
+
+    Args:
+        module: to be written.
+        like: the denoiser that ``load_denoiser`` gave; it remembers its quantization report.
+        folder: place to write to.
+
+    """
+    report = getattr(like, _REPORT, None)
+    if report is not None:
+        save_quantized(module, report, folder)
+    else:
+        saver: Any = module
+        saver.save_pretrained(folder)
+
+
 def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     """A quantizer specification (``w3a4-g32-r16``), a saved quantized denoiser, a folder or hub id.
 
@@ -46,10 +69,10 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     """
     place = Path(source)
     if (place / "quantized.json").is_file():
-        return load_quantized(place)[0]
+        return _remembering(*load_quantized(place))
     reference = denoiser_of(pipeline)
     if not place.exists() and "/" not in source:
-        return quantize_module(reference, QuantizerSpec.parse(source))[0]
+        return _remembering(*quantize_module(reference, QuantizerSpec.parse(source)))
     loader: Any = type(reference)
     try:
         model: nn.Module = loader.from_pretrained(source, local_files_only=place.exists()).eval()
@@ -59,6 +82,14 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
             f"specification such as w3a4-g32-r16, a folder, or a hub id."
         ) from e
     return model
+
+
+_REPORT = "_evenkeel_report"
+
+
+def _remembering(module: nn.Module, report: QuantizationReport) -> nn.Module:
+    module.__dict__[_REPORT] = report
+    return module
 
 
 def is_handwriting(pipeline: Any) -> Path | None:

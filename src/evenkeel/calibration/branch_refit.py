@@ -24,7 +24,7 @@ from evenkeel.quantizers.layers import QuantizedLinear
 from evenkeel.statistics.reduced_rank import SMALLEST_PENALTY, LowRank
 
 FOLDS = 4
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,14 @@ def refit_branches(
         minimize  sum |r - (x down^T) up^T - c|^2 + p s |up down - (W - W_q)|^2,
         r = (x W^T + b) - (Q_a(x) W_q^T + b_q),  b_q -> b_q + c,
 
-    with s the mean variance sum of x. Without data that is the SVD of what rounding left of the
-    weight (SVDQuant, arXiv:2411.05007, up to the order of the two); with data, reduced-rank
-    regression in the metric of x. Layers without a branch and convolutions refit their bias to
-    the mean of r. Shapes, speed and memory stay. A layer changes only if the refit lowers its
-    error on held-out prompts in each fold of a cross-validation, or by a 95 % bound over folds.
-    A second refit, on the first one's result, adapts to the trajectory that the first has changed.
+    with s the scatter of x, averaged over features. A large p gives the SVD of what rounding left of
+    the weight (SVDQuant, arXiv:2411.05007, up to the order of the two), a small one reduced-rank
+    regression on the rows, which also fits the noise of rounding activations. Layers without a
+    branch and convolutions refit their bias to the mean of r. Shapes, speed and memory stay. A
+    layer changes only if the refit lowers its error on held-out prompts in each fold of a
+    cross-validation, or by a 95 % bound over folds. A second refit, of the first one's result,
+    adapts to the trajectory that the first has changed; give it other prompts, as the first has
+    seen these and its branches would be judged too well on them.
 
     Prompt i starts from noise of seed ``seed + i``, whatever the batch size. Corrections that are
     installed are off during the run.

@@ -100,7 +100,7 @@ class Site:
                 fold.add(h[mine], r[mine])
         except CalibrationError as error:
             raise CalibrationError(f"the layer {self.name!r}: {error}") from error
-        self.energy += float(output.detach().to(_wide(output)).square().sum(dtype=torch.float64))
+        self.energy += float(output.detach().to(_wide(output)).square().sum())
         self.calls += 1
 
     def decide(self, penalties: Sequence[float]) -> tuple[LayerRefit, LowRank | None]:
@@ -117,7 +117,10 @@ class Site:
         if self.branch is None:
             penalties = penalties[:1]  # a bias alone is not penalized
         present = self._present(folds[0])
-        errors = held_out(folds, penalties, rank, present, prior, self._stored)
+        try:
+            errors = held_out(folds, penalties, rank, present, prior, self._stored)
+        except CalibrationError as error:  # a float16 factor may overflow
+            raise CalibrationError(f"the refit of layer {self.name!r}: {error}") from error
         before, after = float(errors.before.sum()), float(errors.after[errors.best].sum())
         chosen = penalties[errors.best]
         found = LayerRefit(
@@ -142,14 +145,14 @@ class Site:
             self.layer.down, self.layer.up = branch.down.to(down), branch.up.to(up)
         if self.layer.bias is not None:
             old = self.layer.bias
-            self.layer.bias = (old.double().cpu() + branch.constant).to(old)
+            self.layer.bias = (old.cpu().double() + branch.constant).to(old)
 
     def _present(self, like: NormalEquations) -> Solution:
         """The branch there is, as a map from x to r; its constant is zero by definition of r."""
         if self.branch is None:
             weight = torch.zeros(like.features, like.targets, dtype=torch.float64)
         else:
-            down, up = (x.double().cpu() for x in self.branch)
+            down, up = (x.cpu().double() for x in self.branch)
             weight = (up @ down).T
         return weight, torch.zeros(like.targets, dtype=torch.float64)
 
@@ -157,8 +160,8 @@ class Site:
         """What rounding the weight left: the map from x to r when rounding x is mere noise."""
         if self.branch is None:
             return None
-        original = self.reference.get_parameter("weight").detach().double().cpu()
-        return (original - self.layer.weight.double().cpu()).T
+        original = self.reference.get_parameter("weight").detach().cpu().double()
+        return (original - self.layer.weight.cpu().double()).T
 
     def _stored(self, branch: LowRank) -> LowRank:
         """A solution as the layer's dtype holds it."""
@@ -166,7 +169,7 @@ class Site:
         if self.branch is not None:
             down, up = down.to(self.branch[0].dtype), up.to(self.branch[1].dtype)
         if self.layer.bias is not None:
-            old = self.layer.bias.double().cpu()
+            old = self.layer.bias.cpu().double()
             constant = (old + constant).to(self.layer.bias.dtype).double() - old
         return LowRank(down, up, constant)
 

@@ -18,19 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.calibration.head_fit import CallFit, Judge, Unit, blocks, new_folds, units_of
+from evenkeel.calibration.head_fit import CallFit, Judge, Unit, blocks, new_folds, take_in, units_of
 from evenkeel.calibration.lockstep_batch import Answer, Batch
 from evenkeel.calibration.provenance import provenance_of
 from evenkeel.calibration.settings import Settings
 from evenkeel.corrections.head_table import HeadTable
-from evenkeel.errors import CalibrationError
-from evenkeel.hosts.heads import (
-    find_head,
-    layer_of,
-    outputs_as_rows,
-    rows_as_outputs,
-    rows_of,
-)
+from evenkeel.errors import CalibrationError, UnsupportedPipeline
+from evenkeel.hosts.head_rows import outputs_as_rows, rows_as_outputs, rows_of
+from evenkeel.hosts.heads import find_head, is_reordered, layer_of
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.lockstep import Finished
 from evenkeel.hosts.pipelines import (
@@ -205,6 +200,7 @@ class _Fit:
         self.units: list[Unit] = []
         self._current: Batch | None = None
         self._captured: Tensor | None = None
+        self._recognised = False
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -313,6 +309,7 @@ class _Fit:
             batch.strand.pause(_REFERENCE)
         expected = self.reference(*args, **kwargs)
         assert self._captured is not None
+        self._refuse_another_head(_tensor(expected))
         batch.expected_rows = outputs_as_rows(self.head, self._captured)
         self._captured = None
         if not self.settings.side_by_side:
@@ -325,6 +322,17 @@ class _Fit:
         batch.watch.answers.append(Answer(_tensor(expected), _tensor(given)))
         batch.clear()
         return given
+
+    def _refuse_another_head(self, prediction: Tensor) -> None:
+        """Once: the prediction must be the head's output values and nothing else."""
+        assert self._captured is not None
+        if self._recognised or is_reordered(self._captured, prediction):
+            self._recognised = True
+            return
+        raise UnsupportedPipeline(
+            f"{self.head.name} of {type(self.reference).__name__} is not its output head: the "
+            f"prediction holds other values than this layer gives. Name the last layer with head=."
+        )
 
     def _capture(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         self._captured = output
@@ -447,8 +455,7 @@ class _Shared(_Strategy):
 
     def take(self, batch: Batch) -> None:
         self._folds = self._folds or self._new_folds()
-        for unit, _, _, h, t in self.fit.rows(batch):
-            self._folds[unit.fold].add(h, t)
+        take_in(self._folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
 
     def solution(self) -> CallFit:
         """The change that suits all steps best."""
@@ -527,8 +534,7 @@ class _PerStep(_Solved):
         self._judge = Judge(self.fit.units)
 
     def take(self, batch: Batch) -> None:
-        for unit, _, _, h, t in self.fit.rows(batch):
-            self._folds[unit.fold].add(h, t)
+        take_in(self._folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
 
     def close(self) -> None:
         self._call = self.calls[self._key] = CallFit.of(self._folds, self._prior)

@@ -84,23 +84,24 @@ class HeadTable:
         of the same rank; between two levels heads are interpolated linearly in log-SNR. None is out
         of range: beyond the outermost levels by more than the distance to their neighbours.
         """
-        known = log_snr(self.alpha, self.sigma)
+        known, wanted = log_snr(self.alpha, self.sigma), log_snr(alpha, sigma)
         order = np.argsort(known, kind="stable")
-        axis = known[order]
+        groups = np.split(order, 1 + np.flatnonzero(np.diff(known[order]) >= SAME_LEVEL))
+        axis = np.array([known[group[0]] for group in groups])
         margin = [axis[1] - axis[0], axis[-1] - axis[-2]] if len(axis) > 1 else [0.0, 0.0]
         found: list[tuple[int, int, float] | None] = []
-        for k, level in enumerate(log_snr(alpha, sigma)):
-            same = np.flatnonzero(np.abs(known - level) < SAME_LEVEL)
-            if len(same):
-                nearest = int(same[np.argmin(np.abs(same - k))])
-                found.append((nearest, nearest, 0.0))
+        for k, level in enumerate(wanted):
+            rank = int((np.abs(wanted[:k] - level) < SAME_LEVEL).sum())
+            entries = [int(group[min(rank, len(group) - 1)]) for group in groups]
+            nearest = int(np.argmin(np.abs(axis - level)))
+            if abs(axis[nearest] - level) < SAME_LEVEL:
+                found.append((entries[nearest], entries[nearest], 0.0))
             elif not axis[0] - margin[0] <= level <= axis[-1] + margin[1]:
                 found.append(None)
             else:
                 upper = int(np.clip(np.searchsorted(axis, level), 1, len(axis) - 1))
-                span = axis[upper] - axis[upper - 1]
-                share = float(np.clip((level - axis[upper - 1]) / span, 0, 1)) if span else 0.0
-                found.append((int(order[upper - 1]), int(order[upper]), share))
+                share = (level - axis[upper - 1]) / (axis[upper] - axis[upper - 1])
+                found.append((entries[upper - 1], entries[upper], float(np.clip(share, 0, 1))))
         return found
 
     def at(

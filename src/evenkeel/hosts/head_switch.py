@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.errors import Incompatible
-from evenkeel.hosts.heads import Head, find_head, is_plain, layer_of, rows_as_outputs, rows_of
+from evenkeel.hosts.head_rows import Head, rows_as_outputs, rows_of
+from evenkeel.hosts.heads import find_head, is_plain, layer_of
 from evenkeel.hosts.interception import Interceptor
 from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.hosts.tape import step_index
@@ -87,6 +88,9 @@ class HeadSwitch(Interceptor):
         sigmas = getattr(scheduler, "sigmas", None)
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else []
         key = (*scheduler.timesteps.tolist(), *levels)
+        if isinstance(self._place, _Overwritten) and not is_plain(self._place.layer):
+            # Offloaded since (sequentially: its memory is not its own): add beside it instead.
+            self._place = _Beside(self._place.layer, self.head)
         if key != self._key:
             law = probe_scheduler(scheduler)
             self._heads = self.table.at(
@@ -116,6 +120,9 @@ class HeadSwitch(Interceptor):
         self._index += 1
         if self._index < len(self._heads):
             self._select()
+        elif self._place is not None:
+            # Between runs the denoiser is itself: it can be copied, saved, recognised, offloaded.
+            self._place.rest()
         return result
 
     def _select(self) -> None:
@@ -157,8 +164,13 @@ class _Overwritten:
         self._write(*self.ready[key])
         self.current = key
 
-    def restore(self) -> None:
+    def rest(self) -> None:
+        """The layer's own weights, until the next run."""
         self._write(self.weight, self.bias)
+        self.current = None
+
+    def restore(self) -> None:
+        self.rest()
         self.forget()
 
     def _changed(self, change: Change | None) -> tuple[Tensor, Tensor | None]:
@@ -193,6 +205,10 @@ class _Beside:
     def put(self, key: tuple[int, int], change: Change | None) -> None:
         self.change = change
 
+    def rest(self) -> None:
+        """Nothing is added until the next run."""
+        self.change = None
+
     def restore(self) -> None:
         self.handle.remove()
 
@@ -216,13 +232,8 @@ def fold(denoiser: nn.Module, table: HeadTable, head: str) -> None:
     switch = HeadSwitch(table, denoiser, head)
     layer = layer_of(denoiser, switch.head)
     weight, constant = table.entry(0)
-    same = all(
-        torch.equal(table.weight[0], table.weight[k])
-        and torch.equal(table.scale[0], table.scale[k])
-        and torch.equal(constant, table.constant[k])
-        for k in range(table.steps)
-    )
-    if not same or table.branches > 1:
+    parts = (table.weight, table.scale, table.constant)
+    if not all(torch.equal(part, part[:1, :1].expand_as(part)) for part in parts):
         raise Incompatible(
             "only one change shared by all steps can be folded into a checkpoint; this readout has a "
             "head per step. Fit it with form='shared'."

@@ -1,4 +1,4 @@
-"""The last layer of a denoiser, and what enters it as rows of regression features.
+"""Finding the last layer of a denoiser.
 
 A head is the linear layer or convolution whose output values, reordered, are the denoiser's output;
 nothing else may happen to them. Layers are recognised by what they say about themselves
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from evenkeel.errors import UnsupportedPipeline
+from evenkeel.hosts.head_rows import Head, border, sizes
 
 # Where the denoisers of diffusers keep it; a star is the only entry of a ModuleDict (Z-Image).
 _PLACES = (
@@ -57,28 +56,6 @@ _CHANNEL_LAST = {
     "SanaVideoTransformer3DModel",
     "Transformer2DModel",
 }
-
-
-@dataclass(frozen=True)
-class Head:
-    """The layer whose output, reordered, is the denoiser's output.
-
-    Attributes:
-        name: dotted path in the denoiser, for example ``proj_out``.
-        kind: a linear layer over tokens, or a convolution.
-        features: F, inputs of one output value: in_features, or in_channels times the kernel.
-        targets: O, out_features or out_channels.
-        has_bias: whether it adds a constant.
-        corrected: output columns that may be changed; those of a learned variance are left out.
-
-    """
-
-    name: str
-    kind: Literal["linear", "convolution"]
-    features: int
-    targets: int
-    has_bias: bool
-    corrected: tuple[int, ...]
 
 
 def find_head(denoiser: nn.Module, name: str | None = None, *, channels: int | None = None) -> Head:
@@ -139,88 +116,6 @@ def layer_of(denoiser: nn.Module, head: Head) -> nn.Module:
     if layer is None:
         raise UnsupportedPipeline(f"{type(model).__name__} has no layer called {head.name!r}.")
     return layer
-
-
-def rows_of(head: Head, layer: Any, h: Tensor) -> Tensor:
-    """What enters the head, one row per position of its output: out = rows W^T + b.
-
-    Tokens are rows already; of a convolution a row is the patch under its kernel, in the order of
-    ``weight.flatten(1)``. Values are not checked; NaN spreads.
-
-    Args:
-        head: the layer as found.
-        layer: the layer itself; a convolution's stride, padding and dilation are read off it.
-        h: its input, (batch, ..., F) tokens or (batch, channels, height, width[, depth]).
-
-    Returns:
-        (batch, positions, F), in the dtype of ``h``.
-
-    Raises:
-        UnsupportedPipeline: ``h`` does not fit the layer.
-
-    >>> layer = nn.Conv2d(3, 4, 3, padding=1)
-    >>> head = find_head(nn.ModuleDict({"conv_out": layer}))
-    >>> rows_of(head, layer, torch.zeros(2, 3, 8, 8)).shape
-    torch.Size([2, 64, 27])
-
-    """
-    if head.kind == "linear":
-        if h.ndim < 2 or h.shape[-1] != head.features:
-            raise UnsupportedPipeline(
-                f"{head.name!r} takes (batch, ..., {head.features}); its input is {tuple(h.shape)}."
-            )
-        return h.reshape(h.shape[0], -1, head.features)
-    kernel = _sizes(layer.kernel_size)
-    if h.ndim != 2 + len(kernel) or h.shape[1] != layer.in_channels:
-        raise UnsupportedPipeline(
-            f"{head.name!r} takes (batch, {layer.in_channels}, "
-            f"{'height, width' if len(kernel) == 2 else 'frames, height, width'}); its input is "
-            f"{tuple(h.shape)}."
-        )
-    if len(kernel) == 3:
-        return h.flatten(2).transpose(1, 2)
-    mode = str(layer.padding_mode)
-    padded = F.pad(h, _border(layer, kernel), mode="constant" if mode == "zeros" else mode)
-    dilation, stride = _sizes(layer.dilation), _sizes(layer.stride)
-    return F.unfold(padded, kernel, dilation=dilation, stride=stride).transpose(1, 2)
-
-
-def outputs_as_rows(head: Head, out: Tensor) -> Tensor:
-    """The head's output (batch, ..., O) or (batch, O, ...) as (batch, positions, O).
-
-    Raises:
-        UnsupportedPipeline: the shape is not one this head gives.
-
-    >>> head = Head("conv_out", "convolution", 27, 4, True, (0, 1, 2, 3))
-    >>> outputs_as_rows(head, torch.zeros(2, 4, 8, 8)).shape
-    torch.Size([2, 64, 4])
-
-    """
-    _check_output(head, out)
-    if head.kind == "linear":
-        return out.reshape(out.shape[0], -1, head.targets)
-    return out.flatten(2).transpose(1, 2)
-
-
-def rows_as_outputs(head: Head, rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `outputs_as_rows`: rows (batch, positions, O) in the shape of ``like``.
-
-    Raises:
-        UnsupportedPipeline: rows and shape do not belong together.
-
-    >>> head = Head("conv_out", "convolution", 27, 4, True, (0, 1, 2, 3))
-    >>> rows_as_outputs(head, torch.zeros(2, 64, 4), torch.zeros(2, 4, 8, 8)).shape
-    torch.Size([2, 4, 8, 8])
-
-    """
-    _check_output(head, like)
-    positions = like.numel() // (like.shape[0] * head.targets)
-    if rows.shape != (like.shape[0], positions, head.targets):
-        raise UnsupportedPipeline(
-            f"An output {tuple(like.shape)} of {head.name!r} holds rows "
-            f"{(like.shape[0], positions, head.targets)}; got {tuple(rows.shape)}."
-        )
-    return (rows if head.kind == "linear" else rows.transpose(1, 2)).reshape(like.shape)
 
 
 def is_reordered(out: Tensor, prediction: Tensor) -> bool:
@@ -370,8 +265,8 @@ def _convolution_size(model: nn.Module, place: str, layer: Any) -> tuple[int, in
 
     Rows exist for what `torch.nn.functional.unfold` can cut into patches, and for points.
     """
-    kernel = _sizes(layer.kernel_size)
-    points = [*kernel, *_sizes(layer.stride)] == [1] * 6 and _border(layer, kernel) == [0] * 6
+    kernel = sizes(layer.kernel_size)
+    points = [*kernel, *sizes(layer.stride)] == [1] * 6 and border(layer, kernel) == [0] * 6
     reason = None
     if getattr(layer, "transposed", False):
         reason = "transposed"
@@ -386,25 +281,3 @@ def _convolution_size(model: nn.Module, place: str, layer: Any) -> tuple[int, in
             f"1 and no padding was expected. Such a denoiser cannot be corrected at its head."
         )
     return int(layer.in_channels) * math.prod(kernel), int(layer.out_channels)
-
-
-def _border(layer: Any, kernel: tuple[int, ...]) -> list[int]:
-    """Padding as `torch.nn.functional.pad` wants it: before and after, last axis first."""
-    if layer.padding == "same":
-        spans = [d * (k - 1) for d, k in zip(_sizes(layer.dilation), kernel, strict=True)]
-        return [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
-    sizes = (0,) * len(kernel) if layer.padding == "valid" else _sizes(layer.padding)
-    return [side for size in reversed(sizes) for side in (size, size)]
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    # A quantization backend may keep a single number for a square kernel.
-    return tuple(map(int, value)) if isinstance(value, (tuple, list)) else (int(value),) * 2
-
-
-def _check_output(head: Head, out: Tensor) -> None:
-    axis = -1 if head.kind == "linear" else 1
-    if out.ndim < 2 or out.shape[axis] != head.targets:
-        raise UnsupportedPipeline(
-            f"{head.name!r} gives {head.targets} values along axis {axis}; got {tuple(out.shape)}."
-        )

@@ -41,7 +41,7 @@ class Strand:
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._given: Any = None
         self._shown: Any = None
-        self._abandoned = False
+        self._abandoned = self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -50,8 +50,11 @@ class Strand:
 
         Raises:
             BaseException: whatever its body raised.
+            RuntimeError: it has ended already; waiting for it would never end.
 
         """
+        if self._ended:
+            raise RuntimeError("this strand has ended; it cannot be resumed.")
         self._given = answer
         if self._thread.ident is None:
             self._thread.start()
@@ -65,6 +68,8 @@ class Strand:
 
     def pause(self, shown: Any) -> Any:
         """Called inside: show something to the owner, wait for the answer."""
+        if self._abandoned:  # nobody waits any longer: not even while it unwinds, or a ``finally`` asks
+            raise Abandoned
         self._shown = shown
         self._back.release()
         self._go.acquire()
@@ -74,6 +79,7 @@ class Strand:
 
     def abandon(self) -> None:
         """Unwind a paused strand; harmless on one that never started or has ended."""
+        self._ended = True
         if self._thread.is_alive():
             self._abandoned = True
             self._go.release()
@@ -86,4 +92,5 @@ class Strand:
             return
         except BaseException as error:
             self._error = error
+        self._ended = True
         self._back.release()

@@ -1,5 +1,6 @@
 """The record: one small, safe file that holds what a calibration measured and what it was made for."""
 
+from evenkeel.record.load import load as load
 from evenkeel.record.provenance import Provenance as Provenance
 from evenkeel.record.provenance import differences as differences
 from evenkeel.record.readout import HeadFit as HeadFit

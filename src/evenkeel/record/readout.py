@@ -135,6 +135,8 @@ class Readout:
     def content_digest(self) -> str:
         """Tells any two tables apart, and what follows them."""
         running = hashlib.sha256(f"{self.head} {digest_of(self.then)}".encode())
+        for level in (self.table.alpha, self.table.sigma):
+            running.update(np.asarray(level, dtype=np.float64).tobytes())
         for tensor in _table_tensors(self.table).values():
             running.update(tensor.numpy().tobytes())
         return running.hexdigest()

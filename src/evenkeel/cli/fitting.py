@@ -1,0 +1,191 @@
+"""Commands that measure and fit: calibrate, readout, refit, fold, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from evenkeel.cli.options import command, loaded, positive, sampling
+
+
+def add_calibrate(commands: Any) -> None:
+    """``evenkeel calibrate``."""
+    parser = command(
+        commands,
+        "calibrate",
+        _run_calibrate,
+        "Run full-precision and quantized denoiser on the same states and keep statistics.",
+    )
+    sampling(parser)
+    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    parser.add_argument("--out", type=Path, default=Path("record.safetensors"), help="the record")
+    parser.add_argument(
+        "--trajectory", choices=("full-precision", "quantized"), default="full-precision"
+    )
+    parser.add_argument("--no-histograms", action="store_true", help="smaller record, no trimming")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep finished batches here")
+
+
+def _run_calibrate(options: argparse.Namespace) -> None:
+    from evenkeel.calibration import calibrate
+    from evenkeel.inspection import describe, text
+    from evenkeel.sources import load_prompts
+
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    record = calibrate(
+        pipeline,
+        quantized=quantized,
+        prompts=prompts,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        trajectory=options.trajectory,
+        histograms=not options.no_histograms,
+        resume=options.resume,
+        progress=not options.json,
+        **settings,
+    )
+    record.save(options.out)
+    description = describe(record)
+    if options.json:
+        print(json.dumps({"record": str(options.out), **description}))
+    else:
+        print(text(description))
+        print(f"\nrecord: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+
+
+def add_readout(commands: Any) -> None:
+    """``evenkeel readout``."""
+    parser = command(
+        commands,
+        "readout",
+        _run_readout,
+        "Refit the output head of the quantized denoiser per step, in closed form.",
+    )
+    sampling(parser)
+    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    parser.add_argument("--out", type=Path, default=Path("readout.safetensors"), help="the file")
+    parser.add_argument(
+        "--form",
+        choices=("per-step", "shared", "hierarchical"),
+        default="per-step",
+        help="shared: one change for all steps, which evenkeel fold can write into the checkpoint",
+    )
+    parser.add_argument("--head", help="name of the output layer, if it is not found by itself")
+
+
+def _run_readout(options: argparse.Namespace) -> None:
+    from evenkeel.calibration import fit_readout
+    from evenkeel.inspection import describe_readout
+    from evenkeel.sources import load_prompts
+
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    readout = fit_readout(
+        pipeline,
+        quantized=quantized,
+        prompts=prompts,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        form=options.form,
+        head=options.head,
+        progress=not options.json,
+        **settings,
+    )
+    readout.save(options.out)
+    if options.json:
+        print(json.dumps({"record": str(options.out), **describe_readout(readout)}))
+    else:
+        print(readout)
+        print(f"\nreadout: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+
+
+def add_refit(commands: Any) -> None:
+    """``evenkeel refit``."""
+    parser = command(
+        commands,
+        "refit",
+        _run_refit,
+        "Refit the low-rank branches and biases of the quantized layers, in closed form.",
+    )
+    sampling(parser)
+    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+
+
+def _run_refit(options: argparse.Namespace) -> None:
+    from evenkeel.calibration import refit_branches
+    from evenkeel.sources import load_prompts, save_denoiser
+
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    refitted, report = refit_branches(
+        pipeline,
+        quantized=quantized,
+        prompts=prompts,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        progress=not options.json,
+        **settings,
+    )
+    save_denoiser(refitted, quantized, options.out)
+    if options.json:
+        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
+    else:
+        print(report.text())
+        print(f"\nquantized denoiser: {options.out}")
+
+
+def add_fold(commands: Any) -> None:
+    """``evenkeel fold``."""
+    parser = command(
+        commands,
+        "fold",
+        _run_fold,
+        "Write a readout of form shared into the quantized denoiser's own weights.",
+    )
+    parser.add_argument("pipeline", help="as for evenkeel readout")
+    parser.add_argument("--quantized", required=True, metavar="Q", help="as for evenkeel readout")
+    parser.add_argument("--record", type=Path, required=True, help="from evenkeel readout")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def _run_fold(options: argparse.Namespace) -> None:
+    from evenkeel.errors import Incompatible
+    from evenkeel.hosts.head_switch import fold
+    from evenkeel.hosts.pipelines import fingerprint
+    from evenkeel.record import Readout
+    from evenkeel.sources import load_denoiser, load_pipeline, save_denoiser
+
+    readout = Readout.load(options.record)
+    quantized = load_denoiser(options.quantized, load_pipeline(options.pipeline, options.dtype))
+    if fingerprint(quantized) != readout.provenance.quantized:
+        raise Incompatible(
+            f"{options.record} was fitted for another quantized denoiser "
+            f"({readout.provenance.quantizer}, {readout.provenance.quantized})."
+        )
+    fold(quantized, readout.table, readout.head)
+    save_denoiser(quantized, quantized, options.out)
+    found = {"quantized": str(options.out), "head": readout.head}
+    print(json.dumps(found) if options.json else f"quantized denoiser: {options.out}")
+
+
+def add_inspect(commands: Any) -> None:
+    """``evenkeel inspect``."""
+    parser = command(commands, "inspect", _run_inspect, "Say what a record measured, and for what.")
+    parser.add_argument("record", type=Path)
+
+
+def _run_inspect(options: argparse.Namespace) -> None:
+    from evenkeel.inspection import describe, describe_readout, text
+    from evenkeel.record import Record, load
+
+    found = load(options.record)
+    if isinstance(found, Record):
+        description = describe(found)
+        print(json.dumps(description) if options.json else text(description))
+    else:
+        print(json.dumps(describe_readout(found)) if options.json else found)

@@ -1,0 +1,147 @@
+"""Commands that generate: demo, sample, compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from evenkeel.cli.options import command, correcting, corrections, loaded, positive, sampling
+
+
+def add_demo(commands: Any) -> None:
+    """``evenkeel demo``."""
+    parser = command(
+        commands,
+        "demo",
+        _run_demo,
+        "Quantize the embedded pipeline, calibrate, correct with Q-Drift, and show what it changed.",
+    )
+    parser.add_argument("--images", type=positive, default=512, help="per arm")
+    parser.add_argument("--calibration-prompts", type=positive, default=32)
+    parser.add_argument("--quantizer", default="w3a4-g32-r16", help="specification")
+    parser.add_argument(
+        "--out", type=Path, default=Path("evenkeel-demo"), help="folder for the results"
+    )
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from evenkeel.demo import demo
+
+    results = demo(
+        images=options.images,
+        calibration_prompts=options.calibration_prompts,
+        quantizer=options.quantizer,
+        out=options.out,
+        progress=not options.json,
+    )
+    if options.json:
+        print(json.dumps(results))
+        return
+    from evenkeel.reports import text_table
+
+    print(text_table(results))
+    print(f"\nreport: {options.out / 'report.html'}")
+
+
+def add_sample(commands: Any) -> None:
+    """``evenkeel sample``."""
+    parser = command(commands, "sample", _run_sample, "Generate images, corrected or not.")
+    sampling(parser)
+    correcting(parser)
+    parser.add_argument(
+        "--correction",
+        default=None,
+        help="q-drift, exact-drift, readout, readout+drift; none without",
+    )
+    parser.add_argument("--images", type=positive, help="how many prompts to use")
+    parser.add_argument("--out", type=Path, required=True, help="folder for PNG files")
+
+
+def _run_sample(options: argparse.Namespace) -> None:
+    import torch
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.generation import Arm, generate
+    from evenkeel.sources import load_prompts
+
+    if (options.correction is None) != (not options.record):
+        raise EvenkeelError("--correction and --record belong together: give both, or neither.")
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.images, options.seed)
+    chosen = None
+    if options.correction is not None:
+        chosen = corrections(options.record, [options.correction])[0][0]
+    arm = Arm("sample", quantized, chosen, tuple(options.allow))
+    with tqdm(desc="sample", unit="batch", disable=options.json) as bar:
+        images, seconds = generate(
+            pipeline, arm, prompts, options.seed, options.batch_size, settings, None, bar.update
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, image in enumerate(images):
+        files.append(options.out / f"{i:05d}.png")
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(files[-1])
+    (options.out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    each = float(torch.tensor(seconds).mean())
+    if options.json:
+        print(json.dumps({"images": [str(f) for f in files], "seconds_per_image": each}))
+    else:
+        print(f"{len(files)} images in {options.out}, {each:.3f} s each")
+
+
+def add_compare(commands: Any) -> None:
+    """``evenkeel compare``."""
+    parser = command(
+        commands,
+        "compare",
+        _run_compare,
+        "Same prompts, same noise: full precision, quantized, and every correction, with intervals.",
+    )
+    sampling(parser)
+    correcting(parser)
+    parser.add_argument("--corrections", default="all", help="comma-separated, or all")
+    parser.add_argument("--images", type=positive, help="prompts per arm (default: all, or 32)")
+    parser.add_argument("--out", type=Path, default=Path("evenkeel-compare"), help="folder")
+
+
+def _run_compare(options: argparse.Namespace) -> None:
+    from evenkeel.comparison import compare, standard_arms
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.reports import text_table
+    from evenkeel.results import save_results
+    from evenkeel.sources import evaluator_for, load_prompts, references_for
+
+    if not options.record:
+        raise EvenkeelError(
+            "compare needs --record FILE, made by evenkeel calibrate or evenkeel readout."
+        )
+    names = None if options.corrections == "all" else options.corrections.split(",")
+    chosen, record = corrections(options.record, names)
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
+    comparison = compare(
+        pipeline,
+        standard_arms(pipeline, quantized, chosen, allow=tuple(options.allow)),
+        prompts=prompts,
+        seed=1_000_000 + options.seed,
+        batch_size=options.batch_size,
+        evaluator=evaluator_for(pipeline),
+        reference_images=references_for(pipeline, prompts, options.seed + 1),
+        folder=options.out / "images",
+        progress=not options.json,
+        **settings,
+    )
+    described = {
+        "pipeline": options.pipeline,
+        "quantized": options.quantized,
+        "record": ", ".join(str(path) for path in options.record),
+        "images": len(prompts),
+        "seed": options.seed,
+        **settings,
+    }
+    results = save_results(options.out, comparison, described, record, prompts)
+    print(json.dumps(results) if options.json else text_table(results))

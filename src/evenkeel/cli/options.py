@@ -1,0 +1,134 @@
+"""What several commands take, and how their words become pipelines, denoisers and corrections."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PIPELINE = "zoo:NAME, a local diffusers folder, or a hub id"
+_QUANTIZED = "quantizer specification (w3a4-g32-r16), folder, or hub id of the quantized denoiser"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A subcommand with ``--json``."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, nothing else"
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return value
+
+
+def sampling(parser: argparse.ArgumentParser) -> None:
+    """What every command that samples takes."""
+    parser.add_argument("pipeline", help=_PIPELINE)
+    parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
+    parser.add_argument("--steps", type=positive, help="number of inference steps")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="default: the twin's or the pipeline's"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--device", help="where to run, for example cuda; default: the CPU")
+    parser.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further pipeline argument",
+    )
+
+
+def correcting(parser: argparse.ArgumentParser) -> None:
+    """Which files corrections come from, and which mismatches are accepted."""
+    parser.add_argument(
+        "--record",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="from evenkeel calibrate or evenkeel readout; both can be given",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("denoiser", "scheduler", "guidance", "range"),
+        help="accept this mismatch with the record",
+    )
+
+
+def corrections(paths: Sequence[Path], names: Sequence[str] | None) -> tuple[list[Any], Any]:
+    """The corrections of these names (None: all that the files allow), and the record, if any.
+
+    Raises:
+        EvenkeelError: an unknown name, or a name whose file is not there.
+
+    """
+    from evenkeel.corrections import ALL
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.record import Record, load
+
+    files = [load(path) for path in paths]
+    records = [f for f in files if isinstance(f, Record)]
+    readouts = [f for f in files if not isinstance(f, Record)]
+    if len(records) > 1 or len(readouts) > 1:
+        raise EvenkeelError("give --record once per kind of file: one record, one readout.")
+    record = records[0] if records else None
+    made: dict[str, Any] = {}
+    if record is not None:
+        made |= {name: correction(record.evidence) for name, correction in ALL.items()}
+    if readouts:
+        made["readout"] = readouts[0]
+        if readouts[0].evidence is not None:
+            made["readout+drift"] = readouts[0].with_drift()
+    everything = [*ALL, "readout", "readout+drift"]
+    for name in names or ():
+        if name not in everything:
+            raise EvenkeelError(f"no correction called {name}; there is {', '.join(everything)}.")
+        if name not in made:
+            maker = "readout" if name.startswith("readout") else "calibrate"
+            raise EvenkeelError(
+                f"{name} needs --record FILE, made by evenkeel {maker}; the files given allow "
+                f"{', '.join(made) or 'nothing'}."
+            )
+    return [made[name] for name in names or made], record
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
+    from evenkeel import zoo
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.sources import load_denoiser, load_pipeline, parse_call
+
+    steps, guidance = options.steps, options.guidance_scale
+    if options.pipeline.startswith("zoo:"):
+        twin = zoo.twin(options.pipeline[4:])
+        steps = steps or twin.num_inference_steps
+        guidance = twin.guidance_scale if guidance is None else guidance
+    if steps is None:
+        raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
+    pipeline = load_pipeline(options.pipeline, options.dtype)
+    quantized = load_denoiser(options.quantized, pipeline)
+    if options.device:
+        pipeline.to(options.device)
+        quantized.to(options.device)
+    settings = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "call": parse_call(options.call, pipeline),
+    }
+    return pipeline, quantized, settings
