@@ -1,4 +1,4 @@
-"""The demo: the embedded pipeline quantized to W3A4, calibrated, corrected, compared."""
+"""The demo: the embedded pipeline quantized to W3A4, calibrated, refitted, corrected, compared."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel import zoo
-from evenkeel.calibration import calibrate
-from evenkeel.comparison import compare, standard_arms
+from evenkeel.calibration import calibrate, fit_readout, refit_branches
+from evenkeel.comparison import Arm, compare, standard_arms
 from evenkeel.corrections import QDrift
 from evenkeel.hosts.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -26,7 +26,7 @@ def demo(
         images: per arm; the same prompts and the same noise in every arm.
         calibration_prompts: other captions than the compared ones.
         quantizer: specification, for example ``w3a4-g32-r16``.
-        out: folder for report.html, results.json, record.safetensors and the images.
+        out: folder for report.html, results.json, the record, the readout and the images.
         progress: show bars.
 
     """
@@ -38,21 +38,26 @@ def demo(
         "num_inference_steps": twin.num_inference_steps,
         "guidance_scale": twin.guidance_scale,
     }
-    record = calibrate(
-        pipeline,
-        quantized=quantized,
-        prompts=sample_prompts(calibration_prompts, CALIBRATION_SEED),
-        seed=CALIBRATION_SEED,
-        batch_size=32,
-        progress=progress,
+    fitting: dict[str, Any] = {
+        "prompts": sample_prompts(calibration_prompts, CALIBRATION_SEED),
+        "seed": CALIBRATION_SEED,
+        "batch_size": 32,
+        "progress": progress,
         **settings,
-    )
+    }
     out.mkdir(parents=True, exist_ok=True)
+    record = calibrate(pipeline, quantized=quantized, **fitting)
     record.save(out / "record.safetensors")
+    refitted, _ = refit_branches(pipeline, quantized=quantized, **fitting)
+    readout = fit_readout(pipeline, quantized=refitted, **fitting)
+    readout.save(out / "readout.safetensors")
     prompts = sample_prompts(images, COMPARISON_SEED)
     comparison = compare(
         pipeline,
-        standard_arms(pipeline, quantized, [QDrift(record.evidence)]),
+        [
+            *standard_arms(pipeline, quantized, [QDrift(record.evidence)]),
+            Arm("refit+readout", refitted, readout),
+        ],
         prompts=prompts,
         batch_size=64,
         evaluator=HandwritingEvaluator(zoo.path_of(twin.name)),

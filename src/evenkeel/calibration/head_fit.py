@@ -15,7 +15,8 @@ from evenkeel.statistics.normal_equations import CHUNK, NormalEquations, held_ou
 FOLDS = 4
 FOLD_MEMORY = 80e6  # bytes for all folds' scatter matrices: two folds at FLUX's width
 WIDE = 1024  # features from which the grid of penalties is coarser, as a factor takes seconds
-PENALTIES = tuple(10.0**k for k in (-4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0))
+_EXPONENTS = (-8.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+PENALTIES = tuple(10.0**k for k in _EXPONENTS)  # the first where features explain the whole error
 PENALTIES_WIDE = tuple(10.0**k for k in range(-4, 3))
 
 Solution = tuple[Tensor, Tensor]
@@ -67,9 +68,7 @@ def new_folds(
     return [NormalEquations(features, targets, bias) for _ in range(count)]
 
 
-def take_in(
-    folds: Sequence[NormalEquations], rows: Iterable[tuple[Unit, Tensor, Tensor]]
-) -> None:
+def take_in(folds: Sequence[NormalEquations], rows: Iterable[tuple[Unit, Tensor, Tensor]]) -> None:
     """Add the rows (unit, h, t) to their folds, neighbours of one fold together.
 
     Ten products of 16 rows cost several times one of 160. No more than CHUNK rows are put together:

@@ -16,7 +16,7 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _run_demo,
-        "Quantize the embedded pipeline, calibrate, correct with Q-Drift, and show what it changed.",
+        "Quantize the embedded pipeline, calibrate, correct, and show what that changed.",
     )
     parser.add_argument("--images", type=positive, default=512, help="per arm")
     parser.add_argument("--calibration-prompts", type=positive, default=32)

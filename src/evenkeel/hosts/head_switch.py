@@ -68,8 +68,9 @@ class HeadSwitch(Interceptor):
         if denoiser is None or self._place is not None:
             return
         layer = layer_of(denoiser, self.head)
-        make = _Overwritten if is_plain(layer) else _Beside
-        self._place = make(layer, self.head)
+        self._place = (
+            _Overwritten(layer, self.head) if is_plain(layer) else self._beside(denoiser, layer)
+        )
         if self.table.branches > 1:
             self._calls = denoiser.register_forward_pre_hook(self._next_branch)
 
@@ -90,7 +91,8 @@ class HeadSwitch(Interceptor):
         key = (*scheduler.timesteps.tolist(), *levels)
         if isinstance(self._place, _Overwritten) and not is_plain(self._place.layer):
             # Offloaded since (sequentially: its memory is not its own): add beside it instead.
-            self._place = _Beside(self._place.layer, self.head)
+            denoiser = self._denoiser() if self._denoiser is not None else None
+            self._place = self._beside(denoiser, self._place.layer)
         if key != self._key:
             law = probe_scheduler(scheduler)
             self._heads = self.table.at(
@@ -125,11 +127,17 @@ class HeadSwitch(Interceptor):
             self._place.rest()
         return result
 
+    def _beside(self, denoiser: Any, layer: nn.Module) -> _Beside:
+        if getattr(denoiser, "_orig_mod", None) or getattr(denoiser, "_compiled_call_impl", None):
+            torch.compiler.reset()  # compiled graphs do not notice a new hook and would leave it out
+        return _Beside(layer, self.head)
+
     def _select(self) -> None:
         self._branch = 0
         if self.table.branches == 1:
             self._put(0)
 
+    @torch.compiler.disable  # counting calls inside a graph would compile it anew for every step
     def _next_branch(self, denoiser: nn.Module, arguments: Any) -> None:
         self._put(min(self._branch, self.table.branches - 1))
         self._branch += 1

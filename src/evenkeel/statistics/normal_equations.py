@@ -193,10 +193,9 @@ class NormalEquations:
             packed[_diagonal_index(self.features)] += added
             root = np.sqrt(packed[_diagonal_index(self.features)])
             factor, info = lapack.dpftrf(self.features, packed, overwrite_a=1)
-            # A pivot that is pure rounding is as often positive as not: LAPACK's word is not enough,
-            # unless the penalty alone bounds the smallest eigenvalue.
-            certain = added > 100 * ROUNDING * root.max() ** 2
-            if not info and (certain or _smallest_correlation(factor, root) > ROUNDING):
+            # LAPACK accepts a pivot of pure rounding, as often positive as not; a penalty excludes it.
+            safe = added > 100 * ROUNDING * root.max() ** 2
+            if not info and (safe or _smallest_correlation(factor, root) > ROUNDING):
                 return factor, added
             del packed, factor  # a matrix less while the next one is made
             penalty = max(penalty * 100, SMALLEST_PENALTY)
