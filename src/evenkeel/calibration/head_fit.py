@@ -123,9 +123,11 @@ class CallFit:
         priors = None if prior is None else prior.without
         errors, solutions = held_out_errors(folds, penalties, priors)
         best = int(errors.argmin())
+        without = [s[best] for s in solutions]
+        del solutions  # a step's largest matrices follow
         everything = NormalEquations.merged(folds)
         whole = everything.solve([penalties[best]], None if prior is None else prior.whole)[0]
-        return cls(whole, [s[best] for s in solutions], penalties[best])
+        return cls(whole, without, penalties[best])
 
 
 class Judge:

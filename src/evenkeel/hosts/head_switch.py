@@ -137,7 +137,8 @@ class HeadSwitch(Interceptor):
         if self.table.branches == 1:
             self._put(0)
 
-    @torch.compiler.disable  # counting calls inside a graph would compile it anew for every step
+    # Counting calls inside a graph would compile it anew for every step.
+    @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
     def _next_branch(self, denoiser: nn.Module, arguments: Any) -> None:
         self._put(min(self._branch, self.table.branches - 1))
         self._branch += 1

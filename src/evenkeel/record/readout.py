@@ -142,7 +142,17 @@ class Readout:
         return running.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file atomically; float16 heads, float64 moments, a JSON header."""
+        """Write a safetensors file atomically; float16 heads, float64 moments, a JSON header.
+
+        Raises:
+            RecordError: something follows the readout; the file holds none of that.
+
+        """
+        if self.then is not None:
+            raise RecordError(
+                f"a file holds the readout and its evidence, not what follows it ({self.then.name}). "
+                f"Save the readout itself, and call with_drift() after loading."
+            )
         tensors = _table_tensors(self.table)
         if self.evidence is not None:
             tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
@@ -218,15 +228,14 @@ class Readout:
         if foreign or not all(torch.isfinite(t).all() for t in tensors.values()):
             raise ValueError(f"unknown tensors {sorted(foreign)}, or values that are not finite")
         levels = np.array(provenance.alpha), np.array(provenance.sigma)
-        if len(levels[0]) != steps or len(levels[1]) != steps or described["form"] not in FORMS:
-            raise ValueError(f"{steps} heads for {len(levels[0])} levels, form {described['form']}")
+        fits = tuple(HeadFit(**f) for f in described["fits"])
+        _refuse_malformed(provenance, described, fits, (steps, branches))
         weight, scale, constant, active = (tensors[f"table.{n}"] for n in wanted)
         table = HeadTable(*levels, weight, scale, constant, active)
         evidence = None
         if "moments.mean_e" in tensors:
             moments = _moments_of(provenance, tensors, steps)
             evidence = Evidence(provenance.prediction, *levels, moments, source=provenance)
-        fits = tuple(HeadFit(**f) for f in described["fits"])
         return cls(provenance, described["head"], described["form"], table, fits, evidence)
 
     def __str__(self) -> str:
@@ -249,6 +258,26 @@ class Readout:
 def _table_tensors(table: HeadTable) -> dict[str, Tensor]:
     kept = [f.name for f in fields(HeadTable) if f.name not in ("alpha", "sigma")]
     return {f"table.{n}": getattr(table, n) for n in kept}
+
+
+def _refuse_malformed(
+    p: Provenance, described: dict[str, Any], fits: tuple[HeadFit, ...], size: tuple[int, int]
+) -> None:
+    """Raise ValueError unless the header's numbers and names are those of a readout."""
+    for values in (p.timesteps, p.alpha, p.sigma):
+        found = np.array(values, dtype=np.float64)
+        if found.shape != size[:1] or not np.isfinite(found).all() or (found < 0).any():
+            raise ValueError(f"expected {size[0]} finite timesteps and levels, found {values}")
+    if set(p.layout) != {"ndim", "axis", "channels", "patch"} or p.elements < 1:
+        raise ValueError(f"layout {p.layout} of {p.elements} elements is incomplete")
+    if not isinstance(described["head"], str) or described["form"] not in FORMS:
+        raise ValueError(f"head {described['head']!r}, form {described['form']!r}")
+    calls = [(f.step, f.branch) for f in fits]
+    if len(set(calls)) != len(calls) or not set(calls) <= set(np.ndindex(*size)):
+        raise ValueError(f"fits of the denoiser calls {calls} for heads of {size} calls")
+    numbers = np.array([(f.penalty, f.held_out, f.bound) for f in fits], dtype=np.float64)
+    if not np.isfinite(numbers).all() or not all(isinstance(f.explanation, str) for f in fits):
+        raise ValueError("a fit has a value that is not finite, or no text where one belongs")
 
 
 def _moments_of(p: Provenance, tensors: dict[str, Tensor], steps: int) -> PairedMoments:
