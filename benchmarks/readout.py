@@ -26,7 +26,7 @@ from evenkeel.quantizers.layers import QuantizedLinear
 from evenkeel.quantizers.spec import QuantizerSpec
 
 STEPS, TOKENS, TEXT = 20, 1024, 16
-CALL_REPEATS, SELECT_REPEATS = {"PixArt": 40, "FLUX": 20}, 40
+CALL_REPEATS, SELECT_REPEATS = {"PixArt": 15, "FLUX": 9}, 40
 
 
 def pixart() -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -135,7 +135,7 @@ def measure_call(name: str) -> None:
     }
     for n in ("corrected", "beside"):
         loops[n].correct(table)
-    laps = interleaved(loops, repeats=CALL_REPEATS[name])
+    laps = interleaved(loops, repeats=CALL_REPEATS[name], warmup=1)
     for n, base in (("corrected", "plain"), ("beside", "plain beside")):
         assert not torch.equal(loops[n].output, loops[base].output)
     ratios = {

@@ -35,7 +35,7 @@ from evenkeel.record.readout import HeadFit, Readout
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
-STEPS, PROMPTS, GUIDANCE, REPEATS = 20, 32, 4.5, 15
+STEPS, PROMPTS, GUIDANCE, REPEATS = 20, 32, 4.5, 9
 FLUX_PROMPTS, FLUX_TOKENS, PROCESSES = 4, 4096, 3
 # Features and outputs of the head, steps, latent channels.
 SIZES = {

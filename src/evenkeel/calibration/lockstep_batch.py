@@ -69,6 +69,11 @@ class Watch(Interceptor):
                 f"the scheduler was handed {len(output)} samples for {n} prompts; fit with "
                 f"num_images_per_prompt=1."
             )
+        if not bool(output.isfinite().all()):
+            raise CalibrationError(
+                f"the quantized denoiser gives values that are not finite at step {self.step} (NaN or "
+                f"infinity); float16 often overflows where bfloat16 does not."
+            )
         self.shares = None
         branches = [self._branches(a.given, output) for a in self.answers]
         parts = [b for group in branches for b in group]

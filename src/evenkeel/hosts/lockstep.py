@@ -68,7 +68,7 @@ class Strand:
 
     def pause(self, shown: Any) -> Any:
         """Called inside: show something to the owner, wait for the answer."""
-        if self._abandoned:  # nobody waits any longer: not even while it unwinds, or a ``finally`` asks
+        if self._abandoned:  # nobody waits any longer, not even for a ``finally`` clause that asks
             raise Abandoned
         self._shown = shown
         self._back.release()

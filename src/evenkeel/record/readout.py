@@ -233,7 +233,7 @@ class Readout:
         weight, scale, constant, active = (tensors[f"table.{n}"] for n in wanted)
         table = HeadTable(*levels, weight, scale, constant, active)
         evidence = None
-        if "moments.mean_e" in tensors:
+        if any(n.startswith("moments.") for n in tensors):
             moments = _moments_of(provenance, tensors, steps)
             evidence = Evidence(provenance.prediction, *levels, moments, source=provenance)
         return cls(provenance, described["head"], described["form"], table, fits, evidence)

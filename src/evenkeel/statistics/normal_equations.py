@@ -221,11 +221,11 @@ class NormalEquations:
                 ``intercept``, one with a constant.
 
         """
-        diagonal, errors = _diagonal_index(self.features), []
+        diagonal, outer, errors = _diagonal_index(self.features), np.zeros_like(self.hh), []
         for d, constant in map(self._checked, solutions):
             # tr D^T H D = <H, D D^T>: both packed, so that no square matrix is needed.
-            outer = _rank_k(np.zeros_like(self.hh), np.asfortranarray(d))
-            explained = 2 * self.hh @ outer - self.hh[diagonal] @ outer[diagonal]
+            outer = _rank_k(outer, np.asfortranarray(d), keep=0.0)
+            explained = 2 * (self.hh @ outer) - self.hh[diagonal] @ outer[diagonal]
             spread = self.tt.sum() - 2 * (d * self.ht).sum() + explained
             offset = self.mean_t - self.mean_h @ d - constant
             if not self.intercept and offset.any():
@@ -275,9 +275,9 @@ def _float64(x: Tensor) -> Array:
     return x.detach().cpu().double().numpy()
 
 
-def _rank_k(packed: Array, columns: Array) -> Array:
-    """``packed + columns columns^T`` for a Fortran-ordered (F, k) matrix, in place."""
-    out: Array = lapack.dsfrk(*columns.shape, 1.0, columns, 1.0, packed, overwrite_c=1)
+def _rank_k(packed: Array, columns: Array, keep: float = 1.0) -> Array:
+    """``keep packed + columns columns^T`` for a Fortran-ordered (F, k) matrix, in place."""
+    out: Array = lapack.dsfrk(*columns.shape, 1.0, columns, keep, packed, overwrite_c=1)
     return out
 
 
