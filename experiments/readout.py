@@ -46,6 +46,7 @@ class Job:
 
     @property
     def name(self) -> str:
+        """Of its files."""
         return f"{self.quantizer}-{self.steps}steps-seed{self.seed}-{self.images}"
 
 
@@ -90,6 +91,7 @@ class Fits:
         self._made: dict[Any, Any] = {}
 
     def arm(self, text: str) -> Arm:
+        """``METHOD@PROMPTS``, with ``refit+`` in front where the denoiser is refitted first."""
         method, _, count = text.partition("@")
         n = int(count or 32)
         denoiser = self.quantized
@@ -139,9 +141,7 @@ class Fits:
 
     def _input_bias(self, n: int, correction: Any = None) -> Any:
         common = self._common(n)
-        return fit_input_bias(
-            self.pipe, quantized=self.quantized, correction=correction, **common
-        )
+        return fit_input_bias(self.pipe, quantized=self.quantized, correction=correction, **common)
 
     def _readout(self, n: int, denoiser: Any) -> Any:
         common = self._common(n)
@@ -210,7 +210,10 @@ def write_table() -> None:
         if not path.exists():
             continue
         results = json.loads(path.read_text())
-        lines += [f"## {job.quantizer}, {job.steps} steps, seed {job.seed}, {job.images} images", ""]
+        lines += [
+            f"## {job.quantizer}, {job.steps} steps, seed {job.seed}, {job.images} images",
+            "",
+        ]
         lines += [
             "| arm | FD-FP | difference | closed | PSNR dB | difference | FD to real |",
             "|---|---|---|---|---|---|---|",

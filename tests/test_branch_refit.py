@@ -281,7 +281,7 @@ def test_a_layer_with_neither_branch_nor_bias_is_kept():
     site = site_of(QuantizedLinear.of(reference, QuantizerSpec(3, 4)), reference)
     look(site, torch.randn(4, 9, 16))
     refit, branch = site.decide([1.0])
-    assert (refit.reason, branch) == ("neither branch nor bias", None)
+    assert (refit.reason, branch) == ("neither branch nor scales nor bias", None)
 
 
 def test_folds_that_disagree_keep_the_layer():
@@ -430,13 +430,13 @@ def test_class_labels_and_a_fixed_penalty():
 
 def test_the_report_is_a_table_and_json():
     layers = (
-        LayerRefit("block.0", 4, 0.2, 0.05, 0.1),
+        LayerRefit("block.0", 4, 0.2, 0.05, 0.1, what="branch"),
         LayerRefit("block.1", 0, reason="was not called"),
     )
     report = RefitReport(layers, 8)
     lines = report.text().splitlines()
     assert lines[0].startswith("1 of 2 layers refitted on 8 prompts") and "x 0.25" in lines[0]
-    assert lines[2].split() == ["block.0", "4", "0.2", "0.05", "0.1"]
+    assert lines[2].split() == ["block.0", "branch", "bias", "4", "0.2", "0.05", "0.1"]
     assert lines[3].endswith("kept: was not called")
     found = json.loads(json.dumps(report.as_dict()))
     assert [x["changed"] for x in found["layers"]] == [True, False]

@@ -27,10 +27,21 @@ def run(capsys, *arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[]]
-    + [
-        [name]
-        for name in "demo calibrate readout refit fold inspect sample compare".split()
+    [
+        [],
+        *(
+            [n]
+            for n in (
+                "demo",
+                "calibrate",
+                "readout",
+                "refit",
+                "fold",
+                "inspect",
+                "sample",
+                "compare",
+            )
+        ),
     ],
 )
 def test_help_imports_nothing_heavy(command):

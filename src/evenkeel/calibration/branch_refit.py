@@ -1,4 +1,4 @@
-"""Refit low-rank branches and biases to the activations that layers meet while sampling.
+"""Refit low-rank branches, weight scales and biases to the activations that layers meet.
 
 A quantizer chooses the branch of a layer from its weight alone. What the picture suffers from is the
 layer's error on its own inputs, and on those the best branch has a closed form. One run of the
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.calibration.branch_site import LayerRefit, Quantized, Site
-from evenkeel.errors import CalibrationError
+from evenkeel.errors import CalibrationError, QuantizationError
 from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, quiet, run_pipeline
-from evenkeel.quantizers.layers import QuantizedLinear
+from evenkeel.quantizers import QuantizerSpec
+from evenkeel.quantizers.layers import QuantizedLinear, weight_group
+from evenkeel.statistics.group_scales import Scales
 from evenkeel.statistics.reduced_rank import SMALLEST_PENALTY, LowRank
 
 FOLDS = 4
@@ -46,11 +48,13 @@ class RefitReport:
 
     def text(self) -> str:
         """A table of the layers and their held-out errors, and a line on all of them."""
-        rows: list[tuple[str, ...]] = [("layer", "rank", "before", "after", "penalty", "")]
+        rows: list[tuple[str, ...]] = [("layer", "what", "rank", "before", "after", "penalty", "")]
         for x in self.layers:
             numbers = (f"{v:.3g}" if v is not None else "-" for v in (x.before, x.after, x.penalty))
-            rows.append((x.name, str(x.rank), *numbers, f"kept: {x.reason}" if x.reason else ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+            what = " ".join(filter(None, (x.what, "bias")))
+            why = f"kept: {x.reason}" if x.reason else ""
+            rows.append((x.name, what, str(x.rank), *numbers, why))
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
@@ -79,7 +83,7 @@ def refit_branches(
     call: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[nn.Module, RefitReport]:
-    """Give every low-rank branch and bias the values that best undo its layer's own error.
+    """Give branches, weight scales and biases the values that best undo their layer's own error.
 
     With x what enters the layer along the quantized pipeline's own trajectory, a layer
     ``Q_a(x) W_q^T + b_q + (x down^T) up^T`` is refitted to the full-precision ``x W^T + b``:
@@ -90,7 +94,9 @@ def refit_branches(
     with s the scatter of x, averaged over features. A large p gives the SVD of what rounding left of
     the weight (SVDQuant, arXiv:2411.05007, up to the order of the two), a small one reduced-rank
     regression on the rows, which also fits the noise of rounding activations. Layers without a
-    branch and convolutions refit their bias to the mean of r. Shapes, speed and memory stay. A
+    branch refit their weight scales, one factor per output and group of inputs, and their bias
+    (``statistics.group_scales``); convolutions their bias alone, to the mean of r. Where the
+    quantizer's groups are not known, scales stay. Shapes, speed and memory stay. A
     layer changes only if the refit lowers its error on held-out prompts in each fold of a
     cross-validation, or by a 95 % bound over folds. A second refit, of the first one's result,
     adapts to the trajectory that the first has changed; give it other prompts, as the first has
@@ -133,7 +139,7 @@ def refit_branches(
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(groups) * len(starts), desc="refit", unit="batch", disable=not progress)
     penalties = PENALTIES if penalty is None else (penalty,)
-    decided: dict[str, tuple[LayerRefit, LowRank | None]] = {}
+    decided: dict[str, tuple[LayerRefit, LowRank | Scales | None]] = {}
     before = installed(pipeline.scheduler)
     uninstall(pipeline.scheduler)
     try:
@@ -174,6 +180,7 @@ def refit_branches(
 
 def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
     originals = dict(reference.named_modules())
+    spec = _spec(refitted)
     sites = []
     for name, layer in refitted.named_modules():
         if not isinstance(layer, Quantized):
@@ -189,13 +196,24 @@ def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
                 f"found {original!r}. Pass the pipeline with the full-precision denoiser that "
                 f"`quantized` was made from, before offloading."
             )
-        sites.append(Site(name, layer, original))
+        site = Site(name, layer, original)
+        if spec is not None and site.branch is None and isinstance(layer, QuantizedLinear):
+            site.group = weight_group(original, spec) or layer.weight.shape[1]
+        sites.append(site)
     if not sites:
         raise CalibrationError(
             f"{type(refitted).__name__} has no QuantizedLinear or QuantizedConv2d, so there is "
             "nothing to refit; pass what quantize_module returned."
         )
     return sites
+
+
+def _spec(refitted: nn.Module) -> QuantizerSpec | None:
+    """Says which inputs share a weight scale; None for a quantizer that we do not know."""
+    try:
+        return QuantizerSpec.parse(str(getattr(refitted, "evenkeel_quantizer", "")))
+    except QuantizationError:
+        return None
 
 
 def _groups(sites: list[Site], memory: float) -> list[list[Site]]:

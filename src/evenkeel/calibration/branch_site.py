@@ -1,4 +1,4 @@
-"""One quantized layer under refit: what passed through it, and which branch and bias suit it best."""
+"""One quantized layer under refit: what passed through it, and which branch, scales and bias suit it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from evenkeel.errors import CalibrationError
 from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.uniform import fake_quantize
+from evenkeel.statistics.group_scales import Scales, group_scales
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
-from evenkeel.statistics.reduced_rank import LowRank, held_out, reduced_rank
+from evenkeel.statistics.reduced_rank import LowRank, cross_validated, held_out, reduced_rank
 
 Quantized = QuantizedLinear | QuantizedConv2d
+BIAS_ALONE = 1e6  # a penalty at which scales stay what they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class LayerRefit:
 
     ``before`` and ``after`` are the energy of the layer's error, of the present and of the refitted
     layer, on prompts the fit has not seen, relative to the energy of the layer's output; None when
-    nothing was measured. ``penalty`` is None without a branch.
+    nothing was measured. ``penalty`` is None where a bias alone was fitted. ``what`` names what was
+    fitted beside the bias: ``branch``, ``scales``, or "".
     """
 
     name: str
@@ -34,6 +37,7 @@ class LayerRefit:
     after: float | None = None
     penalty: float | None = None
     reason: str = ""
+    what: str = ""
 
     @property
     def changed(self) -> bool:
@@ -43,7 +47,11 @@ class LayerRefit:
 
 @dataclass
 class Site:
-    """A quantized layer, its full-precision original, and the sums of what passed through it."""
+    """A quantized layer, its full-precision original, and the sums of what passed through it.
+
+    ``group`` is how many inputs share a weight scale, where the scales may change: layers without a
+    branch whose quantizer is known.
+    """
 
     name: str
     layer: Quantized
@@ -52,6 +60,7 @@ class Site:
     energy: float = 0.0  # of the layer's output
     calls: int = 0
     prompts: tuple[int, int, int] = field(default=(0, 1, 1))  # first, in this batch, in all
+    group: int | None = None
 
     @property
     def branch(self) -> tuple[Tensor, Tensor] | None:
@@ -60,10 +69,17 @@ class Site:
         return None if down is None or up is None or not len(down) else (down, up)
 
     @property
+    def what(self) -> str:
+        """What is refitted beside the bias."""
+        if self.branch is not None:
+            return "branch"
+        return "" if self.group is None else "scales"
+
+    @property
     def _shape(self) -> tuple[int, int]:
-        """Features and targets; without a branch one feature that never varies."""
+        """Features and targets; for a bias alone one feature that never varies."""
         weight = self.layer.weight
-        return (1 if self.branch is None else weight.shape[1]), len(weight)
+        return (weight.shape[1] if self.what else 1), len(weight)
 
     @property
     def bytes_per_fold(self) -> int:
@@ -91,7 +107,7 @@ class Site:
         else:
             h, r = x, _linear_error(self.layer, self.reference, x)
         r = r.reshape(r.shape[0] if r.ndim > 1 else 1, -1, r.shape[-1])
-        h = r.new_zeros(*r.shape[:2], 1) if self.branch is None or h is None else h
+        h = r.new_zeros(*r.shape[:2], 1) if not self.what or h is None else h
         h = h.reshape(*r.shape[:2], -1)
         index = fold_index(r.shape[0], r.shape[1], *self.prompts, len(self.folds), self.calls)
         try:
@@ -103,22 +119,29 @@ class Site:
         self.energy += float(output.detach().to(_wide(output)).square().sum())
         self.calls += 1
 
-    def decide(self, penalties: Sequence[float]) -> tuple[LayerRefit, LowRank | None]:
+    def decide(self, penalties: Sequence[float]) -> tuple[LayerRefit, LowRank | Scales | None]:
         """What to put in: None keeps the layer as it is."""
         rank = 0 if self.branch is None else len(self.branch[0])
-        base = LayerRefit(self.name, rank)
+        base = LayerRefit(self.name, rank, what=self.what)
         folds = [fold for fold in self.folds if fold.count]
-        if self.branch is None and self.layer.bias is None:
-            return _kept(base, "neither branch nor bias"), None
+        if not self.what and self.layer.bias is None:
+            return _kept(base, "neither branch nor scales nor bias"), None
         if len(folds) < 2:
             why = "rows of one fold only: use a smaller batch_size" if folds else "was not called"
             return _kept(base, why), None
         prior = self._prior()
-        if self.branch is None:
+        if not self.what:
             penalties = penalties[:1]  # a bias alone is not penalized
+        elif self.what == "scales":
+            penalties = [*penalties, BIAS_ALONE]
         present = self._present(folds[0])
         try:
-            errors = held_out(folds, penalties, rank, present, prior, self._stored)
+            if self.what == "scales":
+                errors = cross_validated(
+                    folds, penalties, present, lambda e, p: self._scaled(e, p).solution
+                )
+            else:
+                errors = held_out(folds, penalties, rank, present, prior, self._stored)
         except CalibrationError as error:  # a float16 factor may overflow
             raise CalibrationError(f"the refit of layer {self.name!r}: {error}") from error
         before, after = float(errors.before.sum()), float(errors.after[errors.best].sum())
@@ -128,19 +151,37 @@ class Site:
             rank,
             before / self.energy if self.energy else None,
             after / self.energy if self.energy else None,
-            chosen if rank else None,
+            chosen if self.what else None,
+            what=self.what,
         )
         if before <= torch.finfo(self.layer.weight.dtype).eps ** 2 * self.energy:
             return _kept(found, "no error beyond rounding"), None
         if not errors.improves:
             return _kept(found, "no gain on held-out prompts"), None
-        return found, reduced_rank(NormalEquations.merged(folds), chosen, rank, prior)
+        everything = NormalEquations.merged(folds)
+        if self.what == "scales":
+            return found, self._scaled(everything, chosen)
+        return found, reduced_rank(everything, chosen, rank, prior)
 
-    def put(self, branch: LowRank | None) -> None:
+    def _scaled(self, equations: NormalEquations, penalty: float) -> Scales:
+        """Scales as the layer's dtype holds the scaled weight."""
+        old = self.layer.weight.cpu().double()
+        found = group_scales(equations, old, self.group, penalty)
+        change = (old + found.change).to(self.layer.weight.dtype).double() - old
+        constant = found.constant
+        if self.layer.bias is not None:
+            bias = self.layer.bias.cpu().double()
+            constant = (bias + constant).to(self.layer.bias.dtype).double() - bias
+        return Scales(found.factors, change, constant)
+
+    def put(self, branch: LowRank | Scales | None) -> None:
         """Replace buffers by values of the same shape, dtype and device."""
         if branch is None:
             return
-        if self.branch is not None and isinstance(self.layer, QuantizedLinear):
+        if isinstance(branch, Scales):
+            weight = self.layer.weight
+            self.layer.weight = (weight.cpu().double() + branch.change).to(weight)
+        elif self.branch is not None and isinstance(self.layer, QuantizedLinear):
             down, up = self.branch
             self.layer.down, self.layer.up = branch.down.to(down), branch.up.to(up)
         if self.layer.bias is not None:

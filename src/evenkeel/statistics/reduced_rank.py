@@ -165,6 +165,31 @@ def held_out(
         CalibrationError: fewer than two folds, or a fold without rows.
 
     """
+
+    def solve(rest: NormalEquations, penalty: float) -> Solution:
+        return rounded(reduced_rank(rest, penalty, rank, prior)).solution
+
+    return cross_validated(folds, penalties, present, solve)
+
+
+def cross_validated(
+    folds: Sequence[NormalEquations],
+    penalties: Sequence[float],
+    present: Solution,
+    solve: Callable[[NormalEquations, float], Solution],
+) -> HeldOut:
+    """Cross-validate any solution of normal equations against the present map.
+
+    Args:
+        folds: normal equations of disjoint sets of rows, at least two, each with rows.
+        penalties: candidates.
+        present: (F, O) and (O,), the map to beat. It is judged on the same rows.
+        solve: the solution of some equations at some penalty.
+
+    Raises:
+        CalibrationError: fewer than two folds, or a fold without rows.
+
+    """
     if len(folds) < 2 or not all(fold.count for fold in folds):
         raise CalibrationError(
             "cross-validation needs at least two folds, each with rows; got folds of "
@@ -173,7 +198,7 @@ def held_out(
     columns = []
     for f, fold in enumerate(folds):
         rest = NormalEquations.merged(other for g, other in enumerate(folds) if g != f)
-        found = [rounded(reduced_rank(rest, p, rank, prior)).solution for p in penalties]
+        found = [solve(rest, p) for p in penalties]
         columns.append(fold.squared_error([present, *found]))
     errors = torch.stack(columns, 1)
     return HeldOut(errors[0], errors[1:])
