@@ -164,3 +164,70 @@ def test_record_of_other_steps_is_interpolated_or_refused(capsys, record, tmp_pa
     assert "outside the calibrated noise levels" in err
     code, _, _ = run(capsys, *arguments, "--out", tmp_path, "--allow", "range")
     assert code == 0
+
+
+@pytest.fixture(scope="module")
+def readout(tmp_path_factory):
+    path = tmp_path_factory.mktemp("readout") / "ro.safetensors"
+    assert main(["readout", *SAMPLING, "--count", "4", "--out", str(path), "--json"]) == 0
+    return path
+
+
+def test_readout_says_what_it_found(capsys, readout):
+    code, out, _ = run(capsys, "inspect", readout)
+    assert code == 0 and "per-step readout of proj_out" in out
+    code, out, _ = run(capsys, "inspect", readout, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [s["step"] for s in found["steps"]] == [0, 1, 2]
+    assert found["head"] == "proj_out" and found["form"] == "per-step"
+
+
+def test_compare_takes_a_record_and_a_readout(capsys, record, readout, tmp_path):
+    arguments = ["compare", *SAMPLING, "--record", record, "--record", readout, "--images", "8"]
+    code, out, _ = run(capsys, *arguments, "--out", tmp_path, "--json")
+    names = [arm["name"] for arm in json.loads(out)["arms"]]
+    assert code == 0
+    assert names[2:] == ["q-drift", "exact-drift", "readout", "readout+exact-drift"]
+
+
+def test_a_shared_readout_is_folded_and_the_folder_is_a_denoiser(capsys, tmp_path):
+    file, folder = tmp_path / "shared.safetensors", tmp_path / "folded"
+    fit = ["readout", *SAMPLING, "--count", "4", "--form", "shared", "--out", file, "--json"]
+    assert run(capsys, *fit)[0] == 0
+    fold = ["fold", "zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--record", file]
+    assert run(capsys, *fold, "--out", folder)[0] == 0
+    sample = ["sample", "zoo:pixart-sigma", "--quantized", folder, "--steps", "2", "--images", "1"]
+    assert run(capsys, *sample, "--out", tmp_path / "images")[0] == 0
+    code, _, err = run(capsys, *fold[:3], "w4a4-g32-r16", *fold[4:], "--out", tmp_path / "other")
+    assert code == 1 and "another quantized denoiser" in err
+
+
+def test_a_readout_per_step_cannot_be_folded(capsys, readout, tmp_path):
+    fold = ["fold", "zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--record", readout]
+    code, _, err = run(capsys, *fold, "--out", tmp_path / "folded")
+    assert code == 1 and "form='shared'" in err and not (tmp_path / "folded").exists()
+
+
+def test_refit_writes_a_denoiser_that_the_other_commands_take(capsys, record, tmp_path):
+    folder = tmp_path / "refitted"
+    code, out, _ = run(capsys, "refit", *SAMPLING, "--count", "4", "--out", folder, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["prompts"] == 4 and any(x["changed"] for x in found["layers"])
+    again = ["readout", "zoo:pixart-sigma", "--quantized", folder, "--steps", "2", "--count", "4"]
+    assert run(capsys, *again, "--out", tmp_path / "ro.safetensors", "--json")[0] == 0
+    sample = ["sample", "zoo:pixart-sigma", "--quantized", folder, "--steps", "3", "--images", "1"]
+    use = ["--record", record, "--correction", "q-drift", "--out", tmp_path / "images"]
+    code, _, err = run(capsys, *sample, *use)
+    assert code == 1 and "is not the one the record was made for" in err
+
+
+def test_corrections_need_their_files(capsys, record, readout, tmp_path):
+    sample = ["sample", *SAMPLING, "--images", "1", "--out", tmp_path]
+    code, _, err = run(capsys, *sample, "--record", record, "--correction", "readout")
+    assert code == 1 and "made by evenkeel readout" in err
+    code, _, err = run(capsys, *sample, "--record", readout, "--correction", "q-drift")
+    assert code == 1 and "made by evenkeel calibrate" in err
+    both = ["--record", record, "--record", record]
+    code, _, err = run(capsys, *sample, *both, "--correction", "q-drift")
+    assert code == 1 and "once per kind" in err
