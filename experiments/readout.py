@@ -62,8 +62,9 @@ MAIN = (
     "refit+readout+drift@32",
 )
 SHORT = ("q-drift", "input-bias@32", "readout@8", "readout@32", "refit@32", "refit+readout@32")
-PROMPTS = tuple(
-    f"{arm}@{n}" for n in (1, 4, 8, 256) for arm in ("readout", "readout+drift", "refit+readout")
+PROMPTS = (
+    *("readout@1", "readout+drift@1", "refit@2", "refit+readout@2"),
+    *(f"{a}@{n}" for n in (4, 8, 256) for a in ("readout", "readout+drift", "refit+readout")),
 )
 JOBS = [
     *(Job(q, 20, 2000, s, MAIN) for s in (0, 1, 2) for q in ("w3a4-g32-r16", "w4a8-g32")),

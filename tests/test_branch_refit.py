@@ -177,11 +177,10 @@ def test_the_rule_of_improvement(after, improves):
 
 
 def test_guidance_halves_of_a_prompt_share_a_fold():
-    found = fold_index(6, 2, first=3, batch=3, prompts=9, folds=4, calls=5)
+    found = fold_index(6, 2, first=3, batch=3, folds=4, calls=5)
     assert found.tolist() == [[3, 3], [0, 0], [1, 1]] * 2
-    assert fold_index(5, 2, 3, 3, 9, 4, 6).unique().tolist() == [2]  # in turn, by call
-    assert fold_index(2, 8, 0, 1, 1, 4, 0).tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]] * 2
-    assert fold_index(16, 1, 5, 1, 9, 4, 0).unique().tolist() == [1]  # a batch of one prompt
+    assert fold_index(5, 2, 3, 3, 4, 6).unique().tolist() == [2]  # in turn, by call
+    assert fold_index(16, 1, 5, 1, 4, 0).unique().tolist() == [1]  # a batch of one prompt
 
 
 # ---- one layer
@@ -194,7 +193,7 @@ def site_of(layer, reference):
 
 
 def look(site, x, prompts=4):
-    site.prompts = (0, prompts, prompts)
+    site.prompts = (0, prompts)
     site.look(site.layer, (x,), {}, site.layer(x))
 
 
@@ -415,10 +414,13 @@ def test_a_refitted_module_can_be_saved_and_loaded(tmp_path):
     assert not hasattr(quantized, "evenkeel_refit")
 
 
-def test_one_prompt_is_divided_into_blocks_of_tokens():
+def test_two_prompts_are_enough_and_one_is_not():
+    """Blocks of one prompt are no substitute: measured, its refit ruins every other prompt."""
     tiny, quantized, _ = make("flux")
-    _, report = refit(tiny, quantized, prompts=TRAIN[:1])
-    assert report.prompts == 1 and len(report.changed) > 0.5 * len(report.layers)
+    _, report = refit(tiny, quantized, prompts=TRAIN[:2])
+    assert report.prompts == 2 and len(report.changed) > 0.3 * len(report.layers)
+    with pytest.raises(CalibrationError, match="at least two prompts"):
+        refit(tiny, quantized, prompts=TRAIN[:1])
 
 
 def test_class_labels_and_a_fixed_penalty():

@@ -99,7 +99,7 @@ def site(group=4):
 
 def look(s, x):
     s.open(4)
-    s.prompts = (0, len(x), len(x))
+    s.prompts = (0, len(x))
     s.look(s.layer, (x,), {}, s.layer(x))
 
 

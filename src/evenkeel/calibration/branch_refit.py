@@ -108,13 +108,14 @@ def refit_branches(
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
         quantized: what ``quantize_module`` made of that denoiser; it is not changed.
-        prompts: texts, or class labels for class-conditional pipelines.
+        prompts: texts, or class labels for class-conditional pipelines; at least two. Eight do most
+            of what 256 do.
         num_inference_steps: as passed to the pipeline.
         guidance_scale: as passed to the pipeline; None uses the pipeline's default.
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call.
         penalty: p, in units of s; None chooses it for every layer by leave-prompts-out
-            cross-validation (with one prompt: blocks of tokens).
+            cross-validation.
         memory: bytes for the layers' sums; beyond it, layers take turns in several runs. One
             layer's sums are needed in any case: about 16 F^2 + 32 F O bytes for F to O features.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
@@ -133,7 +134,7 @@ def refit_branches(
     """
     _check(prompts, quantized, denoiser_of(pipeline), batch_size, penalty, memory)
     refitted = copy.deepcopy(quantized)
-    folds = min(FOLDS, len(prompts)) if len(prompts) > 1 else FOLDS
+    folds = min(FOLDS, len(prompts))
     sites = _sites(refitted, denoiser_of(pipeline))
     groups = _groups(sites, memory / folds)
     starts = range(0, len(prompts), batch_size)
@@ -151,7 +152,7 @@ def refit_branches(
                     batch = prompts[start : start + batch_size]
                     with ExitStack() as stack:
                         for site in group:
-                            site.prompts = (start, len(batch), len(prompts))
+                            site.prompts = (start, len(batch))
                             hook = site.layer.register_forward_hook(site.look, with_kwargs=True)
                             stack.callback(hook.remove)
                         run_pipeline(
@@ -241,6 +242,11 @@ def _check(
     if isinstance(prompts, str) or len(prompts) == 0:
         raise CalibrationError(
             f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
+        )
+    if len(prompts) == 1:
+        raise CalibrationError(
+            "a refit needs at least two prompts, because layers are judged on prompts they have not "
+            "seen: fitted to the words of a single one they fail on every other. A few are enough."
         )
     if batch_size < 1:
         raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")

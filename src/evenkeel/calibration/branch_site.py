@@ -59,7 +59,7 @@ class Site:
     folds: list[NormalEquations] = field(default_factory=list)
     energy: float = 0.0  # of the layer's output
     calls: int = 0
-    prompts: tuple[int, int, int] = field(default=(0, 1, 1))  # first, in this batch, in all
+    prompts: tuple[int, int] = field(default=(0, 1))  # the batch: index of its first, how many
     group: int | None = None
 
     @property
@@ -215,22 +215,18 @@ class Site:
         return LowRank(down, up, constant)
 
 
-def fold_index(
-    rows: int, tokens: int, first: int, batch: int, prompts: int, folds: int, calls: int
-) -> Tensor:
+def fold_index(rows: int, tokens: int, first: int, batch: int, folds: int, calls: int) -> Tensor:
     """Which fold every (row, token) of a layer's input belongs to: (rows, tokens).
 
     Guidance stacks whole batches, [unconditional; conditional], so row r belongs to prompt
     r mod batch. Rows that are not one per prompt (embeddings of the noise level, frames) go to the
-    folds in turn, call by call. A single prompt is divided into blocks of neighbouring tokens.
+    folds in turn, call by call.
 
-    >>> fold_index(4, 1, 2, 2, 8, 4, 0).flatten()  # prompts 2 and 3, twice
+    >>> fold_index(4, 1, 2, 2, 4, 0).flatten()  # prompts 2 and 3, twice
     tensor([2, 3, 2, 3])
 
     """
-    if prompts == 1 and tokens >= folds:
-        return (torch.arange(tokens) * folds // tokens).expand(rows, tokens)
-    if prompts > 1 and (batch == 1 or rows in (batch, 2 * batch, 3 * batch)):
+    if batch == 1 or rows in (batch, 2 * batch, 3 * batch):
         return ((first + torch.arange(rows) % batch) % folds)[:, None].expand(rows, tokens)
     return torch.full((rows, tokens), calls % folds)
 
