@@ -68,13 +68,11 @@ PROMPTS = (
 )
 JOBS = [
     *(Job(q, 20, 2000, s, MAIN) for s in (0, 1, 2) for q in ("w3a4-g32-r16", "w4a8-g32")),
-    *(Job(q, 20, 2000, 0, MAIN) for q in ("w4a4-g32-r16", "w8a8")),
+    Job("w4a4-g32-r16", 20, 2000, 0, MAIN),
     *(Job(q, 20, 1001, 0, PROMPTS) for q in ("w3a4-g32-r16", "w4a8-g32")),
-    *(
-        Job(q, n, 1000, 0, SHORT)
-        for n in (8, 4)
-        for q in ("w3a4-g32-r16", "w4a8-g32", "w4a4-g32-r16", "w8a8")
-    ),
+    *(Job(q, n, 1000, 0, SHORT) for n in (8, 4) for q in ("w3a4-g32-r16", "w4a8-g32")),
+    Job("w8a8", 20, 1000, 0, SHORT),
+    *(Job(q, n, 1000, 0, SHORT) for n in (8, 4) for q in ("w4a4-g32-r16", "w8a8")),
     *(Job(q, 20, 1001, 0, PROMPTS) for q in ("w4a4-g32-r16", "w8a8")),
 ]
 
