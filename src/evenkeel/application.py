@@ -37,8 +37,8 @@ def apply(
 
     The scheduler instance is given a subclass of its own class; nothing else of the pipeline
     changes, and what ``save_pretrained`` writes is plain diffusers. A ``Readout`` also exchanges the
-    weights of the denoiser's output head from step to step; remove it before saving the denoiser.
-    Applying again replaces the correction before.
+    weights of the denoiser's output head from step to step; between runs it has its own. Applying
+    again replaces the correction before.
 
     Args:
         pipeline: with the *quantized* denoiser in place.
