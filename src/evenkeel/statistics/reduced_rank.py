@@ -61,7 +61,7 @@ def reduced_rank(
     >>> h = torch.randn(99, 4, dtype=torch.double)
     >>> t = h @ torch.outer(torch.arange(4.0), torch.arange(1.0, 4.0)).double() + 5
     >>> equations = NormalEquations(4, 3); equations.add(h, t)
-    >>> [x.round(decimals=4).tolist() for x in reduced_rank(equations, 1e-8, 1).solution]
+    >>> [(x.round(decimals=4) + 0).tolist() for x in reduced_rank(equations, 1e-8, 1).solution]
     [[[0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]], [5.0, 5.0, 5.0]]
 
     """
