@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import random
+import signal
 import sys
 import threading
 import time
@@ -237,6 +238,15 @@ def test_abandoning_is_harmless_before_the_start_after_the_end_and_twice() -> No
     assert ran == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Background processes start with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_wait_leaves_a_strand_that_can_be_abandoned() -> None:
     """Ctrl-C arrives while the strand works: it runs to its next pause and no further."""
     log: list[str] = []
