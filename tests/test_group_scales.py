@@ -66,7 +66,9 @@ def test_a_wrong_scale_is_recovered_and_the_change_is_what_the_factors_say():
 def test_chunks_of_rows_give_the_same(monkeypatch):
     h, weight, t = data(targets=7)
     whole = group_scales(equations(h, t), weight, 4, 1e-3)
-    monkeypatch.setattr("evenkeel.statistics.group_scales.ROWS_AT_A_TIME", 8.0 * 3 * 12 * 2)
+    monkeypatch.setattr(
+        "evenkeel.statistics.group_scales.ROWS_AT_A_TIME", 8.0 * (3 * 3 + 2 * 12) * 2
+    )
     parts = group_scales(equations(h, t), weight, 4, 1e-3)
     assert torch.allclose(whole.factors, parts.factors, atol=1e-12)
 
@@ -122,6 +124,37 @@ def test_without_a_known_group_only_the_bias_changes():
     report, bias = s.decide([1e-8, 1.0])
     s.put(bias)
     assert report.changed and report.what == "" and torch.equal(layer.weight, before)
+
+
+def test_where_the_bias_alone_is_wrong_the_weight_keeps_its_bits():
+    s, reference, layer = site()
+    layer.bias.add_(1)
+    before = layer.weight.clone()
+    look(s, torch.randn(8, 30, 16))
+    report, bias = s.decide([1e-4, 1.0])
+    s.put(bias)
+    assert report.changed and (report.what, report.penalty) == ("", None)
+    assert torch.equal(layer.weight, before)
+    assert torch.allclose(layer.bias, reference.bias, atol=1e-5)
+
+
+def test_scales_that_serve_no_unseen_prompt_leave_the_bias_to_be_refitted():
+    s, reference, layer = site()
+    layer.bias.add_(1)
+    before = layer.weight.clone()
+    torch.manual_seed(5)
+    s.reference = copy.deepcopy(reference)
+    s.open(4)
+    for k in range(4):  # every prompt wants its own scales, and all want the same bias
+        factors = 1 + torch.randn(8, 4, generator=torch.Generator().manual_seed(k)).double()
+        change = (layer.weight.view(8, 4, 4) * factors[..., None].float()).view(8, 16)
+        x = torch.randn(6, 16)
+        s.folds[k].add(x, x @ (change - layer.weight).T - 1)
+    s.calls, s.energy = 1, 1.0
+    report, bias = s.decide([1e-4])
+    s.put(bias)
+    assert report.changed and report.what == "" and torch.equal(layer.weight, before)
+    assert not torch.equal(layer.bias, reference.bias + 1)
 
 
 def test_an_exact_layer_keeps_its_bits():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,16 @@ from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.uniform import fake_quantize
 from evenkeel.statistics.group_scales import Scales, group_scales
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
-from evenkeel.statistics.reduced_rank import LowRank, cross_validated, held_out, reduced_rank
+from evenkeel.statistics.reduced_rank import (
+    HeldOut,
+    LowRank,
+    cross_validated,
+    held_out,
+    reduced_rank,
+)
 
 Quantized = QuantizedLinear | QuantizedConv2d
-BIAS_ALONE = 1e6  # a penalty at which scales stay what they are
+BIAS_ALONE = float("inf")  # scales stay what they are, bit for bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +150,19 @@ class Site:
                 errors = held_out(folds, penalties, rank, present, prior, self._stored)
         except CalibrationError as error:  # a float16 factor may overflow
             raise CalibrationError(f"the refit of layer {self.name!r}: {error}") from error
+        if self.what == "scales" and not errors.improves:
+            bias = HeldOut(errors.before, errors.after[-1:])
+            errors, penalties = (bias, [BIAS_ALONE]) if bias.improves else (errors, penalties)
         before, after = float(errors.before.sum()), float(errors.after[errors.best].sum())
         chosen = penalties[errors.best]
+        alone = not self.what or chosen == BIAS_ALONE
         found = LayerRefit(
             self.name,
             rank,
             before / self.energy if self.energy else None,
             after / self.energy if self.energy else None,
-            chosen if self.what else None,
-            what=self.what,
+            None if alone else chosen,
+            what="" if alone else self.what,
         )
         if before <= torch.finfo(self.layer.weight.dtype).eps ** 2 * self.energy:
             return _kept(found, "no error beyond rounding"), None
@@ -160,13 +170,20 @@ class Site:
             return _kept(found, "no gain on held-out prompts"), None
         everything = NormalEquations.merged(folds)
         if self.what == "scales":
-            return found, self._scaled(everything, chosen)
+            scales = self._scaled(everything, chosen)
+            if not scales.change.any():  # the stored weight is the one there was
+                found = replace(found, what="", penalty=None)
+            return found, scales
         return found, reduced_rank(everything, chosen, rank, prior)
 
     def _scaled(self, equations: NormalEquations, penalty: float) -> Scales:
         """Scales as the layer's dtype holds the scaled weight."""
         old = self.layer.weight.cpu().double()
-        found = group_scales(equations, old, self.group, penalty)
+        if penalty == BIAS_ALONE:
+            mean = torch.from_numpy(equations.mean_t.copy())  # zero without an intercept
+            found = Scales(torch.ones(len(old), 1).double(), torch.zeros_like(old), mean)
+        else:
+            found = group_scales(equations, old, self.group, penalty)
         change = (old + found.change).to(self.layer.weight.dtype).double() - old
         constant = found.constant
         if self.layer.bias is not None:

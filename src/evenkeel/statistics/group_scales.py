@@ -12,7 +12,7 @@ from torch import Tensor
 from evenkeel.errors import CalibrationError
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
 
-ROWS_AT_A_TIME = 32e6  # bytes of one chunk of rows times groups times features
+ROWS_AT_A_TIME = 32e6  # bytes of one chunk of rows: their normal matrices and products
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def group_scales(
     upper = torch.from_numpy(np.triu(lapack.dtfttr(features, equations.hh)[0]))
     scatter = upper + torch.triu(upper, 1).T
     cross = torch.from_numpy(equations.ht)
-    index = torch.arange(features) // (group or features)
-    groups = int(index[-1]) + 1
-    member = torch.nn.functional.one_hot(index, groups).T.double()  # (G, F)
+    size = min(group or features, features)
+    groups = -(-features // size)
+    index = torch.arange(features) // size
     w = weight.detach().cpu().double()
-    step = max(1, int(ROWS_AT_A_TIME / (8 * groups * features)))
+    step = max(1, int(ROWS_AT_A_TIME / (8 * (groups * groups + 2 * features))))
     d = torch.cat(
         [
-            _solve(w[i : i + step], cross[:, i : i + step], scatter, member, penalty)
+            _solve(w[i : i + step], cross[:, i : i + step], scatter, size, penalty)
             for i in range(0, targets, step)
         ]
     )
@@ -92,12 +92,20 @@ def group_scales(
     return Scales(1 + d, change, constant)
 
 
-def _solve(w: Tensor, cross: Tensor, scatter: Tensor, member: Tensor, penalty: float) -> Tensor:
-    parts = w[:, None, :] * member  # (rows, G, F): Z
-    inner = parts @ scatter @ parts.transpose(1, 2)
-    right = parts @ cross.T.unsqueeze(-1)
-    size = inner.diagonal(dim1=1, dim2=2).mean(1)
-    size = torch.where(size > 0, size, 1.0)  # a row without weight or input keeps its scales
-    ridge = penalty * size[:, None, None] * torch.eye(len(member), dtype=torch.float64)
-    found: Tensor = torch.linalg.solve(inner + ridge, right).squeeze(-1)
+def _solve(w: Tensor, cross: Tensor, scatter: Tensor, size: int, penalty: float) -> Tensor:
+    """(rows, G) factors less one. Z itself is never formed: all but one group of a row are zero."""
+    starts = range(0, w.shape[1], size)
+    groups = [slice(i, i + size) for i in starts]
+    inner = torch.stack([_summed(w[:, g] @ scatter[g] * w, size) for g in groups], 1)
+    right = _summed(w * cross.T, size)
+    mean = inner.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean > 0, mean, 1.0)  # a row without weight or input keeps its scales
+    inner.diagonal(dim1=1, dim2=2).add_(penalty * mean[:, None])
+    found: Tensor = torch.linalg.solve(inner, right)
     return found
+
+
+def _summed(x: Tensor, size: int) -> Tensor:
+    """Sums over groups of neighbouring columns, the last of which may be smaller."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % size))
+    return padded.reshape(len(x), -1, size).sum(-1)
