@@ -36,7 +36,7 @@ from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
 STEPS, PROMPTS, GUIDANCE, REPEATS = 20, 32, 4.5, 9
-FLUX_PROMPTS, FLUX_TOKENS, PROCESSES = 4, 4096, 3
+FLUX_PROMPTS, FLUX_TOKENS, PROCESSES = 4, 4096, 5
 # Features and outputs of the head, steps, latent channels.
 SIZES = {
     "FLUX, 20 steps": (3072, 64, 20, 16),
@@ -96,7 +96,7 @@ def resident(field: str) -> float:
     """MB of this process (Linux): VmRSS now, VmHWM at most."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
-    return int(found[1]) / 1024
+    return int(found[1]) * 1024 / 1e6  # the kernel's kB are 1,024 bytes
 
 
 def prompts_of_flux() -> list[tuple[Tensor, Tensor]]:
@@ -113,7 +113,7 @@ def one_step() -> dict[str, float]:
     rows = prompts_of_flux()
     units = units_of(FLUX_PROMPTS, FLUX_TOKENS, 3072)
     folds = new_folds(units, 3072, 64, True)
-    folds_mb = sum(f.hh.nbytes for f in folds) / 2**20
+    folds_mb = sum(f.hh.nbytes for f in folds) / 1e6
     warm = torch.randn(64, 64) @ torch.randn(64, 64)  # the libraries' own buffers
     assert np.isfinite(np.linalg.norm(warm.numpy()))
     del folds
@@ -131,7 +131,7 @@ def one_step() -> dict[str, float]:
         "folds": len(folds),
         "folds_mb": folds_mb,
         "resident_mb": resident("VmHWM") - before,
-        "traced_mb": tracemalloc.get_traced_memory()[1] / 2**20,
+        "traced_mb": tracemalloc.get_traced_memory()[1] / 1e6,
         "sums_s": summed - start,
         "solve_s": solved - summed,
     }

@@ -21,7 +21,7 @@ from evenkeel.errors import CalibrationError
 
 Array = NDArray[np.float64]
 Solution = tuple[Tensor, Tensor]  # (F, O) weights and (O,) constant
-CHUNK = 1024  # rows turned to float64 at a time
+CHUNK = 512  # rows turned to float64 at a time
 SMALLEST_PENALTY = 1e-12  # where a singular system starts, in units of its scale
 ROUNDING = 3e-13  # an eigenvalue of a correlation matrix below this is rounding
 
