@@ -10,7 +10,12 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from evenkeel.record.readout import HeadFit
-from evenkeel.statistics.normal_equations import CHUNK, NormalEquations, held_out_errors
+from evenkeel.statistics.normal_equations import (
+    CHUNK,
+    NormalEquations,
+    Solution,
+    held_out_errors,
+)
 
 FOLDS = 4
 FOLD_MEMORY = 80e6  # bytes for all folds' scatter matrices: two folds at FLUX's width
@@ -18,8 +23,6 @@ WIDE = 1024  # features from which the grid of penalties is coarser, as a factor
 _EXPONENTS = (-8.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 PENALTIES = tuple(10.0**k for k in _EXPONENTS)  # the first where features explain the whole error
 PENALTIES_WIDE = tuple(10.0**k for k in range(-4, 3))
-
-Solution = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +164,8 @@ class Judge:
         return HeadFit(step, branch, penalty, left, min(bound, 1e9), reason)
 
 
-def blocks(units: Sequence[Unit], prompts: range, rows: int) -> Iterator[tuple[Unit, int, int]]:
-    """Which rows of a batch's samples belong to which unit: (unit, sample, index of its branch).
+def blocks(units: Sequence[Unit], prompts: range, rows: int) -> Iterator[tuple[Unit, int]]:
+    """Which of a batch's samples belong to which unit.
 
     A batch of P prompts with guidance has its samples branch after branch: sample r is prompt r % P.
     """
@@ -170,4 +173,4 @@ def blocks(units: Sequence[Unit], prompts: range, rows: int) -> Iterator[tuple[U
     for unit in units:
         if unit.prompt in prompts:
             for branch in range(rows // size):
-                yield unit, branch * size + unit.prompt - prompts.start, branch
+                yield unit, branch * size + unit.prompt - prompts.start

@@ -235,7 +235,7 @@ class HeadRun:
         features, targets = batch.features, batch.targets
         assert features is not None and targets is not None
         count = targets.shape[1]
-        for unit, sample, _ in blocks(self.units, batch.span, len(features)):
+        for unit, sample in blocks(self.units, batch.span, len(features)):
             place = unit.rows(count)
             h = rows_of(self.head, self.layer, features[sample : sample + 1])[0, place]
             yield unit, sample, place, h.float(), targets[sample, place]
@@ -270,10 +270,9 @@ class HeadRun:
             if kept > self.feature_memory and len(batches) > 1:
                 batch.solution = _REWIND
                 rewound.append(batch)
-        if rewound:
-            for batch in rewound:
-                self._current = batch
-                batch.strand.resume()
+        for batch in rewound:
+            self._current = batch
+            batch.strand.resume()
         strategy.close()
         for batch in batches:
             batch.solution = strategy.answer

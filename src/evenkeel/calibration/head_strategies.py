@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +50,9 @@ class Strategy:
         head = self.fit.head
         return new_folds(self.fit.units, head.features, len(head.corrected), head.has_bias)
 
+    def _take_in(self, folds: Sequence[NormalEquations], batch: Batch) -> None:
+        take_in(folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
+
 
 class Shared(Strategy):
     """Sums of all steps along the quantized trajectory: one change for all of them."""
@@ -64,7 +66,7 @@ class Shared(Strategy):
 
     def take(self, batch: Batch) -> None:
         self._folds = self._folds or self._new_folds()
-        take_in(self._folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
+        self._take_in(self._folds, batch)
 
     def solution(self) -> CallFit:
         """The change that suits all steps best."""
@@ -104,8 +106,7 @@ class Solved(Strategy):
             constant[step, branch][fit.corrected] = call.whole[1].float()
             active[step, branch] = not self.fits[step, branch].explanation
         provenance = self._provenance(form)
-        levels = np.array(provenance.alpha), np.array(provenance.sigma)
-        table = HeadTable.of(*levels, weight, constant, active)
+        table = HeadTable.of(*provenance.levels, weight, constant, active)
         evidence = self._evidence(provenance)
         fits = tuple(self.fits[key] for key in sorted(self.fits))
         return Readout(provenance, fit.head.name, form, table, fits, evidence)
@@ -122,9 +123,9 @@ class Solved(Strategy):
         parts = [batch.watch.moments for batch in self.batches]
         if any(p is None for p in parts):
             return None
-        runs = [joined(p, 1) for p in parts if p is not None]
-        levels = np.array(provenance.alpha), np.array(provenance.sigma)
-        return Evidence(provenance.prediction, *levels, joined(runs, 0), source=provenance)
+        runs = [PairedMoments.joined(p, 1) for p in parts if p is not None]
+        moments = PairedMoments.joined(runs, 0)
+        return Evidence(provenance.prediction, *provenance.levels, moments, source=provenance)
 
 
 class PerStep(Solved):
@@ -143,7 +144,7 @@ class PerStep(Solved):
         self._judge = Judge(self.fit.units)
 
     def take(self, batch: Batch) -> None:
-        take_in(self._folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
+        self._take_in(self._folds, batch)
 
     def close(self) -> None:
         self._call = self.calls[self._key] = CallFit.of(self._folds, self._prior)
@@ -170,9 +171,3 @@ class Fixed(Solved):
         assert self._call is not None and self._judge is not None
         for key in self.calls:
             self.fits[key] = self._judge.verdict(*key, self._call.penalty)
-
-
-def joined(parts: Sequence[PairedMoments], dim: int) -> PairedMoments:
-    """Moments side by side along one of their leading axes."""
-    names = [f.name for f in fields(PairedMoments)]
-    return PairedMoments(**{n: torch.cat([getattr(p, n) for p in parts], dim) for n in names})

@@ -121,7 +121,8 @@ class Batch:
     """Prompts that share one pipeline call.
 
     Attributes:
-        prompts, seeds: of this call; ``span`` are the prompts' indices among all.
+        prompts, span: of this call, and their indices among all.
+        shell: a copy of the pipeline with the quantized denoiser and a scheduler of its own.
         watch: sees its scheduler steps.
         strand: the call itself.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evenkeel.errors import RecordError
 from evenkeel.record.layout import read_metadata
-from evenkeel.record.readout import FORMAT, Readout
+from evenkeel.record.readout import KIND, Readout
 from evenkeel.record.record import Record
 
 
@@ -24,6 +24,6 @@ def load(path: str | os.PathLike[str]) -> Record | Readout:
             found = read_metadata(place.read_bytes()).get("format")
         except (ValueError, UnicodeDecodeError) as e:
             raise RecordError(f"{place} is not a readable safetensors file ({e}).") from e
-        if found == FORMAT:
+        if found == f"evenkeel-{KIND}":
             return Readout.load(place)
     return Record.load(place)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
+from evenkeel.sampling.step_law import Array
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -51,6 +55,11 @@ class Provenance:
     elements: int
     versions: dict[str, str]
     correction: str = ""
+
+    @property
+    def levels(self) -> tuple[Array, Array]:
+        """(T,) signal and noise levels as arrays."""
+        return np.array(self.alpha), np.array(self.sigma)
 
 
 def differences(a: Provenance, b: Provenance, ignore: tuple[str, ...] = ("versions",)) -> list[str]:

@@ -11,22 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from evenkeel.atomic import write_atomically
 from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.plan import Correction, Identity, SamplerPlan, digest_of, text_of
 from evenkeel.errors import CalibrationError, RecordError
-from evenkeel.record.layout import MOMENTS, digest, read_metadata
+from evenkeel.record.file import read_file, write_file
+from evenkeel.record.layout import MOMENTS
 from evenkeel.record.provenance import Provenance
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import ORDERS, PairedMoments
 
-FORMAT, SCHEMA_VERSION = "evenkeel-readout", 1
+KIND, SCHEMA_VERSION = "readout", 1
 FORMS = ("per-step", "shared", "hierarchical")
 
 
@@ -156,20 +154,12 @@ class Readout:
         tensors = _table_tensors(self.table)
         if self.evidence is not None:
             tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
-        header = json.dumps(asdict(self.provenance), sort_keys=True)
-        fit = json.dumps(
-            {"head": self.head, "form": self.form, "fits": [asdict(f) for f in self.fits]},
-            sort_keys=True,
-        )
-        tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        metadata = {
-            "format": FORMAT,
-            "schema_version": str(SCHEMA_VERSION),
-            "provenance": header,
-            "readout": fit,
-            "digest": digest(header + fit, tensors),
+        fit = {"head": self.head, "form": self.form, "fits": [asdict(f) for f in self.fits]}
+        texts = {
+            "provenance": json.dumps(asdict(self.provenance), sort_keys=True),
+            "readout": json.dumps(fit, sort_keys=True),
         }
-        return write_atomically(Path(path), save_bytes(tensors, metadata))
+        return write_file(path, KIND, SCHEMA_VERSION, texts, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Readout:
@@ -182,30 +172,12 @@ class Readout:
             RecordError: missing, foreign, damaged, changed, or of another schema version.
 
         """
-        place = Path(path)
-        if not place.is_file():
-            raise RecordError(f"{place} is not a file; expected one made by evenkeel readout.")
+        texts = ("provenance", "readout")
+        metadata, tensors = read_file(path, KIND, SCHEMA_VERSION, texts, "readout")
         try:
-            content = place.read_bytes()
-            metadata, tensors = read_metadata(content), load_bytes(content)
-        except Exception as e:  # whatever a hostile file provokes in the parsers
-            raise RecordError(
-                f"{place} is not a readable safetensors file ({e}); it is damaged or foreign."
-            ) from e
-        if metadata.get("format") != FORMAT:
-            raise RecordError(f"{place} is a safetensors file but not an evenkeel readout.")
-        if metadata.get("schema_version") != str(SCHEMA_VERSION):
-            raise RecordError(
-                f"{place} has schema version {metadata.get('schema_version')}, this library reads "
-                f"{SCHEMA_VERSION}: fit again, or use the version that wrote it."
-            )
-        try:
-            texts = metadata["provenance"] + metadata["readout"]
-            if metadata.get("digest") != digest(texts, tensors):
-                raise ValueError("its digest does not match; it was changed after it was written")
             return cls._from_file(metadata, tensors)
         except Exception as e:  # anyone can compute a digest
-            raise RecordError(f"{place} is not a valid readout: {e}. Fit again.") from e
+            raise RecordError(f"{path} is not a valid readout: {e}. Fit again.") from e
 
     @classmethod
     def _from_file(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Readout:
@@ -227,7 +199,7 @@ class Readout:
         )
         if foreign or not all(torch.isfinite(t).all() for t in tensors.values()):
             raise ValueError(f"unknown tensors {sorted(foreign)}, or values that are not finite")
-        levels = np.array(provenance.alpha), np.array(provenance.sigma)
+        levels = provenance.levels
         fits = tuple(HeadFit(**f) for f in described["fits"])
         _refuse_malformed(provenance, described, fits, (steps, branches))
         weight, scale, constant, active = (tensors[f"table.{n}"] for n in wanted)

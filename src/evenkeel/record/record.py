@@ -14,15 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from evenkeel.atomic import write_atomically
 from evenkeel.errors import Incompatible, RecordError
-from evenkeel.record.layout import FRAME, LAW, MOMENTS, digest, read_metadata, refuse_malformed
+from evenkeel.record.file import read_file, write_file
+from evenkeel.record.layout import FRAME, LAW, MOMENTS, refuse_malformed
 from evenkeel.record.provenance import Provenance, differences
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
@@ -71,8 +68,7 @@ class Record:
     def evidence(self) -> Evidence:
         """What corrections are fitted from; it remembers this record's provenance."""
         p = self.provenance
-        levels = np.array(p.alpha), np.array(p.sigma)
-        return Evidence(p.prediction, *levels, self.moments, self.histogram, source=p)
+        return Evidence(p.prediction, *p.levels, self.moments, self.histogram, source=p)
 
     def step_correlation(self) -> Tensor:
         """(T, T) correlation of the error between steps; variance-based methods assume identity."""
@@ -108,7 +104,7 @@ class Record:
             raise Incompatible(
                 "the records share prompts (same text and same seed); merging would count them twice."
             )
-        both = _joined(self.moments, other.moments, order)
+        both = PairedMoments.joined([self.moments, other.moments], 0).map(lambda t: t[order])
         spectrum = None
         if self.spectrum is not None and other.spectrum is not None:
             spectrum = self.spectrum + other.spectrum
@@ -128,15 +124,8 @@ class Record:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file atomically: a crash leaves the old file or none, never half of one."""
-        tensors = self._tensors()
-        header = json.dumps(asdict(self.provenance), sort_keys=True)
-        metadata = {
-            "format": "evenkeel-record",
-            "schema_version": str(SCHEMA_VERSION),
-            "provenance": header,
-            "digest": digest(header, tensors),
-        }
-        return write_atomically(Path(path), save_bytes(tensors, metadata))
+        texts = {"provenance": json.dumps(asdict(self.provenance), sort_keys=True)}
+        return write_file(path, "record", SCHEMA_VERSION, texts, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
@@ -146,36 +135,7 @@ class Record:
             RecordError: missing, truncated, tampered with, foreign, or of another schema version.
 
         """
-        path = Path(path)
-        if not path.is_file():
-            raise RecordError(
-                f"{path} is not a file; expected a record made by evenkeel calibrate."
-            )
-        try:
-            content = path.read_bytes()
-            metadata = read_metadata(content)
-            tensors = load_bytes(content)
-        except Exception as e:  # whatever a hostile file provokes in the parsers
-            raise RecordError(
-                f"{path} is not a readable safetensors file ({e}); it is damaged or foreign. "
-                f"Restore it, or calibrate again."
-            ) from e
-        if metadata.get("format") != "evenkeel-record":
-            raise RecordError(f"{path} is a safetensors file but not an evenkeel record.")
-        if metadata.get("schema_version") != str(SCHEMA_VERSION):
-            raise RecordError(
-                f"{path} has schema version {metadata.get('schema_version')}, this library reads "
-                f"{SCHEMA_VERSION}: calibrate again, or use the version that wrote it."
-            )
-        try:
-            genuine = metadata.get("digest") == digest(metadata.get("provenance", ""), tensors)
-        except TypeError:  # a dtype that numpy does not have
-            genuine = False
-        if not genuine:
-            raise RecordError(
-                f"{path} was changed after it was written (its digest does not match). Restore it, "
-                f"or calibrate again."
-            )
+        metadata, tensors = read_file(path, "record", SCHEMA_VERSION, ("provenance",), "calibrate")
         try:
             provenance = Provenance(**json.loads(metadata["provenance"]))
             refuse_malformed(provenance, tensors)
@@ -199,8 +159,7 @@ class Record:
             tensors["histogram"] = self.histogram.sums
         if self.law is not None:
             tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in LAW}
-        # Cloned: safetensors refuses tensors that are views of one another.
-        return {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        return tensors
 
     @classmethod
     def _from_tensors(cls, provenance: Provenance, tensors: dict[str, Tensor]) -> Record:
@@ -252,8 +211,3 @@ def fixed_point_spectrum(spectrum: Tensor, frame: Frame) -> Tensor:
 def _spectrum_scale(frame: Frame) -> Tensor:
     variance = (frame.std_d**2).mean(-1)
     return torch.where(variance == 0, torch.ones_like(variance), variance)
-
-
-def _joined(a: PairedMoments, b: PairedMoments, order: Tensor) -> PairedMoments:
-    names = ("count", *MOMENTS)
-    return PairedMoments(**{n: torch.cat([getattr(a, n), getattr(b, n)])[order] for n in names})

@@ -7,6 +7,7 @@ input, ``x`` that input. One row of moments describes one prompt, one step, one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -100,6 +101,12 @@ class PairedMoments:
         """Apply ``change`` (a callable on tensors that keeps trailing axes) to every field."""
         assert callable(change)
         return PairedMoments(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    @classmethod
+    def joined(cls, parts: Sequence[PairedMoments], dim: int) -> PairedMoments:
+        """Sets side by side along one of the leading dimensions."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{n: torch.cat([getattr(p, n) for p in parts], dim) for n in names})
 
     def pooled(self, *dims: int) -> PairedMoments:
         """Merge along leading dimensions: the moments of the union of the sets.
