@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.calibration.branch_site import LayerRefit, Quantized, Site
+from evenkeel.calibration.settings import check_request
 from evenkeel.errors import CalibrationError, QuantizationError
 from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, quiet, run_pipeline
@@ -132,7 +133,8 @@ def refit_branches(
         UnsupportedPipeline: see there.
 
     """
-    _check(prompts, quantized, denoiser_of(pipeline), batch_size, penalty, memory)
+    check_request(pipeline, quantized, prompts, batch_size)
+    _check(prompts, penalty, memory)
     refitted = copy.deepcopy(quantized)
     folds = min(FOLDS, len(prompts))
     sites = _sites(refitted, denoiser_of(pipeline))
@@ -231,33 +233,15 @@ def _groups(sites: list[Site], memory: float) -> list[list[Site]]:
     return groups
 
 
-def _check(
-    prompts: Sequence[Prompt],
-    quantized: nn.Module,
-    reference: nn.Module,
-    batch_size: int,
-    penalty: float | None,
-    memory: float,
-) -> None:
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise CalibrationError(
-            f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
-        )
+def _check(prompts: Sequence[Prompt], penalty: float | None, memory: float) -> None:
     if len(prompts) == 1:
         raise CalibrationError(
             "a refit needs at least two prompts, because layers are judged on prompts they have not "
             "seen: fitted to the words of a single one they fail on every other. A few are enough."
         )
-    if batch_size < 1:
-        raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
     if penalty is not None and not SMALLEST_PENALTY <= penalty < float("inf"):
         raise CalibrationError(
             f"penalty must be None or a finite number of at least {SMALLEST_PENALTY}, got {penalty}."
         )
     if not memory > 0:
         raise CalibrationError(f"memory must be a positive number of bytes, got {memory}.")
-    if quantized is reference:
-        raise CalibrationError(
-            "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "
-            "full-precision one in the pipeline."
-        )

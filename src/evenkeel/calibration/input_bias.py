@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evenkeel.calibration.provenance import provenance_of
-from evenkeel.calibration.settings import Settings
+from evenkeel.calibration.settings import Settings, check_request
 from evenkeel.corrections.input_bias import InputBias
 from evenkeel.corrections.plan import Correction
-from evenkeel.errors import CalibrationError
 from evenkeel.hosts.correcting import heads_attached, interceptors_of
 from evenkeel.hosts.interception import Interceptor, install, installed, uninstall
 from evenkeel.hosts.layouts import find_layout
@@ -21,8 +19,6 @@ from evenkeel.hosts.pipelines import (
     Prompt,
     denoiser_of,
     denoiser_swapped,
-    fingerprint,
-    quantizer_text,
     quiet,
     run_pipeline,
 )
@@ -74,23 +70,9 @@ def fit_input_bias(
         CalibrationError: no prompts, or identical twins.
 
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise CalibrationError(f"expected a non-empty list of prompts, got {prompts!r}.")
-    reference = denoiser_of(pipeline)
-    twins = fingerprint(reference), fingerprint(quantized)
-    if twins[0] == twins[1]:
-        raise CalibrationError("the quantized denoiser is identical to the full-precision one.")
-    settings = Settings(
-        num_inference_steps,
-        guidance_scale,
-        dict(call or {}),
-        "corrected",
-        correction,
-        None,
-        False,
-        True,
-        twins,
-        quantizer_text(quantized),
+    check_request(pipeline, quantized, prompts)
+    settings = Settings.of(
+        pipeline, quantized, num_inference_steps, guidance_scale, call, correction=correction
     )
 
     def run(denoiser: nn.Module, interceptors: list[Interceptor]) -> None:
@@ -100,8 +82,8 @@ def fit_input_bias(
                 pipeline,
                 prompts,
                 range(seed, seed + len(prompts)),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
                 output_type="latent",
                 call=settings.call,
             )
@@ -110,7 +92,7 @@ def fit_input_bias(
     tape = Tape()
     try:
         with quiet(pipeline):
-            run(reference, [Recorder(tape)])
+            run(denoiser_of(pipeline), [Recorder(tape)])
             layout = find_layout(pipeline, tape.samples[0])
             every = tuple(a for a in range(layout.ndim) if a != layout.axis)
             subtract = _Subtract(tape, every if per_channel else (0,))
@@ -122,5 +104,4 @@ def fit_input_bias(
             install(pipeline.scheduler, *before)
     assert tape.law is not None
     made_for = provenance_of(pipeline, tape.law, tape.samples[0][:, None], layout, settings)
-    levels = np.array(made_for.alpha), np.array(made_for.sigma)
-    return InputBias(*levels, torch.stack(subtract.biases), source=made_for)
+    return InputBias(*made_for.levels, torch.stack(subtract.biases), source=made_for)

@@ -16,15 +16,11 @@ from torch import nn
 
 from evenkeel.calibration.head_run import HeadRun
 from evenkeel.calibration.head_strategies import Fixed, PerStep, Shared, Solved
-from evenkeel.calibration.settings import Settings
+from evenkeel.calibration.settings import Settings, check_request
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.pipelines import (
     Prompt,
-    call_parameters,
-    denoiser_of,
-    fingerprint,
-    quantizer_text,
     quiet,
 )
 from evenkeel.record.readout import FORMS, Readout
@@ -83,28 +79,17 @@ def fit_readout(
     Example: see ``examples/readout.py``.
 
     """
-    _check(prompts, quantized, denoiser_of(pipeline), form, batch_size)
-    if guidance_scale is None:
-        default = call_parameters(pipeline).get("guidance_scale")
-        if default is not None and isinstance(default.default, (int, float)):
-            guidance_scale = float(default.default)
-    twins = fingerprint(denoiser_of(pipeline)), fingerprint(quantized)
-    if twins[0] == twins[1]:
-        raise CalibrationError(
-            "the quantized denoiser is identical to the full-precision one: nothing was quantized, "
-            "or the same object was passed twice."
-        )
-    settings = Settings(
+    check_request(pipeline, quantized, prompts, batch_size)
+    if form not in FORMS:
+        raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
+    settings = Settings.of(
+        pipeline,
+        quantized,
         num_inference_steps,
         guidance_scale,
-        dict(call or {}),
-        "corrected",
-        None,
-        layout,
-        False,
-        side_by_side,
-        twins,
-        quantizer_text(quantized),
+        call,
+        layout=layout,
+        side_by_side=side_by_side,
     )
     fit = HeadRun(
         pipeline, quantized, list(prompts), seed, batch_size, settings, head, feature_memory
@@ -120,25 +105,3 @@ def fit_readout(
             solved = Fixed(fit, prior) if form == "shared" else PerStep(fit, prior)
         fit.run(solved, progress)
     return solved.readout(form)
-
-
-def _check(
-    prompts: Sequence[Prompt],
-    quantized: nn.Module,
-    reference: nn.Module,
-    form: str,
-    batch_size: int,
-) -> None:
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise CalibrationError(
-            f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
-        )
-    if form not in FORMS:
-        raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
-    if batch_size < 1:
-        raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
-    if quantized is reference:
-        raise CalibrationError(
-            "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "
-            "full-precision one in the pipeline."
-        )

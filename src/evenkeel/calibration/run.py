@@ -16,17 +16,13 @@ from tqdm.auto import tqdm
 
 from evenkeel.calibration.batch import calibrate_batch, with_noise_floor
 from evenkeel.calibration.parts import Parts, barrier, claim_folder, part_folder, process, tidy
-from evenkeel.calibration.settings import TRAJECTORIES, Settings
+from evenkeel.calibration.settings import TRAJECTORIES, Settings, check_request
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.pipelines import (
     Prompt,
-    call_parameters,
-    denoiser_of,
-    fingerprint,
-    quantizer_text,
     quiet,
 )
 from evenkeel.record import Record
@@ -89,32 +85,23 @@ def calibrate(
     Example: see ``examples/three_lines.py``.
 
     """
-    _check_arguments(prompts, quantized, denoiser_of(pipeline), trajectory, correction, batch_size)
-    if guidance_scale is None:
-        default = call_parameters(pipeline).get("guidance_scale")
-        if default is not None and isinstance(default.default, (int, float)):
-            guidance_scale = float(default.default)
+    check_request(pipeline, quantized, prompts, batch_size)
+    _check_trajectory(trajectory, correction)
     rank, world = process()
     starts = range(0, len(prompts), batch_size)
     batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
     folder = part_folder(resume, world)
-    twins = fingerprint(denoiser_of(pipeline)), fingerprint(quantized)
-    if twins[0] == twins[1]:
-        raise CalibrationError(
-            "the quantized denoiser is identical to the full-precision one: nothing was quantized, "
-            "or the same object was passed twice."
-        )
-    settings = Settings(
+    settings = Settings.of(
+        pipeline,
+        quantized,
         num_inference_steps,
         guidance_scale,
-        dict(call or {}),
-        trajectory,
-        correction,
-        layout,
-        histograms,
-        side_by_side,
-        twins,
-        quantizer_text(quantized),
+        call,
+        trajectory=trajectory,
+        correction=correction,
+        layout=layout,
+        histograms=histograms,
+        side_by_side=side_by_side,
     )
     if folder is not None:
         claim_folder(folder, pipeline, settings, batches)
@@ -151,29 +138,11 @@ def calibrate(
     return record
 
 
-def _check_arguments(
-    prompts: Sequence[Prompt],
-    quantized: nn.Module,
-    reference: nn.Module,
-    trajectory: str,
-    correction: Correction | None,
-    batch_size: int,
-) -> None:
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise CalibrationError(
-            f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
-        )
-    if batch_size < 1:
-        raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
+def _check_trajectory(trajectory: str, correction: Correction | None) -> None:
     if trajectory not in TRAJECTORIES:
         raise CalibrationError(f"trajectory must be one of {TRAJECTORIES}, got {trajectory!r}.")
     if (trajectory == "corrected") != (correction is not None):
         raise CalibrationError(
             f"trajectory={trajectory!r} with correction={correction!r}: pass a correction for, and "
             f"only for, trajectory='corrected'."
-        )
-    if quantized is reference:
-        raise CalibrationError(
-            "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "
-            "full-precision one in the pipeline."
         )

@@ -7,7 +7,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command, loaded, positive, sampling
+from evenkeel.cli.options import DTYPES, command, loaded, positive, sampling
+
+
+def _prompts(parser: argparse.ArgumentParser) -> None:
+    """What every command that measures or fits takes."""
+    sampling(parser)
+    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+
+
+def _asked(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and what every measurement and fit is asked for."""
+    from evenkeel.sources import load_prompts
+
+    pipeline, quantized, settings = loaded(options)
+    return pipeline, {
+        "quantized": quantized,
+        "prompts": load_prompts(options.prompts, pipeline, options.count, options.seed),
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "progress": not options.json,
+        **settings,
+    }
 
 
 def add_calibrate(commands: Any) -> None:
@@ -18,8 +39,7 @@ def add_calibrate(commands: Any) -> None:
         _run_calibrate,
         "Run full-precision and quantized denoiser on the same states and keep statistics.",
     )
-    sampling(parser)
-    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    _prompts(parser)
     parser.add_argument("--out", type=Path, default=Path("record.safetensors"), help="the record")
     parser.add_argument(
         "--trajectory", choices=("full-precision", "quantized"), default="full-precision"
@@ -31,21 +51,14 @@ def add_calibrate(commands: Any) -> None:
 def _run_calibrate(options: argparse.Namespace) -> None:
     from evenkeel.calibration import calibrate
     from evenkeel.inspection import describe, text
-    from evenkeel.sources import load_prompts
 
-    pipeline, quantized, settings = loaded(options)
-    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    pipeline, asked = _asked(options)
     record = calibrate(
         pipeline,
-        quantized=quantized,
-        prompts=prompts,
-        seed=options.seed,
-        batch_size=options.batch_size,
         trajectory=options.trajectory,
         histograms=not options.no_histograms,
         resume=options.resume,
-        progress=not options.json,
-        **settings,
+        **asked,
     )
     record.save(options.out)
     description = describe(record)
@@ -64,8 +77,7 @@ def add_readout(commands: Any) -> None:
         _run_readout,
         "Refit the output head of the quantized denoiser per step, in closed form.",
     )
-    sampling(parser)
-    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    _prompts(parser)
     parser.add_argument("--out", type=Path, default=Path("readout.safetensors"), help="the file")
     parser.add_argument(
         "--form",
@@ -79,20 +91,13 @@ def add_readout(commands: Any) -> None:
 def _run_readout(options: argparse.Namespace) -> None:
     from evenkeel.calibration import fit_readout
     from evenkeel.inspection import describe_readout
-    from evenkeel.sources import load_prompts
 
-    pipeline, quantized, settings = loaded(options)
-    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    pipeline, asked = _asked(options)
     readout = fit_readout(
         pipeline,
-        quantized=quantized,
-        prompts=prompts,
-        seed=options.seed,
-        batch_size=options.batch_size,
         form=options.form,
         head=options.head,
-        progress=not options.json,
-        **settings,
+        **asked,
     )
     readout.save(options.out)
     if options.json:
@@ -108,29 +113,22 @@ def add_refit(commands: Any) -> None:
         commands,
         "refit",
         _run_refit,
-        "Refit the low-rank branches and biases of the quantized layers, in closed form.",
+        "Refit the low-rank branches, weight scales and biases of the quantized layers, in closed form.",
     )
-    sampling(parser)
-    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    _prompts(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
 
 
 def _run_refit(options: argparse.Namespace) -> None:
     from evenkeel.calibration import refit_branches
-    from evenkeel.sources import load_prompts, save_denoiser
+    from evenkeel.sources import save_denoiser
 
-    pipeline, quantized, settings = loaded(options)
-    prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    pipeline, asked = _asked(options)
     refitted, report = refit_branches(
         pipeline,
-        quantized=quantized,
-        prompts=prompts,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        progress=not options.json,
-        **settings,
+        **asked,
     )
-    save_denoiser(refitted, quantized, options.out)
+    save_denoiser(refitted, asked["quantized"], options.out)
     if options.json:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
     else:
@@ -150,7 +148,7 @@ def add_fold(commands: Any) -> None:
     parser.add_argument("--quantized", required=True, metavar="Q", help="as for evenkeel readout")
     parser.add_argument("--record", type=Path, required=True, help="from evenkeel readout")
     parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
 def _run_fold(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 _PIPELINE = "zoo:NAME, a local diffusers folder, or a hub id"
 _QUANTIZED = "quantizer specification (w3a4-g32-r16), folder, or hub id of the quantized denoiser"
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="where to run, for example cuda; default: the CPU")
     parser.add_argument(
         "--call",
