@@ -125,7 +125,7 @@ def test_zero_error_is_the_identity(name: str, kind: Any) -> None:
     plan = kind(evidence_for(law, 0.0)).plan(law)
     assert plan.is_identity
     assert torch.equal(plan.base, torch.ones_like(plan.base))
-    assert not bool(plan.anchor.any()) and not bool(plan.output.any())
+    assert not bool(plan.samples.any()) and not bool(plan.outputs.any())
     assert not kind(evidence_for(law, 1e-6)).plan(law).is_identity
 
 
@@ -317,7 +317,7 @@ def test_pooled_variance_is_at_least_the_mean_of_the_channels() -> None:
     law = euler_at(*LEVELS)
     ed = torch.tensor([-0.2, 0.0, 0.2], dtype=torch.float64).expand(1, 5, 3)
     evidence = evidence_of(law, moments_of(1.0, ed, 0.1))
-    options: dict[str, Any] = {"conditional": True, "trim": None, "on": "output"}
+    options: dict[str, Any] = {"kind": "conditional", "trim": None, "on": "output"}
     pooled = evidence.variance(per_channel=False, **options)
     separate = evidence.variance(per_channel=True, **options)
     assert bool((pooled[:, 0] > separate.mean(1) + 1e-3).all())

@@ -99,8 +99,10 @@ def predicted_std(law: StepLaw, s: float, errors: Array, plan: SamplerPlan | Non
         x[k + 1] = law.sample_weights[k] @ x[:steps] + law.output_weights[k] @ m
         x[k + 1, 1 + steps + k] += law.noise_weights[k]
         if plan is not None:
-            base, anchor, output = (float(v[k, 0]) for v in (plan.base, plan.anchor, plan.output))
-            x[k + 1] = base * x[k + 1] + anchor * x[law.anchor[k]] + output * m[k]
+            x[k + 1] *= float(plan.base[k, 0])
+            for lag in range(min(k + 1, plan.samples.shape[1])):
+                x[k + 1] += float(plan.samples[k, lag, 0]) * x[k - lag]
+                x[k + 1] += float(plan.outputs[k, lag, 0]) * m[k - lag]
     return float(np.sqrt((x[-1] ** 2).sum())) / s
 
 
@@ -315,7 +317,7 @@ def test_ancestral_noise_is_kept_as_it_is() -> None:
     law, errors, _, _ = baseline("euler-ancestral")
     plan = ExactDrift(evidence_for(law, errors)).plan(law)
     assert torch.equal(plan.base, torch.ones_like(plan.base))
-    assert bool((plan.output[plan.active] < 0).all())  # only the deterministic part is stretched
+    assert bool((plan.outputs[plan.active] < 0).all())  # only the deterministic part is stretched
 
 
 # --- multistep solvers meet each error again ---
@@ -410,7 +412,7 @@ def test_last_step_is_left_alone_and_everything_is_finite(
     plan = kind(evidence_for(law, errors)).plan(law)
     assert plan.factor[-1, 0] == 1.0 and not bool(plan.active[-1])
     assert "final step" in plan.explanations[-1]
-    for values in (plan.factor, plan.base, plan.anchor, plan.output):
+    for values in (plan.factor, plan.base, plan.samples, plan.outputs):
         assert bool(torch.isfinite(values).all())
 
 
@@ -492,7 +494,7 @@ def test_stretch_is_equation_39() -> None:
     law, x, m = toy()
     plan = stretch_plan(law, torch.tensor([[0.0], [0.1]], dtype=torch.float64), False, ["", ""])
     base = law.sample_weights[1] @ x[:2] + law.output_weights[1] @ m
-    found = float(plan.base[1, 0]) * base + float(plan.anchor[1, 0]) * x[1]
+    found = float(plan.base[1, 0]) * base + float(plan.samples[1, 0, 0]) * x[1]
     assert found == pytest.approx(0.2830285, abs=5e-8)
 
     scaled_output_only = law.sample_weights[1] @ x[:2] + 1.1 * (law.output_weights[1] @ m)

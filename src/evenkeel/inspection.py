@@ -24,7 +24,7 @@ def describe(record: Record, *, resamples: int = 200) -> dict[str, Any]:
     """
     evidence = record.evidence
     second = evidence.by_channel
-    variance = evidence.variance(per_channel=True, conditional=True, trim=None, on="epsilon")
+    variance = evidence.variance(per_channel=True, kind="conditional", trim=None, on="epsilon")
     correction = QDrift(evidence)
     factors = low = high = None
     notes = ["" for _ in record.provenance.timesteps]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.corrections.plan import SamplerPlan, stretch_plan
+from evenkeel.corrections.plan import OutputEdit, SamplerPlan, stretch_plan
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.statistics.evidence import Evidence
+from evenkeel.statistics.evidence import Evidence, VarianceKind
+from evenkeel.statistics.second_order import SecondOrder
 
 LONGEST_LAG = 3  # pseudo Runge-Kutta: the fourth stage still starts from the state of the first
 # They return a prediction, correct it inside the next call and go on from there. By name: with few
@@ -55,12 +56,12 @@ class DriftOptions:
     """Which variance, along which direction, and where to abstain."""
 
     per_channel: bool
-    conditional: bool
-    trim: float | None
-    along_output: bool
-    cap: bool
-    correct_final_step: bool
-    min_explained: float
+    variance: VarianceKind
+    trim: float | None = None
+    along_output: bool = False
+    cap: bool = True
+    correct_final_step: bool = False
+    min_explained: float = 0.1
 
 
 def plan_drift(
@@ -70,18 +71,37 @@ def plan_drift(
     rule: Callable[[DriftStep], float],
     *,
     allow_range: bool,
+    edit: OutputEdit | None = None,
+    scale: Tensor | None = None,
 ) -> SamplerPlan:
-    """Stretch every step by ``1 + rule(step)``; identity, with the reason, where it means nothing."""
+    """Stretch every step by ``1 + rule(step)``; identity, with the reason, where it means nothing.
+
+    Args:
+        law: of the run.
+        evidence: measured.
+        options: which variance, where to abstain.
+        rule: c of one step and channel.
+        allow_range: leave steps outside the calibrated levels alone instead of raising.
+        edit: of the outputs, in force below; the variance is then that of the edited outputs' error,
+            whatever ``options`` say.
+        scale: (T, C) or (T, 1) factor on the variance, such as a robust estimate over the plain one.
+
+    """
     on = "output" if options.along_output else "epsilon"
-    variance = evidence.variance(
-        per_channel=options.per_channel, conditional=options.conditional, trim=options.trim, on=on
-    )
     second = evidence.by_channel if options.per_channel else evidence.by_step
-    v, outside = evidence.at(law, variance, log=True)
+    if edit is None:
+        variance = evidence.variance(
+            per_channel=options.per_channel, kind=options.variance, trim=options.trim, on=on
+        )
+        v, outside = evidence.at(law, variance if scale is None else variance * scale, log=True)
+    else:
+        v, outside = edited_variance(law, evidence, edit, options.per_channel)
+        if scale is not None:
+            v = v * evidence.at(law, scale, log=True)[0]
     explained, _ = evidence.at(law, second.explained, log=False)
     if not allow_range:
         evidence.refuse_outside(law, outside)
-    loadings = _loadings(law, options.along_output)
+    held = loadings(law, options.along_output)
     c = torch.zeros_like(v)
     notes = []
     for k in range(law.steps):
@@ -94,7 +114,7 @@ def plan_drift(
                         f"{options.min_explained}: the statistics mean nothing here"
                     )
                     continue
-                step = _drift_step(law, k, v[:, channel], options.along_output, loadings)
+                step = drift_step(law, k, v[:, channel], options.along_output, held)
                 value = rule(step)
                 if options.cap and step.target < value * step.length:
                     value = step.target / step.length
@@ -102,6 +122,18 @@ def plan_drift(
                 c[k, channel] = value
         notes.append(note)
     return stretch_plan(law, c, options.along_output, notes)
+
+
+def edited_variance(
+    law: StepLaw, evidence: Evidence, edit: OutputEdit, per_channel: bool
+) -> tuple[Tensor, Array]:
+    """(K, C) variance of the edited outputs' error, and which steps are out of range."""
+    second = evidence.by_channel if per_channel else evidence.by_step
+    carried = {f.name: evidence.at(law, getattr(second, f.name), log=False) for f in fields(second)}
+    at_steps = SecondOrder(**{name: values for name, (values, _) in carried.items()})
+    variance = at_steps.edited(edit.gain, edit.sample, edit.std)
+    # One number per step where channels share their statistics.
+    return variance.mean(-1, keepdim=True) if not per_channel else variance, carried["ee"][1]
 
 
 def _used(law: StepLaw, k: int) -> list[int]:
@@ -120,7 +152,7 @@ def _scaled(law: StepLaw, k: int, along_output: bool) -> tuple[float, float, Arr
     return float(law.noise_to_signal[start]), target, weights
 
 
-def _loadings(law: StepLaw, along_output: bool) -> Array:
+def loadings(law: StepLaw, along_output: bool) -> Array:
     """How much of the error of output j is in the state before step k: (K + 1, K).
 
     The noise in a state, errors included, shrinks with the noise level; each step adds its own:
@@ -136,7 +168,7 @@ def _loadings(law: StepLaw, along_output: bool) -> Array:
     return loadings
 
 
-def _drift_step(law: StepLaw, k: int, v: Tensor, along_output: bool, loadings: Array) -> DriftStep:
+def drift_step(law: StepLaw, k: int, v: Tensor, along_output: bool, loadings: Array) -> DriftStep:
     """Q-Drift Eq. 37 through the step law: Var(dy) = sum_j (w[k,j] / alpha_next)^2 V_j.
 
     ``net`` adds the covariance of the fresh terms with the errors that the state already holds.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
-from evenkeel.corrections.plan import SamplerPlan
+from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 
@@ -53,8 +53,10 @@ class ExactDrift:
         """Derived here; docs/drift.md."""
         return ("evenkeel, docs/drift.md",)
 
-    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
-        """Factors 1 + c for one run; see the class."""
+    def plan(
+        self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
+    ) -> SamplerPlan:
+        """Factors 1 + c for one run; see the class. ``edit``: of the outputs, in force below."""
 
         def rule(step: DriftStep) -> float:
             left_over = step.target**2 - step.net
@@ -64,11 +66,9 @@ class ExactDrift:
 
         options = DriftOptions(
             self.per_channel,
-            self.conditional,
+            "conditional" if self.conditional else "total",
             self.trim,
-            self.along == "output",
-            True,
-            False,
-            self.min_explained,
+            along_output=self.along == "output",
+            min_explained=self.min_explained,
         )
-        return plan_drift(law, self.evidence, options, rule, allow_range=allow_range)
+        return plan_drift(law, self.evidence, options, rule, allow_range=allow_range, edit=edit)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from evenkeel.corrections.plan import SamplerPlan, stretch_plan
+from evenkeel.corrections.plan import SamplerPlan, plain_plan
 from evenkeel.errors import OutOfRange
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.evidence import SAME_LEVEL, log_snr
@@ -72,7 +71,5 @@ class InputBias:
                 f"the input bias was measured at {len(known)} noise levels, this run has {law.steps} "
                 f"others. Fit it with this number of steps and this scheduler."
             )
-        plain = stretch_plan(
-            law, torch.zeros(law.steps, 1, dtype=torch.float64), False, [""] * law.steps
-        )
-        return replace(plain, active=(self.bias != 0).flatten(1).any(1), shift=self.bias)
+        active = (self.bias != 0).flatten(1).any(1)
+        return plain_plan(law, active=active, shift=self.bias)

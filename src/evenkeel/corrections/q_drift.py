@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
-from evenkeel.corrections.plan import SamplerPlan
+from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
@@ -93,8 +93,10 @@ class QDrift:
         """The paper and its equations."""
         return ("arXiv:2603.18095, Eqs. 22-25 and 39",)
 
-    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
-        """Factors 1 + c for one run; see the class."""
+    def plan(
+        self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
+    ) -> SamplerPlan:
+        """Factors 1 + c for one run; see the class. ``edit``: of the outputs, in force below."""
         flow_euler = law.sampler == "FlowMatchEulerDiscreteScheduler"
         along_output = self.along == "output" or (self.along == "paper" and flow_euler)
         left = self.denominator == "left" or (
@@ -107,14 +109,14 @@ class QDrift:
 
         options = DriftOptions(
             self.per_channel,
-            self.conditional,
+            "conditional" if self.conditional else "total",
             self.trim,
             along_output,
             self.cap,
             self.final_step == "paper",
             self.min_explained,
         )
-        return plan_drift(law, self.evidence, options, rule, allow_range=allow_range)
+        return plan_drift(law, self.evidence, options, rule, allow_range=allow_range, edit=edit)
 
 
 def bootstrap_factors(

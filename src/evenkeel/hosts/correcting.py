@@ -5,18 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evenkeel.corrections.drift import LONGEST_LAG
 from evenkeel.corrections.plan import Correction, SamplerPlan
+from evenkeel.errors import UnsupportedSampler
 from evenkeel.hosts.head_switch import HeadSwitch
 from evenkeel.hosts.interception import Interceptor
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.hosts.step_change import ImageNoise, StepChange
 from evenkeel.hosts.tape import steering, step_index
 from evenkeel.record.readout import Readout
 
@@ -78,11 +78,14 @@ class Corrector(Interceptor):
         self._pipeline = weakref.ref(pipeline)
         self._check = check
         self._plans: dict[tuple[Any, ...], SamplerPlan] = {}
-        self._prepared: dict[torch.device, list[_Stretch | None]] = {}
-        self._steps: list[_Stretch | None] = []
-        self._wide = self._remembers = False
+        self._prepared: dict[torch.device, list[StepChange]] = {}
+        self._steps: list[StepChange] = []
+        self._wide = False
+        self._lags = 0
+        self._noise: ImageNoise | None = None
         self._index = -1
-        self._past: list[Tensor] = []
+        self._samples: list[Tensor] = []
+        self._outputs: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference can be neither copied nor pickled; a copied scheduler lives without it.
@@ -90,7 +93,7 @@ class Corrector(Interceptor):
 
     def begin(self, scheduler: Any) -> None:
         self._index = -1
-        self._past = []
+        self._forget()
 
     def wide(self) -> bool:
         return self._wide
@@ -102,13 +105,31 @@ class Corrector(Interceptor):
             self._start(scheduler, timestep, sample, steering(kwargs))
         self._index += 1
 
+    def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
+        change = self._steps[self._index].edit
+        if change is None:
+            return output
+        if output.shape != sample.shape:
+            raise UnsupportedSampler(
+                f"{type(scheduler).__name__} is handed outputs of shape {tuple(output.shape)} for "
+                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); "
+                f"{self.correction.name} edits plain outputs only."
+            )
+        if change.std is not None and self._noise is None:
+            self._noise = ImageNoise(sample, change.seed)
+        return change(output, sample, self._noise)
+
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        past, stretch = self._past, self._steps[self._index]
-        if self._remembers:
-            self._past = [*past[-LONGEST_LAG:], sample]
+        if self._lags:
+            self._samples = [sample, *self._samples[: self._lags]]
+            self._outputs = [output, *self._outputs[: self._lags]]
+        stretch = self._steps[self._index].stretch
         if stretch is None:
             return result
-        return stretch(result, past[-stretch.lag] if stretch.lag else sample, output)
+        return stretch(result, self._samples or [sample], self._outputs or [output])
+
+    def _forget(self) -> None:
+        self._samples, self._outputs, self._noise = [], [], None
 
     def _start(
         self, scheduler: Any, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]
@@ -133,53 +154,10 @@ class Corrector(Interceptor):
         plan = self._plans[key]
         if sample.device not in self._prepared:
             self._prepared[sample.device] = [
-                _Stretch.of(plan, k, self.layout, sample.device) if plan.active[k] else None
-                for k in range(plan.law.steps)
+                StepChange.of(plan, k, self.layout, sample.device) for k in range(plan.law.steps)
             ]
         self.plan, self._steps = plan, self._prepared[sample.device]
         self._wide = not plan.is_identity
-        self._remembers = bool(plan.law.intermediate.any())
+        self._lags = plan.samples.shape[1] - 1
         self._index = -1
-        self._past = []
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """One step of a plan as tensors on the sample's device, so that a step costs only arithmetic."""
-
-    lag: int
-    base: Tensor
-    anchor: Tensor
-    output: Tensor | None
-    shift: Tensor | None
-    is_straight: bool
-
-    @classmethod
-    def of(cls, plan: SamplerPlan, k: int, layout: LatentLayout, device: torch.device) -> _Stretch:
-        def shaped(values: Tensor) -> Tensor:
-            return layout.broadcast(values).to(device, torch.float32)
-
-        base, anchor, output = plan.base[k], plan.anchor[k], plan.output[k]
-        uses_output = bool(output.any())
-        return cls(
-            lag=k - int(plan.law.anchor[k]),
-            base=shaped(base),
-            anchor=shaped(anchor),
-            output=shaped(output) if uses_output else None,
-            shift=None if plan.shift is None else plan.shift[k].to(device),
-            is_straight=not uses_output and torch.equal(base, 1 - anchor),
-        )
-
-    def __call__(self, result: Tensor, start: Tensor, output: Tensor) -> Tensor:
-        """``base * result + anchor * start + output * m - shift``; one pass where base = 1 - anchor."""
-        stretched = self._stretched(result, start, output)
-        return stretched if self.shift is None else stretched - self.shift
-
-    def _stretched(self, result: Tensor, start: Tensor, output: Tensor) -> Tensor:
-        if self.is_straight and result.dtype == start.dtype == self.anchor.dtype:
-            return torch.lerp(result, start, self.anchor)
-        stretched = result * self.base
-        stretched.addcmul_(start, self.anchor)
-        if self.output is not None:
-            stretched.addcmul_(output, self.output)
-        return stretched
+        self._forget()

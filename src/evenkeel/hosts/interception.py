@@ -33,6 +33,10 @@ class Interceptor:
     ) -> None:
         """Just before the scheduler's own step, with the tensors as the pipeline gave them."""
 
+    def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
+        """Replace the model output before the scheduler sees it (in float32 where ``wide``)."""
+        return output
+
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
         """Replace the step's result (in float32 where ``wide``); same shape."""
         return result
@@ -138,6 +142,9 @@ def _intercepted(
         # 1 + c of Q-Drift's size is lost in bfloat16's rounding: compute in float32, cast once.
         output, sample = _widened(output), _widened(sample)
         arguments["model_output"], arguments["sample"] = output, sample
+    for interceptor in interceptors:
+        output = interceptor.edit(scheduler, output, sample)
+    arguments["model_output"] = output
     out = inner_step(scheduler, **arguments)
     is_tuple = isinstance(out, tuple)
     result = out[0] if is_tuple else out.prev_sample

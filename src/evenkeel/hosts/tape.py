@@ -31,7 +31,7 @@ class Tape:
 
 
 class Recorder(Interceptor):
-    """Writes a tape. Put it after a correction to record the corrected trajectory."""
+    """Writes a tape. Put it after a correction to record corrected outputs and states."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
@@ -43,8 +43,12 @@ class Recorder(Interceptor):
             begin = step_index(scheduler, timestep)
             self.tape.law = probe_scheduler(scheduler, step_kwargs=steering(kwargs), begin=begin)
         self.tape.timesteps.append(float(timestep))
-        self.tape.outputs.append(output.detach().clone())  # clone: CUDA graphs reuse buffers
-        self.tape.samples.append(sample.detach().clone())
+        self.tape.samples.append(sample.detach().clone())  # clone: CUDA graphs reuse buffers
+
+    def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
+        dtype = self.tape.samples[-1].dtype
+        self.tape.outputs.append(output.detach().to(dtype).clone())
+        return output
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
         self.tape.results.append(result.detach().to(self.tape.samples[-1].dtype).clone())

@@ -56,6 +56,31 @@ class SecondOrder:
         qe, qq = self.ee + self.ed, self.ee + 2 * self.ed + self.dd
         return _ratio(qe * qe, self.ee * qq)
 
+    @property
+    def residual(self) -> Tensor:
+        """Var(r) of ``D = k e + d + r``: S_DD - S_eD^2 / S_ee, never below zero."""
+        return (self.dd - _ratio(self.ed * self.ed, self.ee)).clamp_min(0)
+
+    def edited(self, gain: Tensor, sample: Tensor, std: Tensor) -> Tensor:
+        """Var(D') of the edited output ``q' = gain q + sample x + std z``, with D' = q' - e."""
+        qq, qe = self.ee + 2 * self.ed + self.dd, self.ee + self.ed
+        known = gain * gain * qq - 2 * gain * qe + self.ee
+        xq = self.xe + self.xd
+        from_sample = sample * sample * self.xx + 2 * sample * (gain * xq - self.xe)
+        return (known + from_sample).clamp_min(0) + std * std
+
+    def noise_form(self, to_eps: Tensor, from_sample: Tensor) -> SecondOrder:
+        """The same of noise predictions ``to_eps output + from_sample x``; the error is scaled only."""
+        u, w = to_eps, from_sample
+        return SecondOrder(
+            xx=self.xx,
+            xe=u * self.xe + w * self.xx,
+            xd=u * self.xd,
+            ee=u * u * self.ee + 2 * u * w * self.xe + w * w * self.xx,
+            ed=u * u * self.ed + u * w * self.xd,
+            dd=u * u * self.dd,
+        )
+
     def conditional_variance(self, to_eps: Tensor, from_sample: Tensor) -> Tensor:
         """Var(D | p) with ``p = to_eps q + from_sample x``, under joint normality (Q-Drift Eq. 25).
 
