@@ -347,7 +347,9 @@ def outlier_evidence(law: StepLaw) -> tuple[Evidence, torch.Tensor]:
     error = 0.1 * torch.randn(1, law.steps, 1, 4000, generator=rng, dtype=torch.float64)
     core = error.clone()
     error[..., :8] = 3.0  # eight outliers at thirty standard deviations
-    frame = Frame(*(t.squeeze(0) for t in (error.mean(-1), core.std(-1), e.mean(-1), e.std(-1))))
+    spread = core.std(-1)
+    statistics = (error.mean(-1), spread, e.mean(-1), e.std(-1), 0 * spread, spread)
+    frame = Frame(*(t.squeeze(0) for t in statistics))
     moments = PairedMoments.of(e, error, e)
     histogram = ErrorHistogram.of(frame, e, error)
     return Evidence(law.prediction, law.alpha[:-1], law.sigma[:-1], moments, histogram), core

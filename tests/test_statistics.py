@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -232,8 +232,8 @@ def test_pooled_variance_is_never_below_the_mean_of_the_channels(
     e, d, x = triple(seed, 2, 1, 3, 30)
     e, d = e + torch.tensor(shifts)[:, None], d * torch.tensor([1.0, 2.0, 0.5])[:, None]
     evidence = Evidence("epsilon", np.ones(1), np.ones(1), PairedMoments.of(e, d, x))
-    for conditional in (True, False):
-        options = {"conditional": conditional, "trim": None, "on": "output"}
+    for kind in ("conditional", "total", "residual"):
+        options = {"kind": kind, "trim": None, "on": "output"}
         pooled = evidence.variance(per_channel=False, **options)
         channels = evidence.variance(per_channel=True, **options)
         assert float(pooled) >= float(channels.mean()) * (1 - 1e-9)
@@ -258,7 +258,7 @@ def test_variance_given_the_noise_form_equals_direct_conversion_of_the_data(
     error = d.flatten().numpy()
     line = np.stack([np.ones_like(noise), noise], 1)
     left = error - line @ np.linalg.lstsq(line, error, rcond=None)[0]
-    options = {"per_channel": True, "conditional": True, "trim": None}
+    options = {"per_channel": True, "kind": "conditional", "trim": None}
     assert float(evidence.variance(on="epsilon", **options)) == pytest.approx(left.var(), rel=1e-9)
     on_output = float(evidence.variance(on="output", **options))
     is_same = on_output == pytest.approx(left.var(), rel=1e-6)
@@ -270,7 +270,8 @@ def test_variance_given_the_noise_form_equals_direct_conversion_of_the_data(
 
 def framed(e: Tensor, d: Tensor) -> Frame:
     axes = (0, 3)
-    return Frame(d.mean(axes), d.std(axes), e.mean(axes), e.std(axes))
+    spread = d.std(axes)
+    return Frame(d.mean(axes), spread, e.mean(axes), e.std(axes), 0 * spread, spread)
 
 
 def heavy_tailed(prompts: int = 4, n: int = 2000) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ def kept_covariances(e: Tensor, d: Tensor, kept: Tensor) -> tuple[float, float, 
 def test_trimmed_covariances_equal_a_two_pass_fit_within_one_bin(spread: float, off: float) -> None:
     e, d = heavy_tailed()
     own = framed(e, d)
-    frame = Frame(own.mean_d - off * own.std_d, (1 + off) * own.std_d, own.mean_e, own.std_e)
+    frame = replace(own, mean_d=own.mean_d - off * own.std_d, std_d=(1 + off) * own.std_d)
     ee, ed, dd, share = ErrorHistogram.of(frame, e, d).trimmed_covariances(spread)
     half_bin = REACH / BINS
     for step in range(2):
@@ -361,11 +362,11 @@ def test_trimming_needs_the_histogram_and_channels() -> None:
     levels = np.array([0.5, 0.9]), np.array([0.8, 0.4])
     bare = Evidence("epsilon", *levels, moments)
     with pytest.raises(CalibrationError, match="histograms=True"):
-        bare.variance(per_channel=True, conditional=True, trim=4.0, on="output")
+        bare.variance(per_channel=True, kind="conditional", trim=4.0, on="output")
     full = Evidence("epsilon", *levels, moments, ErrorHistogram.of(framed(e, d), e, d))
     with pytest.raises(CalibrationError, match="per channel"):
-        full.variance(per_channel=False, conditional=True, trim=4.0, on="output")
-    trimmed = full.variance(per_channel=True, conditional=False, trim=1.5, on="output")
+        full.variance(per_channel=False, kind="conditional", trim=4.0, on="output")
+    trimmed = full.variance(per_channel=True, kind="total", trim=1.5, on="output")
     assert (trimmed < full.by_channel.dd).all()
 
 

@@ -20,6 +20,8 @@ from evenkeel.record import Record, fixed_point_spectrum, prompt_key
 from evenkeel.statistics.error_structure import radial_spectrum, step_gram
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.residual import ResidualHistogram
+from evenkeel.statistics.second_order import SecondOrder
 
 
 def calibrate_batch(
@@ -178,15 +180,18 @@ def _statistics(
         histogram=ErrorHistogram.of(frame, e_c, d_c) if settings.histograms else None,
         noise_floor=torch.zeros(x.shape[1], dtype=torch.float64),
         law=tape.law,
+        residual=ResidualHistogram.of(frame, e_c, d_c) if settings.histograms else None,
     )
 
 
 def _frame_of(moments: PairedMoments) -> Frame:
     pooled = moments.pooled(0)
-    n = pooled.count.double()
+    second = SecondOrder.of(pooled)
     return Frame(
         mean_d=pooled.mean_d,
-        std_d=(pooled.s(0, 2) / n).sqrt(),
+        std_d=second.dd.sqrt(),
         mean_e=pooled.mean_e,
-        std_e=(pooled.s(2, 0) / n).sqrt(),
+        std_e=second.ee.sqrt(),
+        gain=second.gain,
+        std_r=second.residual.sqrt(),
     )

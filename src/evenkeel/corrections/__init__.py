@@ -1,13 +1,28 @@
 """Corrections of the sampler, one file per method, named as the literature names it.
 
-``ALL`` maps the name used in tables and on the command line to the class; there is no registration
-at import time.
+``ALL`` maps the name used in tables and on the command line to what makes it from evidence; there is no
+registration at import time.
 """
 
+from evenkeel.corrections.catalogue import ALL as ALL
+from evenkeel.corrections.catalogue import applicable as applicable
+from evenkeel.corrections.cnc import CNC as CNC
+from evenkeel.corrections.composite import Composite as Composite
+from evenkeel.corrections.covariance_drift import CovarianceDrift as CovarianceDrift
+from evenkeel.corrections.d2_dpm import D2DPM as D2DPM
+from evenkeel.corrections.dcnc import DCNC as DCNC
+from evenkeel.corrections.dns import DNS as DNS
+from evenkeel.corrections.epsilon_scaling import EpsilonScaling as EpsilonScaling
 from evenkeel.corrections.exact_drift import ExactDrift as ExactDrift
 from evenkeel.corrections.plan import Correction as Correction
 from evenkeel.corrections.plan import Identity as Identity
 from evenkeel.corrections.plan import SamplerPlan as SamplerPlan
+from evenkeel.corrections.ptqd import PTQD as PTQD
 from evenkeel.corrections.q_drift import QDrift as QDrift
-
-ALL: dict[str, type[QDrift] | type[ExactDrift]] = {"q-drift": QDrift, "exact-drift": ExactDrift}
+from evenkeel.corrections.qncd import QNCD as QNCD
+from evenkeel.corrections.self_consistent import SelfConsistent as SelfConsistent
+from evenkeel.corrections.tac import TAC as TAC
+from evenkeel.corrections.tcec import TCEC as TCEC
+from evenkeel.corrections.temporal_score_rescaling import (
+    TemporalScoreRescaling as TemporalScoreRescaling,
+)

@@ -37,6 +37,7 @@ class DriftStep:
         net: what the state's variance grows by. Multistep solvers use an output again after its error
             has entered the state, with the opposite sign: Eq. 37 counts such an error twice over
             (with many steps 2.5 times the growth for DPM-Solver++ 2M, 4.8 times for 3M).
+        noise: standard deviation of the noise that the sampler injects, in the same space.
 
     """
 
@@ -44,6 +45,7 @@ class DriftStep:
     target: float
     injected: float
     net: float
+    noise: float
 
     @property
     def length(self) -> float:
@@ -73,6 +75,7 @@ def plan_drift(
     allow_range: bool,
     edit: OutputEdit | None = None,
     scale: Tensor | None = None,
+    noise_rule: Callable[[DriftStep], float] | None = None,
 ) -> SamplerPlan:
     """Stretch every step by ``1 + rule(step)``; identity, with the reason, where it means nothing.
 
@@ -85,6 +88,7 @@ def plan_drift(
         edit: of the outputs, in force below; the variance is then that of the edited outputs' error,
             whatever ``options`` say.
         scale: (T, C) or (T, 1) factor on the variance, such as a robust estimate over the plain one.
+        noise_rule: factor on the injected noise of one step and channel; None keeps it.
 
     """
     on = "output" if options.along_output else "epsilon"
@@ -102,10 +106,10 @@ def plan_drift(
     if not allow_range:
         evidence.refuse_outside(law, outside)
     held = loadings(law, options.along_output)
-    c = torch.zeros_like(v)
+    c, noise = torch.zeros_like(v), torch.ones_like(v)
     notes = []
     for k in range(law.steps):
-        note = _why_not(law, k, options, bool(outside[: k + 1][_used(law, k)].any()))
+        note = why_not(law, k, options, bool(outside[: k + 1][_used(law, k)].any()))
         if not note:
             for channel in range(v.shape[1]):
                 if explained[k, channel] < options.min_explained:
@@ -120,8 +124,10 @@ def plan_drift(
                     value = step.target / step.length
                     note = "capped: the stretched step would pass zero noise"
                 c[k, channel] = value
+                if noise_rule is not None and step.noise > 0:
+                    noise[k, channel] = noise_rule(step)
         notes.append(note)
-    return stretch_plan(law, c, options.along_output, notes)
+    return stretch_plan(law, c, options.along_output, notes, noise)
 
 
 def edited_variance(
@@ -180,10 +186,12 @@ def drift_step(law: StepLaw, k: int, v: Tensor, along_output: bool, loadings: Ar
     kept = target / level if level > 0 else 0.0
     injected = float((fresh**2 * known).sum())
     covariance = float((kept * held * fresh * known).sum())
-    return DriftStep(level, target, injected, injected + 2 * covariance)
+    scale = 1.0 if along_output else float(law.alpha[k + 1])
+    noise = float(law.noise_weights[k]) / scale if law.noise_weights[k] > 1e-9 else 0.0
+    return DriftStep(level, target, injected, injected + 2 * covariance, noise)
 
 
-def _why_not(law: StepLaw, k: int, options: DriftOptions, outside: bool) -> str:
+def why_not(law: StepLaw, k: int, options: DriftOptions, outside: bool) -> str:
     """The reason to leave step k alone, or ""."""
     start = int(law.anchor[k])
     if law.sampler in _PREDICTOR_CORRECTOR or k - start > LONGEST_LAG:

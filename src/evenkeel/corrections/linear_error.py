@@ -79,12 +79,10 @@ class LinearError:
             CalibrationError: trimming without what it needs.
 
         """
-        moments = evidence.moments.pooled(0) if per_channel else evidence.moments.pooled(0, 2)
-        moments = moments if per_channel else moments.map(lambda t: t.unsqueeze(1))
+        moments = evidence.pooled(per_channel=per_channel)
+        second = SecondOrder.of(moments)
         if trim is not None:
             second = evidence.trimmed(trim, per_channel)
-        else:
-            second = SecondOrder.of(moments)
         mean_e, mean_d = moments.mean_e, moments.mean_d
         if space == "epsilon":
             u, w = evidence.forms()

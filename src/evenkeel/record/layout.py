@@ -15,6 +15,7 @@ from evenkeel.record.provenance import Provenance
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.histogram import BINS, Frame
 from evenkeel.statistics.moments import ORDERS, PairedMoments
+from evenkeel.statistics.residual import RESIDUAL_BINS
 
 MOMENTS = tuple(f.name for f in fields(PairedMoments) if f.name != "count")
 FRAME = tuple(f.name for f in fields(Frame))
@@ -53,7 +54,7 @@ def refuse_malformed(p: Provenance, tensors: dict[str, Tensor]) -> None:
     prompts, steps, channels = tensors["moments.mean_e"].shape
     wanted = _expected(prompts, steps, channels)
     missing, foreign = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    optional = {"histogram", "spectrum"}
+    optional = {"histogram", "residual", "spectrum"}
     if not any(n in tensors for n in wanted if n.startswith("law.")):
         optional |= {n for n in wanted if n.startswith("law.")}
     if missing - optional or foreign:
@@ -88,6 +89,7 @@ def _expected(p: int, t: int, c: int) -> dict[str, tuple[torch.dtype, tuple[int,
         **{f"law.{n}": (double, (t + 1,)) for n in ("alpha", "sigma")},
         "spectrum": (whole, (t, 1)),  # any number of rings
         "histogram": (whole, (t, c, BINS + 2, 6)),
+        "residual": (whole, (t, c, RESIDUAL_BINS + 2)),
     }
 
 

@@ -26,8 +26,9 @@ from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.residual import ResidualHistogram
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Record:
         frame: pilot frame of histogram and spectrum.
         spectrum: (T, bins) int64 in units of 2^-20 of the pilot's variance, summed over prompts; or None.
         histogram: or None.
+        residual: histogram of the residual; or None.
         noise_floor: (T,) mean squared difference of two runs of the reference; 0 when repeatable.
         law: of the calibrated run, so that factors can be computed and shown without the pipeline.
 
@@ -58,6 +60,7 @@ class Record:
     histogram: ErrorHistogram | None
     noise_floor: Tensor
     law: StepLaw | None = None
+    residual: ResidualHistogram | None = None
 
     @property
     def prompts(self) -> int:
@@ -68,7 +71,15 @@ class Record:
     def evidence(self) -> Evidence:
         """What corrections are fitted from; it remembers this record's provenance."""
         p = self.provenance
-        return Evidence(p.prediction, *p.levels, self.moments, self.histogram, source=p)
+        return Evidence(
+            p.prediction,
+            *p.levels,
+            self.moments,
+            self.histogram,
+            source=p,
+            residual=self.residual,
+            gram=self.gram,
+        )
 
     def step_correlation(self) -> Tensor:
         """(T, T) correlation of the error between steps; variance-based methods assume identity."""
@@ -111,6 +122,9 @@ class Record:
         histogram = None
         if self.histogram is not None and other.histogram is not None:
             histogram = self.histogram + other.histogram
+        residual = None
+        if self.residual is not None and other.residual is not None:
+            residual = self.residual + other.residual
         return replace(
             self,
             prompt_keys=keys[order],
@@ -119,6 +133,7 @@ class Record:
             gram=torch.cat([self.gram, other.gram])[order],
             spectrum=spectrum,
             histogram=histogram,
+            residual=residual,
             noise_floor=torch.maximum(self.noise_floor, other.noise_floor),
         )
 
@@ -157,6 +172,8 @@ class Record:
             tensors["spectrum"] = self.spectrum
         if self.histogram is not None:
             tensors["histogram"] = self.histogram.sums
+        if self.residual is not None:
+            tensors["residual"] = self.residual.counts
         if self.law is not None:
             tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in LAW}
         return tensors
@@ -172,7 +189,7 @@ class Record:
         gram[:, upper[0], upper[1]] = tensors["gram"]
         gram[:, upper[1], upper[0]] = tensors["gram"]
         frame = Frame(**{n: tensors[f"frame.{n}"] for n in FRAME})
-        sums = tensors.get("histogram")
+        sums, counts = tensors.get("histogram"), tensors.get("residual")
         law = None
         if "law.alpha" in tensors:
             arrays = {n: tensors[f"law.{n}"].numpy() for n in LAW}
@@ -188,6 +205,7 @@ class Record:
             histogram=None if sums is None else ErrorHistogram(frame, sums),
             noise_floor=tensors["noise_floor"],
             law=law,
+            residual=None if counts is None else ResidualHistogram(frame, counts),
         )
 
 

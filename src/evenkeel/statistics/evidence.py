@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from evenkeel.sampling.prediction import epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.histogram import ErrorHistogram
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.residual import ResidualHistogram
 from evenkeel.statistics.second_order import SecondOrder
 
+VarianceKind = Literal["conditional", "total", "residual"]
 LOG_SNR_LIMIT = 20.0  # stands for pure noise (alpha = 0) and for a clean sample (sigma = 0)
 SAME_LEVEL = 1e-4  # two levels this close in log-SNR are the same level up to float32 tables
 
@@ -37,6 +40,8 @@ class Evidence:
         moments: leading shape (prompts, T, channels).
         histogram: of the error, for trimming; None when it was not collected.
         source: where it came from (a record's provenance), for whoever applies a correction.
+        residual: histogram of the residual, for robust variances; None when it was not collected.
+        gram: (prompts, T, T) mean over elements of D_i D_j, see ``step_gram``; None if unknown.
 
     """
 
@@ -46,6 +51,8 @@ class Evidence:
     moments: PairedMoments
     histogram: ErrorHistogram | None = None
     source: object = None
+    residual: ResidualHistogram | None = None
+    gram: Tensor | None = None
 
     @property
     def prompts(self) -> int:
@@ -71,18 +78,31 @@ class Evidence:
         pooled = self.moments.pooled(0, 2)
         return SecondOrder.of(pooled.map(lambda t: t.unsqueeze(1)))
 
+    def pooled(self, *, per_channel: bool) -> PairedMoments:
+        """Moments of all prompts, (T, C), or of all prompts and channels, (T, 1)."""
+        if per_channel:
+            return self.moments.pooled(0)
+        return self.moments.pooled(0, 2).map(lambda t: t.unsqueeze(1))
+
     def resampled(self, prompts: Tensor) -> Evidence:
-        """The evidence of a bootstrap sample of prompts; the histogram is not per prompt, so dropped."""
-        return replace(self, moments=self.moments.map(lambda t: t[prompts]), histogram=None)
+        """The evidence of a bootstrap sample of prompts; histograms are not per prompt, so dropped."""
+        return replace(
+            self,
+            moments=self.moments.map(lambda t: t[prompts]),
+            histogram=None,
+            residual=None,
+            gram=None if self.gram is None else self.gram[prompts],
+        )
 
     def variance(
-        self, *, per_channel: bool, conditional: bool, trim: float | None, on: str
+        self, *, per_channel: bool, kind: VarianceKind, trim: float | None, on: str
     ) -> Tensor:
         """Variance of the raw output's error at the calibrated levels, (T, C) or (T, 1).
 
         Args:
             per_channel: one number per channel, or one per step.
-            conditional: Var(D | output), Q-Drift Eq. 25; otherwise Var(D).
+            kind: ``conditional`` Var(D | output), Q-Drift Eq. 25; ``total`` Var(D); ``residual`` Var(r)
+                of D = k e + d + r.
             trim: keep pairs within so many standard deviations of D; needs the histogram.
             on: condition on the output as ``"output"`` or on its noise form ``"epsilon"``.
 
@@ -92,18 +112,30 @@ class Evidence:
         """
         second = self.by_channel if per_channel else self.by_step
         if trim is not None:
-            second = self._trimmed(trim, per_channel)
-        if not conditional:
+            second = self.trimmed(trim, per_channel)
+        if kind == "total":
             return second.dd
-        forms = [
-            epsilon_form(self.prediction if on == "epsilon" else "epsilon", float(a), float(s))
-            for a, s in zip(self.alpha, self.sigma, strict=True)
-        ]
-        to_eps = torch.tensor([[f.to_eps] for f in forms], dtype=torch.float64)
-        from_sample = torch.tensor([[f.from_sample] for f in forms], dtype=torch.float64)
-        return second.conditional_variance(to_eps, from_sample)
+        if kind == "residual":
+            return second.residual
+        if on != "epsilon":
+            one = torch.ones(1, 1, dtype=torch.float64)
+            return second.conditional_variance(one, 0 * one)
+        return second.conditional_variance(*self.forms())
 
-    def _trimmed(self, trim: float, per_channel: bool) -> SecondOrder:
+    def forms(self) -> tuple[Tensor, Tensor]:
+        """(T, 1) ``to_eps`` and ``from_sample`` of the calibrated levels; see ``EpsilonForm``."""
+        levels = zip(self.alpha, self.sigma, strict=True)
+        forms = [epsilon_form(self.prediction, float(a), float(s)) for a, s in levels]
+        to_eps = torch.tensor([[f.to_eps] for f in forms], dtype=torch.float64)
+        return to_eps, torch.tensor([[f.from_sample] for f in forms], dtype=torch.float64)
+
+    def trimmed(self, trim: float, per_channel: bool) -> SecondOrder:
+        """Covariances of the pairs within ``trim`` standard deviations of D, per step and channel.
+
+        Raises:
+            CalibrationError: no histogram, or not per channel.
+
+        """
         if self.histogram is None:
             raise CalibrationError(
                 f"trimming at {trim} standard deviations needs the error histograms, which this "

@@ -22,12 +22,20 @@ LIMIT = 2.0**58  # of one batch; far from overflow, so that batches can be added
 
 @dataclass(frozen=True)
 class Frame:
-    """Means and standard deviations of a pilot, (steps, channels) float64; fixes the bins."""
+    """Statistics of a pilot, (steps, channels) float64; they fix the bins.
+
+    Attributes:
+        mean_d, std_d, mean_e, std_e: of the error D and the full-precision output e.
+        gain, std_r: k of D = k e + d + r, and the standard deviation of r.
+
+    """
 
     mean_d: Tensor
     std_d: Tensor
     mean_e: Tensor
     std_e: Tensor
+    gain: Tensor
+    std_r: Tensor
 
     def same_as(self, other: Frame) -> bool:
         """Whether both put every value into the same bin."""
