@@ -23,7 +23,7 @@ import torch
 
 from evenkeel import zoo
 from evenkeel.calibration import calibrate, fit_readout, refit_branches
-from evenkeel.calibration.input_bias import fit_input_bias
+from evenkeel.calibration.tac import fit_tac
 from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
 from evenkeel.corrections import ExactDrift, QDrift
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -140,7 +140,15 @@ class Fits:
 
     def _input_bias(self, n: int, correction: Any = None) -> Any:
         common = self._common(n)
-        return fit_input_bias(self.pipe, quantized=self.quantized, correction=correction, **common)
+        return fit_tac(
+            self.pipe,
+            quantized=self.quantized,
+            batch_size=32,
+            reconstruct=False,
+            correction=correction,
+            progress=False,
+            **common,
+        )
 
     def _readout(self, n: int, denoiser: Any) -> Any:
         common = self._common(n)

@@ -37,6 +37,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.histogram import BINS, ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.residual import RESIDUAL_BINS, ResidualHistogram
 
 STEPS, CHANNELS, ELEMENTS = 3, 2, 16
 LAW = [f.name for f in fields(StepLaw) if f.name not in ("sampler", "prediction")]
@@ -88,6 +89,7 @@ def part(index: int) -> Record:
         histogram=ErrorHistogram.of(FRAME, e, d),
         noise_floor=draw(STEPS).abs(),
         law=law(),
+        residual=ResidualHistogram.of(FRAME, e, d),
     )
 
 
@@ -115,12 +117,14 @@ WHOLE = merged([part(i) for i in range(5)])
 
 def tensors_of(record: Record) -> dict[str, Tensor]:
     assert record.spectrum is not None and record.histogram is not None
+    assert record.residual is not None
     return {
         **{f.name: getattr(record.moments, f.name) for f in fields(PairedMoments)},
         **{f"frame.{f.name}": getattr(record.frame, f.name) for f in fields(Frame)},
         **{n: getattr(record, n) for n in ("prompt_keys", "seeds", "gram", "noise_floor")},
         "spectrum": record.spectrum,
         "histogram": record.histogram.sums,
+        "residual": record.residual.counts,
         **{n: torch.from_numpy(getattr(record.law, n)) for n in LAW},
     }
 
@@ -147,10 +151,11 @@ def test_save_and_load_give_the_record_back_to_the_bit(tmp_path: Path) -> None:
     assert same(Record.load(again), WHOLE)
 
 
-def test_spectrum_histogram_and_law_are_optional(tmp_path: Path) -> None:
-    bare = replace(WHOLE, spectrum=None, histogram=None, law=None)
+def test_spectrum_histograms_and_law_are_optional(tmp_path: Path) -> None:
+    bare = replace(WHOLE, spectrum=None, histogram=None, residual=None, law=None)
     loaded = Record.load(bare.save(tmp_path / "bare"))
     assert loaded.spectrum is None and loaded.histogram is None and loaded.law is None
+    assert loaded.residual is None and loaded.evidence.residual is None
     assert loaded.error_spectrum() is None
     assert torch.equal(loaded.gram, WHOLE.gram)
 
@@ -179,6 +184,10 @@ def test_derived_quantities_survive_the_disk(tmp_path: Path) -> None:
     assert torch.equal(loaded.evidence.by_channel.dd, WHOLE.evidence.by_channel.dd)
     assert torch.equal(loaded.step_correlation(), WHOLE.step_correlation())
     assert loaded.evidence.source == WHOLE.provenance
+    residual, gram = loaded.evidence.residual, loaded.evidence.gram
+    assert residual is not None and gram is not None and WHOLE.residual is not None
+    assert torch.equal(residual.quantile(0.25), WHOLE.residual.quantile(0.25))
+    assert torch.equal(gram, WHOLE.gram)
     spectrum = loaded.error_spectrum()
     assert spectrum is not None and spectrum.shape == (STEPS, 2) and (spectrum > 0).all()
 
@@ -189,7 +198,7 @@ def test_prompts_are_stored_as_keys_and_not_as_text(tmp_path: Path) -> None:
     assert bytes(prompt_key("prompt 1").tolist()) in content
 
 
-def test_a_thousand_prompts_at_thirty_steps_stay_below_twenty_megabytes(tmp_path: Path) -> None:
+def test_a_thousand_prompts_at_thirty_steps_stay_below_twenty_mebibytes(tmp_path: Path) -> None:
     prompts, steps, channels = 1000, 30, 4
     shape = (prompts, steps, channels)
     moments = PairedMoments.of(*(torch.randn(*shape, 3) for _ in range(3)))
@@ -208,9 +217,12 @@ def test_a_thousand_prompts_at_thirty_steps_stay_below_twenty_megabytes(tmp_path
         ),
         noise_floor=torch.zeros(steps, dtype=torch.float64),
         law=law(steps),
+        residual=ResidualHistogram(
+            frame, torch.ones(steps, channels, RESIDUAL_BINS + 2, dtype=torch.int64)
+        ),
     )
     path = record.save(tmp_path / "large.safetensors")
-    assert 17e6 < path.stat().st_size <= 20e6
+    assert 17e6 < path.stat().st_size <= 20 * 2**20
     assert same(Record.load(path), record)
 
 
@@ -403,6 +415,8 @@ FORGERIES: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], object]] = {
     "short gram": lambda t, h: t.update(gram=t["gram"][:, :4].clone()),
     "fewer prompts": lambda t, h: t.update(seeds=t["seeds"][:2].clone()),
     "coarser histogram": lambda t, h: t.update(histogram=t["histogram"][:, :, :7].clone()),
+    "coarser residual": lambda t, h: t.update(residual=t["residual"][:, :, :7].clone()),
+    "float residual": lambda t, h: t.update(residual=t["residual"].double()),
     "half a law": lambda t, h: t.pop("law.alpha"),
     "law of other length": lambda t, h: t.update({"law.sigma": t["law.sigma"][:-1].clone()}),
     "not finite": lambda t, h: t["moments.s_xx"].fill_(float("nan")),
@@ -502,6 +516,14 @@ def test_merging_keeps_the_larger_noise_floor_and_adds_spectra() -> None:
     assert torch.equal(torch.as_tensor(both.spectrum), spectra[0] + spectra[1])
 
 
+def test_merging_adds_residual_counts() -> None:
+    both = part(0).merge(part(1)).residual
+    parts = [p.residual for p in (part(0), part(1))]
+    assert both is not None and parts[0] is not None and parts[1] is not None
+    assert torch.equal(both.counts, parts[0].counts + parts[1].counts)
+    assert both.counts.sum(-1).unique().tolist() == [2 * ELEMENTS]
+
+
 def test_a_prompt_is_not_counted_twice() -> None:
     with pytest.raises(Incompatible, match="share prompts"):
         WHOLE.merge(part(2))
@@ -534,13 +556,14 @@ def test_library_versions_may_differ() -> None:
     assert len(differences(other.provenance, WHOLE.provenance, ignore=())) == 1
 
 
-def test_another_pilot_frame_is_refused() -> None:
-    frame = replace(FRAME, std_d=2 * FRAME.std_d)
+@pytest.mark.parametrize("name", [f.name for f in fields(Frame)])
+def test_another_pilot_frame_is_refused(name: str) -> None:
+    frame = replace(FRAME, **{name: 2 + getattr(FRAME, name)})
     with pytest.raises(Incompatible, match="pilot"):
         WHOLE.merge(replace(part(7), frame=frame))
 
 
-@pytest.mark.parametrize("field", ["histogram", "spectrum"])
+@pytest.mark.parametrize("field", ["histogram", "residual", "spectrum"])
 def test_a_part_without_histogram_leaves_the_whole_without_one(field: str) -> None:
     """The rest cannot stand for the missing prompts."""
     whole = WHOLE.merge(replace(part(7), **{field: None}))

@@ -20,6 +20,7 @@ from evenkeel.statistics.error_structure import radial_spectrum, step_correlatio
 from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import BINS, REACH, ErrorHistogram, Frame
 from evenkeel.statistics.moments import ORDERS, PairedMoments, concatenate
+from evenkeel.statistics.residual import ResidualHistogram
 from evenkeel.statistics.second_order import SecondOrder
 
 Array = npt.NDArray[np.float64]
@@ -368,6 +369,23 @@ def test_trimming_needs_the_histogram_and_channels() -> None:
         full.variance(per_channel=False, kind="conditional", trim=4.0, on="output")
     trimmed = full.variance(per_channel=True, kind="total", trim=1.5, on="output")
     assert (trimmed < full.by_channel.dd).all()
+
+
+def test_a_bootstrap_sample_of_prompts_has_their_moments_and_gram_and_no_histogram() -> None:
+    e, d, x = triple(22, 3, 2, 1, 40)
+    frame, gram = framed(e, d), step_gram(d)
+    levels = np.array([0.5, 0.9]), np.array([0.8, 0.4])
+    histograms = ErrorHistogram.of(frame, e, d), ResidualHistogram.of(frame, e, d)
+    whole = Evidence(
+        "epsilon", *levels, PairedMoments.of(e, d, x), histograms[0], "here", histograms[1], gram
+    )
+    rows = torch.tensor([2, 0, 2])
+    again = whole.resampled(rows)
+    assert again.gram is not None and torch.equal(again.gram, gram[rows])
+    assert torch.equal(again.moments.mean_d, whole.moments.mean_d[rows])
+    assert again.histogram is None and again.residual is None and again.source == "here"
+    bare = Evidence("epsilon", *levels, PairedMoments.of(e, d, x))
+    assert bare.gram is None and bare.residual is None and bare.resampled(rows).gram is None
 
 
 # ---- evidence at other noise levels

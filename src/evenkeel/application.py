@@ -14,8 +14,7 @@ from torch import nn
 from evenkeel.calibration import json_safe
 from evenkeel.corrections.plan import Correction, SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
-from evenkeel.hosts.correcting import Corrector, interceptors_of
-from evenkeel.hosts.head_switch import HeadSwitch
+from evenkeel.hosts.correcting import ON_DENOISER, Corrector, interceptors_of
 from evenkeel.hosts.interception import Interceptor, install, installed, uninstall
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.pipelines import denoiser_of, fingerprint
@@ -86,7 +85,7 @@ def apply(
 def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
     for switch in installed(pipeline.scheduler):  # put there by a pipeline that shares it
-        if isinstance(switch, HeadSwitch):
+        if isinstance(switch, ON_DENOISER):
             switch.detach()
     uninstall(pipeline.scheduler)
     # Kept with the pipeline: its scheduler or denoiser may have been exchanged meanwhile.
@@ -99,7 +98,7 @@ def remove(pipeline: Any) -> None:
 
 def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
     install(pipeline.scheduler, *interceptors)
-    pipeline.__dict__[_SWITCHES] = [i for i in interceptors if isinstance(i, HeadSwitch)]
+    pipeline.__dict__[_SWITCHES] = [i for i in interceptors if isinstance(i, ON_DENOISER)]
     for switch in pipeline.__dict__[_SWITCHES]:
         switch.attach()
     # The denoiser warns when the scheduler is replaced.

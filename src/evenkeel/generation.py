@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from evenkeel.application import applied
 from evenkeel.atomic import write_atomically
 from evenkeel.corrections.plan import Correction, digest_of
-from evenkeel.errors import MetricError
+from evenkeel.errors import MetricError, UnsupportedSampler
+from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.pipelines import Prompt, denoiser_swapped, fingerprint, quiet, run_pipeline
+from evenkeel.hosts.tape import Recorder, Tape
+from evenkeel.sampling.step_law import StepLaw
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,38 @@ def generate(
             seconds.append(each)
             on_batch()
     return torch.cat(made), seconds
+
+
+def law_of_run(
+    pipeline: Any, denoiser: nn.Module, prompt: Prompt, options: Mapping[str, Any]
+) -> StepLaw:
+    """The step law of a run with these options, read off one run of one prompt.
+
+    Args:
+        pipeline: any diffusers pipeline.
+        denoiser: to run with.
+        prompt: any.
+        options: as for ``generate``.
+
+    Raises:
+        UnsupportedSampler: the scheduler has no law of our form.
+
+    """
+    tape = Tape()
+    before = installed(pipeline.scheduler)
+    install(pipeline.scheduler, Recorder(tape))
+    try:
+        with quiet(pipeline), denoiser_swapped(pipeline, denoiser):
+            run_pipeline(pipeline, [prompt], [0], output_type="latent", **options)
+    finally:
+        uninstall(pipeline.scheduler)
+        if before:
+            install(pipeline.scheduler, *before)
+    if tape.law is None:
+        raise UnsupportedSampler(
+            f"{type(pipeline).__name__} never called its scheduler's step; nothing can be corrected."
+        )
+    return tape.law
 
 
 def _corrected(

@@ -22,6 +22,7 @@ def save_results(
     prompts: list[str],
     *,
     shown: int = 12,
+    not_applicable: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write everything into ``out`` and return the content of ``results.json``.
 
@@ -33,6 +34,7 @@ def save_results(
         "settings": {**settings, **{f"{k} version": v for k, v in versions.items()}},
         "arms": [arm.as_dict() for arm in comparison.arms],
         "calibration": None if record is None else describe(record),
+        "not_applicable": not_applicable or {},
     }
     results = json.loads(json.dumps(results, default=str))
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")

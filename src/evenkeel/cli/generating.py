@@ -53,7 +53,7 @@ def add_sample(commands: Any) -> None:
     parser.add_argument(
         "--correction",
         default=None,
-        help="q-drift, exact-drift, readout, readout+drift; none without",
+        help="by name, as evenkeel compare lists them: q-drift, dns, tac, readout...; none without",
     )
     parser.add_argument("--images", type=positive, help="how many prompts to use")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNG files")
@@ -74,7 +74,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed)
     chosen = None
     if options.correction is not None:
-        chosen = corrections(options.record, [options.correction])[0][0]
+        chosen = corrections(options.record, [options.correction])[0][options.correction]
     arm = Arm("sample", quantized, chosen, tuple(options.allow))
     with tqdm(desc="sample", unit="batch", disable=options.json) as bar:
         images, seconds = generate(
@@ -110,7 +110,9 @@ def add_compare(commands: Any) -> None:
 
 def _run_compare(options: argparse.Namespace) -> None:
     from evenkeel.comparison import compare, standard_arms
+    from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
+    from evenkeel.generation import law_of_run
     from evenkeel.reports import text_table
     from evenkeel.results import save_results
     from evenkeel.sources import evaluator_for, load_prompts, references_for
@@ -120,9 +122,14 @@ def _run_compare(options: argparse.Namespace) -> None:
             "compare needs --record FILE, made by evenkeel calibrate or evenkeel readout."
         )
     names = None if options.corrections == "all" else options.corrections.split(",")
-    chosen, record = corrections(options.record, names)
+    chosen, reasons, record = corrections(options.record, names)
     pipeline, quantized, settings = loaded(options)
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
+    law = law_of_run(pipeline, quantized, prompts[0], settings)
+    applying, others = applicable(chosen, law, allow_range="range" in options.allow)
+    # A readout changes the head; its plan of the sampler alone may well be empty.
+    chosen = {n: c for n, c in chosen.items() if n in applying or n.startswith("readout")}
+    reasons |= {n: why for n, why in others.items() if n not in chosen}
     comparison = compare(
         pipeline,
         standard_arms(pipeline, quantized, chosen, allow=tuple(options.allow)),
@@ -143,5 +150,7 @@ def _run_compare(options: argparse.Namespace) -> None:
         "seed": options.seed,
         **settings,
     }
-    results = save_results(options.out, comparison, described, record, prompts)
+    results = save_results(
+        options.out, comparison, described, record, prompts, not_applicable=reasons
+    )
     print(json.dumps(results) if options.json else text_table(results))

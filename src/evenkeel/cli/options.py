@@ -71,17 +71,20 @@ def correcting(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def corrections(paths: Sequence[Path], names: Sequence[str] | None) -> tuple[list[Any], Any]:
-    """The corrections of these names (None: all that the files allow), and the record, if any.
+def corrections(
+    paths: Sequence[Path], names: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, str], Any]:
+    """The corrections of these names (None: all that the files allow), reasons for others, the record.
 
     Raises:
-        EvenkeelError: an unknown name, or a name whose file is not there.
+        EvenkeelError: an unknown name, or a name that the files do not allow.
 
     """
-    from evenkeel.corrections import ALL
+    from evenkeel.corrections import ALL, CLOSED_LOOP
     from evenkeel.errors import EvenkeelError
     from evenkeel.record import Record, load
 
+    known = (*ALL, *CLOSED_LOOP, "readout", "readout+drift")
     files = [load(path) for path in paths]
     records = [f for f in files if isinstance(f, Record)]
     readouts = [f for f in files if not isinstance(f, Record)]
@@ -89,23 +92,26 @@ def corrections(paths: Sequence[Path], names: Sequence[str] | None) -> tuple[lis
         raise EvenkeelError("give --record once per kind of file: one record, one readout.")
     record = records[0] if records else None
     made: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
     if record is not None:
-        made |= {name: correction(record.evidence) for name, correction in ALL.items()}
+        made, reasons = record.corrections()
     if readouts:
         made["readout"] = readouts[0]
         if readouts[0].evidence is not None:
             made["readout+drift"] = readouts[0].with_drift()
-    everything = [*ALL, "readout", "readout+drift"]
-    for name in names or ():
-        if name not in everything:
-            raise EvenkeelError(f"no correction called {name}; there is {', '.join(everything)}.")
+    if names is None:
+        return made, reasons, record
+    for name in names:
+        if name not in known:
+            raise EvenkeelError(f"no correction called {name}; there is {', '.join(known)}.")
         if name not in made:
             maker = "readout" if name.startswith("readout") else "calibrate"
-            raise EvenkeelError(
-                f"{name} needs --record FILE, made by evenkeel {maker}; the files given allow "
+            why = reasons.get(name) or (
+                f"it needs --record FILE, made by evenkeel {maker}; the files given allow "
                 f"{', '.join(made) or 'nothing'}."
             )
-    return [made[name] for name in names or made], record
+            raise EvenkeelError(f"{name}: {why}")
+    return {name: made[name] for name in names}, {}, record
 
 
 def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:

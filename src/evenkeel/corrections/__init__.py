@@ -5,6 +5,7 @@ registration at import time.
 """
 
 from evenkeel.corrections.catalogue import ALL as ALL
+from evenkeel.corrections.catalogue import CLOSED_LOOP as CLOSED_LOOP
 from evenkeel.corrections.catalogue import applicable as applicable
 from evenkeel.corrections.cnc import CNC as CNC
 from evenkeel.corrections.composite import Composite as Composite
@@ -21,6 +22,7 @@ from evenkeel.corrections.ptqd import PTQD as PTQD
 from evenkeel.corrections.q_drift import QDrift as QDrift
 from evenkeel.corrections.qncd import QNCD as QNCD
 from evenkeel.corrections.self_consistent import SelfConsistent as SelfConsistent
+from evenkeel.corrections.stepbaq import StepbaQ as StepbaQ
 from evenkeel.corrections.tac import TAC as TAC
 from evenkeel.corrections.tcec import TCEC as TCEC
 from evenkeel.corrections.temporal_score_rescaling import (

@@ -24,8 +24,9 @@ from evenkeel.errors import EvenkeelError
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 
-# With the papers' defaults where a paper has them. TAC and StepbaQ are measured in closed loop and come
-# with the record that holds their tables.
+# Measured in closed loop; they come with a record that holds their tables.
+CLOSED_LOOP = ("tac", "stepbaq")
+# Made from a record's statistics, with the papers' defaults where a paper has them.
 ALL: dict[str, Callable[[Evidence], Correction]] = {
     "q-drift": QDrift,
     "exact-drift": ExactDrift,

@@ -21,6 +21,7 @@ from evenkeel.statistics.evidence import SAME_LEVEL, log_snr
 _FLOW = "flow_prediction"
 # The last step may be stretched: it goes from the higher level to the clean image.
 _OPTIONS = DriftOptions(per_channel=False, variance="total", correct_final_step=True)
+_CLEAN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ class StepbaQ:
                 f"{law.steps}, and not the same. Fit StepbaQ with this number of steps and this "
                 f"scheduler, or leave such runs uncorrected by name (allow=('range',))."
             )
+        # Rounding of the host's tables can leave the last step a little beyond zero.
+        clean = np.abs(law.sigma_down) < _CLEAN
+        law = replace(law, sigma_down=np.where(clean, 0.0, law.sigma_down))
         zeros = torch.zeros(law.steps, 1, dtype=torch.float64)
         c, gain, sample = zeros.clone(), zeros + 1, zeros.clone()
         timestep, scale = torch.from_numpy(law.timesteps.copy()), torch.ones(law.steps).double()
@@ -202,9 +206,9 @@ class StepbaQ:
         """The level of step k, or None and why it keeps its own."""
         if k == 0:
             return None, "first step: no error yet"
-        if law.anchor[k] != k:
-            return None, "a stage that starts over from an earlier state"
         note = why_not(law, k, _OPTIONS, False)
+        if not note and law.anchor[k] != k:
+            note = "a stage that starts over from an earlier state"
         if note:
             return None, note
         variance = float(self.variance[k - 1])

@@ -131,6 +131,11 @@ class TAC:
         return (f"TAC-Diffusion, ECCV 2024, Eqs. {', '.join(equations)}",)
 
     @property
+    def acts_on_denoiser(self) -> bool:
+        """Whether K acts before guidance."""
+        return self.branch is not None
+
+    @property
     def options(self) -> dict[str, Any]:
         """How K was found and where it acts."""
         found = {} if self.reconstruction is None else asdict(self.reconstruction)

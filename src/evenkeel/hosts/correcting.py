@@ -12,21 +12,25 @@ from torch import Tensor, nn
 
 from evenkeel.corrections.plan import Correction, SamplerPlan
 from evenkeel.errors import UnsupportedSampler
+from evenkeel.hosts.denoiser_edit import DenoiserEdit, acts_on_denoiser
 from evenkeel.hosts.head_switch import HeadSwitch
 from evenkeel.hosts.interception import Interceptor
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.hosts.requery import Requery, asking_part
 from evenkeel.hosts.step_change import ImageNoise, StepChange
 from evenkeel.hosts.tape import steering, step_index
 from evenkeel.record.readout import Readout
 
 Check = Callable[[Any], None]
+# They change the denoiser itself while a correction is applied, and give it back.
+ON_DENOISER = (HeadSwitch, DenoiserEdit)
 
 
 @contextmanager
 def heads_attached(interceptors: Sequence[Interceptor]) -> Iterator[None]:
-    """Inside, those of ``interceptors`` that change the output head do so."""
-    switches = [i for i in interceptors if isinstance(i, HeadSwitch)]
+    """Inside, those of ``interceptors`` that change the denoiser (its head, its calls) do so."""
+    switches = [i for i in interceptors if isinstance(i, ON_DENOISER)]
     for switch in switches:
         switch.attach()
     try:
@@ -40,7 +44,11 @@ def interceptors_of(
     correction: Correction, pipeline: Any, denoiser: nn.Module, **options: Any
 ) -> list[Interceptor]:
     """Everything that carries ``correction`` out: its sampler part and, if it has one, its head."""
-    found: list[Interceptor] = [Corrector(correction, pipeline, **options)]
+    corrector = Corrector(correction, pipeline, **options)
+    found: list[Interceptor] = [corrector]
+    asking = asking_part(correction)
+    if asking is not None:
+        found.append(Requery(corrector, denoiser, asking))
     if isinstance(correction, Readout):
         found.append(
             HeadSwitch(
@@ -50,6 +58,9 @@ def interceptors_of(
                 allow_range=options.get("allow_range", False),
             )
         )
+    if acts_on_denoiser(correction):
+        kept = {k: v for k, v in options.items() if k in ("layout", "allow_range")}
+        found.append(DenoiserEdit(correction, pipeline, denoiser, **kept))
     return found
 
 

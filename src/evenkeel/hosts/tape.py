@@ -46,8 +46,7 @@ class Recorder(Interceptor):
         self.tape.samples.append(sample.detach().clone())  # clone: CUDA graphs reuse buffers
 
     def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
-        dtype = self.tape.samples[-1].dtype
-        self.tape.outputs.append(output.detach().to(dtype).clone())
+        self.tape.outputs.append(output.detach().clone())
         return output
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:

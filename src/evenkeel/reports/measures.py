@@ -21,7 +21,8 @@ class Measure:
     """One column: its key in the results, its heading, what it says, and which way is better.
 
     ``itself`` is what comparing the full-precision arm with itself gives (None: infinite), up to
-    ``tolerance``; only measures with ``to_itself`` are such comparisons.
+    ``tolerance``; only measures with ``to_itself`` are such comparisons. ``only_difference``: measured
+    against the quantized arm, so that an arm by itself has none.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Measure:
     to_itself: bool = False
     itself: float | None = None
     tolerance: float = 0.0
+    only_difference: bool = False
 
 
 MEASURES: tuple[Measure, ...] = (
@@ -67,7 +69,15 @@ MEASURES: tuple[Measure, ...] = (
         tolerance=1e-6,
     ),
     Measure("seconds_per_image", "s/image", "the seconds per image", "lower"),
+    Measure(
+        "seconds_per_step",
+        "s/image and step",
+        "the extra seconds per image and step",
+        "lower",
+        only_difference=True,
+    ),
 )
+COLUMNS = tuple(m for m in MEASURES if not m.only_difference)
 
 
 def finite_or_none(estimate: Mapping[str, Any] | None, field: str) -> float | None:

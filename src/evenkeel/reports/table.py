@@ -10,6 +10,7 @@ from evenkeel.errors import EvenkeelError
 from evenkeel.reports.measures import (
     ABSENT,
     FULL_PRECISION,
+    COLUMNS,
     MEASURES,
     QUANTIZED,
     arm_text,
@@ -53,8 +54,8 @@ def corrected_arms(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def arm_rows(results: Mapping[str, Any]) -> Rows:
     """Heading and one row per arm, as text."""
-    heading = ["arm", *(m.heading for m in MEASURES)]
-    return [heading, *([a["name"], *(arm_text(a, m) for m in MEASURES)] for a in arms_of(results))]
+    heading = ["arm", *(m.heading for m in COLUMNS)]
+    return [heading, *([a["name"], *(arm_text(a, m) for m in COLUMNS)] for a in arms_of(results))]
 
 
 def difference_rows(results: Mapping[str, Any]) -> Rows:
@@ -93,7 +94,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", DIFFERENCE_TITLE, "", _columns(differences, left=2)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *left_out(results)])
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -106,7 +107,15 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", f"{DIFFERENCE_TITLE}:", "", _markdown(differences, left=2)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *left_out(results)])
+
+
+def left_out(results: Mapping[str, Any]) -> list[str]:
+    """The corrections that were asked for and do not apply to this sampler, each with the reason."""
+    reasons: Mapping[str, str] = results.get("not_applicable") or {}
+    if not reasons:
+        return []
+    return ["", "Not applicable here:", *(f"- {name}: {why}" for name, why in reasons.items())]
 
 
 def _columns(rows: Rows, left: int) -> str:

@@ -16,6 +16,8 @@ Estimator = Literal["std", "mad", "iqr", "kurtosis", "kde"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 RESIDUAL_BINS = 256
 RESIDUAL_REACH = 12.0
+_WIDTH = 2 * RESIDUAL_REACH / RESIDUAL_BINS
+_ROUNDING = 1e-7  # of std(D): a smaller std(r) is the rounding of S_DD - S_eD^2 / S_ee
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,17 @@ class ResidualShape:
 
 @dataclass(frozen=True)
 class ResidualHistogram:
-    """Counts of ``((D - m0) - k0 (e - me0)) / s0`` in the frame of a pilot.
+    """Counts of ``r0 = (D - m0) - k0 (e - me0)`` in units of the pilot's standard deviation of r.
 
-    The final k differs from the pilot's k0 by its sampling error; r0 then still holds
-    ``(k - k0) e``, which adds ``(k - k0)^2 S_ee`` to the variance: second order.
+    The final k differs from the pilot's k0 by the pilot's sampling error. r0 then still holds
+    ``(k - k0) e'``, which is uncorrelated with r and so adds ``(k - k0)^2 Var(e)`` to Var(r0): second
+    order in ``k - k0``. Where the mean differs from the pilot's, r0 is shifted; spreads are not.
+
+    A channel in which the pilot had no residual has no scale: there only exact zeros are counted
+    inside, anything else goes to the overflows, and quantiles of it are refused.
 
     Attributes:
-        frame: means, gain k0 and residual standard deviation s0 of the pilot.
+        frame: means, gain k0 and residual standard deviation of the pilot.
         counts: (steps, channels, RESIDUAL_BINS + 2) int64; the two last bins are the overflows
             (above, below).
 
@@ -78,15 +84,23 @@ class ResidualHistogram:
 
     @classmethod
     def of(cls, frame: Frame, e: Tensor, d: Tensor) -> ResidualHistogram:
-        """Bin elements along the last axis of (prompts, steps, channels, elements) tensors."""
-        unit = torch.where(frame.std_r == 0, torch.ones_like(frame.std_r), frame.std_r)
+        """Bin elements along the last axis of (prompts, steps, channels, elements) tensors.
+
+        Raises:
+            CalibrationError: a value is not finite.
+
+        """
         r = (d.double() - frame.mean_d[..., None]) - frame.gain[..., None] * (
             e.double() - frame.mean_e[..., None]
         )
-        z = r / unit[..., None]
-        bins = ((z + RESIDUAL_REACH) * (RESIDUAL_BINS / (2 * RESIDUAL_REACH))).floor()
+        if not torch.isfinite(r).all():
+            raise CalibrationError(
+                "a residual D - k e - d to be counted is not finite (NaN or infinity): check the "
+                "outputs of both denoisers."
+            )
+        bins = ((r / _unit(frame)[..., None] + RESIDUAL_REACH) / _WIDTH).floor()
         bins = bins.clamp(-1, RESIDUAL_BINS).long()
-        bins = torch.where(bins < 0, RESIDUAL_BINS + 1, bins)
+        bins = torch.where(bins < 0, RESIDUAL_BINS + 1, bins)  # below the reach: the very last bin
         steps, channels = frame.mean_d.shape
         cells = torch.arange(steps * channels).reshape(steps, channels, 1) * (RESIDUAL_BINS + 2)
         size = steps * channels * (RESIDUAL_BINS + 2)
@@ -111,42 +125,38 @@ class ResidualHistogram:
         """(steps, channels) quantile of r in output units, linear within a bin.
 
         Raises:
-            CalibrationError: it lies beyond the histogram.
+            CalibrationError: p is not between 0 and 1, or the quantile lies beyond the histogram.
 
         """
-        counts = self._ordered()
-        running = counts.cumsum(-1)
-        wanted = p * running[..., -1:]
-        bins = (running < wanted).sum(-1, keepdim=True)
-        if bool(((bins == 0) | (bins == RESIDUAL_BINS + 1)).any()):
-            raise CalibrationError(
-                f"the {p:g} quantile of the residual lies more than {RESIDUAL_REACH:g} standard "
-                f"deviations of the pilot away: the pilot (the first batch) was not typical. Calibrate "
-                f"with a more typical prompt first, or use estimator='std'."
-            )
-        here = counts.gather(-1, bins)
-        before = running.gather(-1, bins) - here
-        share = (wanted - before) / here.clamp_min(1)
-        width = 2 * RESIDUAL_REACH / RESIDUAL_BINS
-        z = -RESIDUAL_REACH + width * (bins - 1 + share)
-        return z[..., 0] * self.frame.std_r
+        edges = -RESIDUAL_REACH + _WIDTH * torch.arange(RESIDUAL_BINS + 1, dtype=torch.float64)
+        shares = self._shares()
+        return _where_reached(shares, edges.expand_as(shares), p) * _unit(self.frame)
 
     def spread_around(self, centre: Tensor, p: float) -> Tensor:
-        """(steps, channels) quantile p of |r - centre|, in output units; to one bin."""
-        width = 2 * RESIDUAL_REACH / RESIDUAL_BINS
-        middles = -RESIDUAL_REACH + width * (torch.arange(RESIDUAL_BINS).double() + 0.5)
-        away = (middles * self.frame.std_r[..., None] - centre[..., None]).abs()
-        order = away.argsort(-1)
-        counts = self.counts[..., :RESIDUAL_BINS].double().gather(-1, order)
-        wanted = p * self.counts.sum(-1, keepdim=True).double()
-        first = (counts.cumsum(-1) < wanted).sum(-1, keepdim=True).clamp_max(RESIDUAL_BINS - 1)
-        return away.gather(-1, order).gather(-1, first)[..., 0]
+        """(steps, channels) quantile p of ``|r - centre|`` in output units, linear within bins.
 
-    def _ordered(self) -> Tensor:
-        """Counts from below to above, overflows at both ends, float64."""
-        inner = self.counts[..., :RESIDUAL_BINS]
-        above, below = torch.split(self.counts[..., RESIDUAL_BINS:], 1, -1)
-        return torch.cat([below, inner, above], -1).double()
+        The share within t of the centre, ``F(centre + t) - F(centre - t)``, is linear between the
+        distances of the bins' edges, so it is inverted exactly.
+
+        Raises:
+            CalibrationError: as for ``quantile``.
+
+        """
+        shares, unit = self._shares(), _unit(self.frame)
+        middle = (centre / unit)[..., None]
+        edges = -RESIDUAL_REACH + _WIDTH * torch.arange(RESIDUAL_BINS + 1, dtype=torch.float64)
+        whole = RESIDUAL_REACH - middle.abs()  # farther away, one side is in an overflow
+        distances = (edges - middle).abs().minimum(whole).sort(-1).values
+        zero = torch.zeros_like(middle)
+        distances = torch.cat([zero, distances], -1)
+        within = _at(shares, middle + distances) - _at(shares, middle - distances)
+        return _where_reached(within, distances, p) * unit
+
+    def _shares(self) -> Tensor:
+        """(steps, channels, RESIDUAL_BINS + 1) share of r below each edge of the bins, float64."""
+        inner, below = self.counts[..., :RESIDUAL_BINS], self.counts[..., RESIDUAL_BINS + 1 :]
+        running = torch.cat([below, inner], -1).cumsum(-1)
+        return running.double() / self.counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def robust_variance(
@@ -154,46 +164,87 @@ def robust_variance(
 ) -> Tensor:
     """(steps, channels) variance of the residual, in output units squared.
 
-    - ``"std"``: its second moment, what a sampler accumulates;
-    - ``"iqr"``: ``((Q3 - Q1) / 1.349)^2`` (DCNC, section 4.1);
+    The names are those of the DCNC paper's ablation (section 5.3), which spells out the IQR only. Its
+    MAD it calls mean absolute deviation; the median is the field's and ours. All equal the variance
+    of a Gaussian residual, and all but ``"std"`` are smaller for heavy tails.
+
+    - ``"std"``: the second moment, what a sampler accumulates;
+    - ``"iqr"``: ``((Q3 - Q1) / 1.349)^2`` (section 4.1);
     - ``"mad"``: ``(1.4826 median |r - median|)^2``;
-    - ``"kurtosis"``: second moment over ``1 + kappa / 2``, kappa the positive part of the excess
-      kurtosis: the variance of the core of a scale mixture with small contamination. The paper names
-      it (KUS) without a formula;
-    - ``"kde"``: the Gaussian with the peak of a kernel density estimate, ``1 / (2 pi f(mode)^2)``,
-      Silverman's bandwidth taken off again. The paper names it without a formula.
+    - ``"kurtosis"``: the second moment over ``1 + kappa / 2``, kappa the positive part of the excess
+      kurtosis. That is the factor by which heavy tails inflate the sampling variance of a second
+      moment, ``(2 + kappa) sigma^4 / n``, over a Gaussian's; a choice of ours, for the paper's KUS;
+    - ``"kde"``: the Gaussian as high as a kernel density estimate at its mode, ``1 / (2 pi f^2)``,
+      with Silverman's bandwidth taken off again; a choice of ours.
+
+    The histogram's residual is that of the pilot's gain, the shape's that of the final one; see
+    ``ResidualHistogram`` for what that does.
 
     Raises:
-        CalibrationError: an unknown estimator.
+        CalibrationError: an unknown estimator, or a quantile beyond the histogram.
 
     """
     if estimator == "std":
         return shape.variance
     if estimator == "iqr":
-        return ((histogram.quantile(0.75) - histogram.quantile(0.25)) / 1.349) ** 2
+        return _quartile_std(histogram) ** 2
     if estimator == "mad":
         return (1.4826 * histogram.spread_around(histogram.quantile(0.5), 0.5)) ** 2
     if estimator == "kurtosis":
         return shape.variance / (1 + shape.excess_kurtosis.clamp_min(0) / 2)
     if estimator == "kde":
-        return _peak_variance(histogram)
+        return _peak_variance(histogram, shape)
     raise CalibrationError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}.")
 
 
-def _peak_variance(histogram: ResidualHistogram) -> Tensor:
-    width = 2 * RESIDUAL_REACH / RESIDUAL_BINS
+def _quartile_std(histogram: ResidualHistogram) -> Tensor:
+    return (histogram.quantile(0.75) - histogram.quantile(0.25)) / 1.349
+
+
+def _peak_variance(histogram: ResidualHistogram, shape: ResidualShape) -> Tensor:
+    """The kernel is averaged over bins: with many elements the bandwidth is narrower than a bin."""
+    unit = _unit(histogram.frame)
     counts = histogram.counts[..., :RESIDUAL_BINS].double()
-    total = histogram.counts.sum(-1, keepdim=True).double()
-    iqr = (histogram.quantile(0.75) - histogram.quantile(0.25)) / 1.349
-    unit = torch.where(histogram.frame.std_r == 0, torch.ones_like(iqr), histogram.frame.std_r)
-    bandwidth = 0.9 * (iqr / unit)[..., None] * total**-0.2  # Silverman, robust scale
-    lags = torch.arange(-RESIDUAL_BINS + 1, RESIDUAL_BINS).double() * width
-    safe = torch.where(bandwidth == 0, torch.ones_like(bandwidth), bandwidth)
-    kernel = torch.exp(-0.5 * (lags / safe) ** 2) / (safe * (2 * torch.pi) ** 0.5)
+    total = histogram.counts.sum(-1).double()
+    scale = torch.minimum(_quartile_std(histogram), shape.variance.sqrt()) / unit
+    bandwidth = (0.9 * scale * total**-0.2)[..., None]  # Silverman 1986, Eq. 3.31
+    lags = torch.arange(-RESIDUAL_BINS + 1, RESIDUAL_BINS, dtype=torch.float64) * _WIDTH
+    narrow = bandwidth.clamp_min(1e-6 * _WIDTH)  # no division by 0
+    upper = torch.special.ndtr((lags + _WIDTH / 2) / narrow)
+    kernel = (upper - torch.special.ndtr((lags - _WIDTH / 2) / narrow)) / _WIDTH
     length = RESIDUAL_BINS + len(lags) - 1
-    density = torch.fft.irfft(
-        torch.fft.rfft(counts, length) * torch.fft.rfft(kernel, length), length
-    )
-    peak = density.amax(-1) / total[..., 0]
-    variance = (1 / (2 * torch.pi * peak**2) - bandwidth[..., 0] ** 2).clamp_min(0) * unit**2
-    return torch.where(iqr == 0, torch.zeros_like(variance), variance)
+    spectrum = torch.fft.rfft(counts, length) * torch.fft.rfft(kernel, length)
+    peak = torch.fft.irfft(spectrum, length).amax(-1) / total
+    blur = bandwidth[..., 0] ** 2 + _WIDTH**2 / 12  # of the kernel, and of a bin (Sheppard)
+    sharpened = 1 / (2 * torch.pi * peak**2) - blur
+    return torch.clamp_min(sharpened, 0) * unit**2
+
+
+def _unit(frame: Frame) -> Tensor:
+    """The width by which residuals are divided; the smallest number where the pilot's error is 0."""
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.maximum(frame.std_r, _ROUNDING * frame.std_d).clamp_min(tiny)
+
+
+def _at(shares: Tensor, places: Tensor) -> Tensor:
+    """Shares below places (in units of the pilot), linear between the edges of the bins."""
+    position = ((places + RESIDUAL_REACH) / _WIDTH).clamp(0, RESIDUAL_BINS)
+    left = position.floor().clamp_max(RESIDUAL_BINS - 1)
+    low, high = (shares.gather(-1, left.long() + i) for i in (0, 1))
+    return low + (high - low) * (position - left)
+
+
+def _where_reached(shares: Tensor, places: Tensor, p: float) -> Tensor:
+    """Where rising shares reach p, linear in between."""
+    if not 0 < p < 1:
+        raise CalibrationError(f"a quantile needs a share p between 0 and 1, got {p}.")
+    if ((shares[..., 0] >= p) | (shares[..., -1] < p)).any():
+        raise CalibrationError(
+            f"the {p:g} quantile of the residual lies more than {RESIDUAL_REACH:g} standard "
+            f"deviations of the pilot away: the pilot (the first batch) was not typical. Calibrate "
+            f"with a more typical prompt first, or use estimator='std'."
+        )
+    after = (shares < p).sum(-1, keepdim=True)
+    low, high = shares.gather(-1, after - 1), shares.gather(-1, after)
+    left, right = places.gather(-1, after - 1), places.gather(-1, after)
+    return (left + (right - left) * (p - low) / (high - low))[..., 0]
