@@ -56,9 +56,9 @@ def statistics_of_a_batch() -> dict[str, Callable[[], object]]:
     q = e + 0.05 * noise
     d = q.double() - e.double()
     e_c, d_c, x_c = (t.flatten(3) for t in (e, d, x))
-    frame = Frame(
-        d_c.mean((0, 3)), d_c.std((0, 3)), e_c.double().mean((0, 3)), e_c.double().std((0, 3))
-    )
+    spread = d_c.std((0, 3))
+    means = d_c.mean((0, 3)), e_c.double().mean((0, 3))
+    frame = Frame(means[0], spread, means[1], e_c.double().std((0, 3)), 0 * spread, spread)
     parts: dict[str, Callable[[], object]] = {
         "error": lambda: (q.double() - e.double()).any(),
         "moments": lambda: PairedMoments.of(e_c, d_c, x_c),

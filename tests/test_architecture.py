@@ -21,6 +21,7 @@ LAYERS = [
     {"hosts"},
     {"calibration", "application", "inspection"},
     {"generation"},
+    {"marginal_check"},
     {"comparison", "zoo", "reports"},
     {"results", "sources"},
     {"demo"},

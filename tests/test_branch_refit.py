@@ -442,6 +442,41 @@ def test_the_report_is_a_table_and_json():
     assert lines[3].endswith("kept: was not called")
     found = json.loads(json.dumps(report.as_dict()))
     assert [x["changed"] for x in found["layers"]] == [True, False]
+    assert [x["bias"] for x in found["layers"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("what", "bias", "said"),
+    [
+        ("branch", True, ["branch", "bias"]),
+        ("branch", False, ["branch"]),
+        ("scales", False, ["scales"]),
+        ("", True, ["bias"]),
+        ("", False, ["-"]),
+    ],
+)
+def test_the_report_names_a_bias_only_where_there_is_one(what, bias, said):
+    layer = LayerRefit("block.0", 4, 0.2, 0.05, 0.1, what=what)
+    other = LayerRefit("block.1", 4, 0.2, 0.05, 0.1, what="branch")
+    without = frozenset() if bias else frozenset({"block.0"})
+    report = RefitReport((layer, other), 8, without)
+    lines = [line.split() for line in report.text().splitlines()]
+    assert lines[2] == ["block.0", *said, "4", "0.2", "0.05", "0.1"]
+    assert lines[3][1:3] == ["branch", "bias"]
+    assert [x["bias"] for x in report.as_dict()["layers"]] == [bias, True]
+
+
+def test_a_refit_reports_the_layers_of_the_module_that_have_no_bias():
+    tiny = ALL["pixart_sigma"]()
+    block = tiny.model.transformer_blocks[0]
+    block.attn1.to_q.bias = None
+    quantized, _ = quantize_module(tiny.model, SPEC)
+    _, report = refit(tiny, quantized)
+    name = "transformer_blocks.0.attn1.to_q"
+    assert report.without_bias == {name}
+    words = {line.split()[0]: line.split()[1:] for line in report.text().splitlines()[2:]}
+    assert words[name][:2] == ["branch", str(SPEC.rank)]
+    assert words["transformer_blocks.0.attn1.to_k"][:2] == ["branch", "bias"]
 
 
 # ---- refusals

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from evenkeel.cli import main
+from evenkeel.corrections import ALL, CLOSED_LOOP
 
 SAMPLING = ["zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--steps", "3", "--batch-size", "4"]
 
@@ -94,12 +95,13 @@ def test_compare_gives_the_promised_keys(capsys, record, tmp_path):
     code, out, _ = run(capsys, *arguments, "--out", tmp_path, "--json")
     found = json.loads(out)
     assert code == 0
-    assert [a["name"] for a in found["arms"]] == [
-        "full-precision",
-        "quantized",
-        "q-drift",
-        "exact-drift",
-    ]
+    names = [a["name"] for a in found["arms"]]
+    # Every correction is an arm, or says why it is not; two are measured in closed loop.
+    assert names[:2] == ["full-precision", "quantized"]
+    assert {*names[2:], *found["not_applicable"]} == {*ALL, *CLOSED_LOOP}
+    assert {"q-drift", "ptqd", "dcnc+dns", "covariance-drift"} <= set(names)
+    assert {"tac", "stepbaq", "qncd", "tcec-window-1"} == set(found["not_applicable"])
+    assert "--closed-loop" in found["not_applicable"]["tac"]
     for arm in found["arms"]:
         for measure in (
             "frechet_full_precision",
@@ -184,11 +186,13 @@ def test_readout_says_what_it_found(capsys, readout):
 
 
 def test_compare_takes_a_record_and_a_readout(capsys, record, readout, tmp_path):
+    asked = ["q-drift", "exact-drift", "readout", "readout+drift"]
     arguments = ["compare", *SAMPLING, "--record", record, "--record", readout, "--images", "8"]
+    arguments += ["--corrections", ",".join(asked)]
     code, out, _ = run(capsys, *arguments, "--out", tmp_path, "--json")
     names = [arm["name"] for arm in json.loads(out)["arms"]]
     assert code == 0
-    assert names[2:] == ["q-drift", "exact-drift", "readout", "readout+exact-drift"]
+    assert names[2:] == asked
 
 
 def test_a_shared_readout_is_folded_and_the_folder_is_a_denoiser(capsys, tmp_path):

@@ -389,7 +389,8 @@ def forged(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Non
     header = json.loads(metadata["provenance"])
     change(tensors, header)
     text = json.dumps(header, sort_keys=True)
-    metadata |= {"provenance": text, "digest": digest(text, tensors)}
+    whole = text + metadata["closed_loop"]
+    metadata |= {"provenance": text, "digest": digest(whole, tensors)}
     path.write_bytes(save_bytes(tensors, metadata))
     return path
 
@@ -450,7 +451,8 @@ def test_a_header_that_is_no_provenance_is_refused(tmp_path: Path, text: str) ->
     path = tmp_path / "r"
     tensors = load_bytes(WHOLE.save(path).read_bytes())
     metadata = {"format": "evenkeel-record", "schema_version": "2", "provenance": text}
-    metadata["digest"] = digest(text, tensors)
+    metadata["closed_loop"] = "{}"
+    metadata["digest"] = digest(text + "{}", tensors)
     path.write_bytes(save_bytes(tensors, metadata))
     with pytest.raises(RecordError, match="not a valid record"):
         Record.load(path)

@@ -68,7 +68,7 @@ def generate(
     with (
         quiet(pipeline),
         denoiser_swapped(pipeline, arm.denoiser),
-        _corrected(pipeline, arm, options["guidance_scale"]),
+        corrected(pipeline, arm, options["guidance_scale"]),
     ):
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
@@ -123,9 +123,7 @@ def law_of_run(
     return tape.law
 
 
-def _corrected(
-    pipeline: Any, arm: Arm, guidance_scale: float | None
-) -> AbstractContextManager[Any]:
+def corrected(pipeline: Any, arm: Arm, guidance_scale: float | None) -> AbstractContextManager[Any]:
     """Applied once for the whole arm: checking the denoiser and planning cost as much as a batch."""
     if arm.correction is None:
         return nullcontext()

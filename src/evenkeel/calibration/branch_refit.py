@@ -32,10 +32,14 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """Every quantized layer exactly once, in the order of the module."""
+    """Every quantized layer exactly once, in the order of the module.
+
+    ``without_bias`` are the names of those that have no bias to refit.
+    """
 
     layers: tuple[LayerRefit, ...]
     prompts: int
+    without_bias: frozenset[str] = frozenset()
 
     @property
     def changed(self) -> tuple[LayerRefit, ...]:
@@ -44,7 +48,10 @@ class RefitReport:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in types that JSON knows."""
-        layers = [{**asdict(layer), "changed": layer.changed} for layer in self.layers]
+        layers = [
+            {**asdict(x), "changed": x.changed, "bias": x.name not in self.without_bias}
+            for x in self.layers
+        ]
         return {"prompts": self.prompts, "layers": layers}
 
     def text(self) -> str:
@@ -52,7 +59,8 @@ class RefitReport:
         rows: list[tuple[str, ...]] = [("layer", "what", "rank", "before", "after", "penalty", "")]
         for x in self.layers:
             numbers = (f"{v:.3g}" if v is not None else "-" for v in (x.before, x.after, x.penalty))
-            what = " ".join(filter(None, (x.what, "bias")))
+            bias = "" if x.name in self.without_bias else "bias"
+            what = " ".join(filter(None, (x.what, bias))) or "-"
             why = f"kept: {x.reason}" if x.reason else ""
             rows.append((x.name, what, str(x.rank), *numbers, why))
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
@@ -176,7 +184,11 @@ def refit_branches(
     # Only now: all groups of layers must see the same trajectory.
     for site in sites:
         site.put(decided[site.name][1])
-    report = RefitReport(tuple(decided[site.name][0] for site in sites), len(prompts))
+    report = RefitReport(
+        tuple(decided[site.name][0] for site in sites),
+        len(prompts),
+        frozenset(site.name for site in sites if site.layer.bias is None),
+    )
     refitted.evenkeel_refit = report.text().splitlines()[0]  # type: ignore[assignment]
     return refitted, report
 

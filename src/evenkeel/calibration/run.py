@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 from evenkeel.calibration.batch import calibrate_batch, with_noise_floor
 from evenkeel.calibration.parts import Parts, barrier, claim_folder, part_folder, process, tidy
 from evenkeel.calibration.settings import TRAJECTORIES, Settings, check_request
+from evenkeel.calibration.stepbaq import fit_stepbaq
+from evenkeel.calibration.tac import fit_tac
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.interception import install, installed, uninstall
@@ -26,6 +29,7 @@ from evenkeel.hosts.pipelines import (
     quiet,
 )
 from evenkeel.record import Record
+from evenkeel.record.closed_loop import ClosedLoop
 
 
 def calibrate(
@@ -40,6 +44,7 @@ def calibrate(
     trajectory: str = "full-precision",
     correction: Correction | None = None,
     histograms: bool = True,
+    closed_loop: bool = False,
     side_by_side: bool = True,
     call: dict[str, Any] | None = None,
     layout: LatentLayout | None = None,
@@ -65,6 +70,8 @@ def calibrate(
             ``quantized``, or ``corrected`` (quantized with ``correction`` applied).
         correction: needed for, and only for, ``corrected``.
         histograms: also keep error histograms, for trimming.
+        closed_loop: also fit what needs it (TAC, StepbaQ) and keep it in the record; takes as long again
+            for each, with both denoisers in memory.
         side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
         layout: where the latent's channels are; found by itself for known pipelines.
@@ -87,6 +94,11 @@ def calibrate(
     """
     check_request(pipeline, quantized, prompts, batch_size)
     _check_trajectory(trajectory, correction)
+    if closed_loop and (correction is not None or not side_by_side):
+        raise CalibrationError(
+            "closed_loop=True fits corrections of the plain quantized model with both denoisers in "
+            "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
+        )
     rank, world = process()
     starts = range(0, len(prompts), batch_size)
     batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
@@ -135,6 +147,19 @@ def calibrate(
     barrier(world)
     if folder is not None and rank == 0:
         tidy(folder)
+    if closed_loop:
+        asked: dict[str, Any] = dict(
+            quantized=quantized,
+            prompts=prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+            call=call,
+            progress=progress,
+        )
+        fitted = ClosedLoop(fit_tac(pipeline, **asked), fit_stepbaq(pipeline, **asked))
+        record = replace(record, closed_loop=fitted)
     return record
 
 

@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.catalogue import CLOSED_LOOP, from_evidence
+from evenkeel.corrections.plan import Correction
 from evenkeel.errors import Incompatible, RecordError
+from evenkeel.record.closed_loop import PREFIX, ClosedLoop
 from evenkeel.record.file import read_file, write_file
 from evenkeel.record.layout import FRAME, LAW, MOMENTS, refuse_malformed
 from evenkeel.record.provenance import Provenance, differences
@@ -45,6 +48,7 @@ class Record:
         spectrum: (T, bins) int64 in units of 2^-20 of the pilot's variance, summed over prompts; or None.
         histogram: or None.
         residual: histogram of the residual; or None.
+        closed_loop: what was measured in closed loop.
         noise_floor: (T,) mean squared difference of two runs of the reference; 0 when repeatable.
         law: of the calibrated run, so that factors can be computed and shown without the pipeline.
 
@@ -61,6 +65,7 @@ class Record:
     noise_floor: Tensor
     law: StepLaw | None = None
     residual: ResidualHistogram | None = None
+    closed_loop: ClosedLoop = ClosedLoop()  # noqa: RUF009  frozen
 
     @property
     def prompts(self) -> int:
@@ -81,6 +86,18 @@ class Record:
             gram=self.gram,
         )
 
+    def corrections(self) -> tuple[dict[str, Correction], dict[str, str]]:
+        """Every correction that this record allows, by name, and for the others the reason why not."""
+        made, reasons = from_evidence(self.evidence)
+        made |= self.closed_loop.corrections
+        reasons |= {
+            name: "measured in closed loop, which this record does not hold: calibrate with "
+            "closed_loop=True (--closed-loop)"
+            for name in CLOSED_LOOP
+            if name not in made
+        }
+        return made, reasons
+
     def step_correlation(self) -> Tensor:
         """(T, T) correlation of the error between steps; variance-based methods assume identity."""
         return step_correlation(self.gram)
@@ -94,6 +111,8 @@ class Record:
 
     def merge(self, other: Record) -> Record:
         """The record of both sets of prompts; exact under any split and order.
+
+        What was measured in closed loop belongs to one set of prompts and is left out.
 
         Raises:
             Incompatible: different provenance, or a prompt and seed that both contain.
@@ -134,12 +153,16 @@ class Record:
             spectrum=spectrum,
             histogram=histogram,
             residual=residual,
+            closed_loop=ClosedLoop(),
             noise_floor=torch.maximum(self.noise_floor, other.noise_floor),
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file atomically: a crash leaves the old file or none, never half of one."""
-        texts = {"provenance": json.dumps(asdict(self.provenance), sort_keys=True)}
+        texts = {
+            "provenance": json.dumps(asdict(self.provenance), sort_keys=True),
+            "closed_loop": self.closed_loop.text(),
+        }
         return write_file(path, "record", SCHEMA_VERSION, texts, self._tensors())
 
     @classmethod
@@ -150,15 +173,18 @@ class Record:
             RecordError: missing, truncated, tampered with, foreign, or of another schema version.
 
         """
-        metadata, tensors = read_file(path, "record", SCHEMA_VERSION, ("provenance",), "calibrate")
+        texts = ("provenance", "closed_loop")
+        metadata, tensors = read_file(path, "record", SCHEMA_VERSION, texts, "calibrate")
         try:
             provenance = Provenance(**json.loads(metadata["provenance"]))
-            refuse_malformed(provenance, tensors)
+            own = {n: t for n, t in tensors.items() if not n.startswith(PREFIX)}
+            refuse_malformed(provenance, own)
+            closed_loop = ClosedLoop.of(metadata["closed_loop"], tensors, provenance)
         except Exception as e:  # anyone can compute a digest
             raise RecordError(
                 f"{path} carries a matching digest but is not a valid record: {e}. Calibrate again."
             ) from e
-        return cls._from_tensors(provenance, tensors)
+        return replace(cls._from_tensors(provenance, own), closed_loop=closed_loop)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"moments.{n}": getattr(self.moments, n) for n in MOMENTS}
@@ -176,7 +202,7 @@ class Record:
             tensors["residual"] = self.residual.counts
         if self.law is not None:
             tensors |= {f"law.{n}": torch.from_numpy(getattr(self.law, n)) for n in LAW}
-        return tensors
+        return tensors | self.closed_loop.tensors()
 
     @classmethod
     def _from_tensors(cls, provenance: Provenance, tensors: dict[str, Tensor]) -> Record:

@@ -9,8 +9,8 @@ from typing import Any
 from evenkeel.errors import EvenkeelError
 from evenkeel.reports.measures import (
     ABSENT,
-    FULL_PRECISION,
     COLUMNS,
+    FULL_PRECISION,
     MEASURES,
     QUANTIZED,
     arm_text,
@@ -90,10 +90,10 @@ def text_table(results: Mapping[str, Any]) -> str:
     ['quantized', '-', '3.21', '±', '0.12', '-', '-', '-', '-']
 
     """
-    parts = [_columns(arm_rows(results), left=1), *textwrap.wrap(LEGEND, 100)]
+    parts = [columns(arm_rows(results), left=1), *textwrap.wrap(LEGEND, 100)]
     differences = difference_rows(results)
     if len(differences) > 1:
-        parts += ["", DIFFERENCE_TITLE, "", _columns(differences, left=2)]
+        parts += ["", DIFFERENCE_TITLE, "", columns(differences, left=2)]
     return "\n".join([*parts, *left_out(results)])
 
 
@@ -118,7 +118,7 @@ def left_out(results: Mapping[str, Any]) -> list[str]:
     return ["", "Not applicable here:", *(f"- {name}: {why}" for name, why in reasons.items())]
 
 
-def _columns(rows: Rows, left: int) -> str:
+def columns(rows: Rows, left: int) -> str:
     """Columns padded to their widest cell; the first ``left`` and the verdicts flush left."""
     rows = [[" ".join(cell.split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
