@@ -134,14 +134,16 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
 
 def run(job: Job, work: Path) -> None:
     from evenkeel.corrections import applicable
-    from evenkeel.hosts.tape import Recorder, Tape
     from evenkeel.hosts.interception import install, uninstall
     from evenkeel.hosts.pipelines import run_pipeline
+    from evenkeel.hosts.tape import Recorder, Tape
     from evenkeel.marginal_check import marginal_check
 
     setting = SETTINGS[job.setting]
     pipe = pipeline_for(setting)
-    quantized = quantize_module(denoiser_of(pipe), QuantizerSpec.parse(QUANTIZERS[job.quantizer]))[0]
+    quantized = quantize_module(denoiser_of(pipe), QuantizerSpec.parse(QUANTIZERS[job.quantizer]))[
+        0
+    ]
     made, seconds = corrections_for(job, pipe, quantized)
     tape = Tape()
     install(pipe.scheduler, Recorder(tape))
@@ -206,7 +208,9 @@ def start(job: Job, work: Path) -> None:
     """The two arms that no correction is in, ahead of time."""
     setting = SETTINGS[job.setting]
     pipe = pipeline_for(setting)
-    quantized = quantize_module(denoiser_of(pipe), QuantizerSpec.parse(QUANTIZERS[job.quantizer]))[0]
+    quantized = quantize_module(denoiser_of(pipe), QuantizerSpec.parse(QUANTIZERS[job.quantizer]))[
+        0
+    ]
     compare(
         pipe,
         [Arm(FULL_PRECISION, pipe.transformer), Arm(QUANTIZED, quantized)],

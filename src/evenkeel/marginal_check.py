@@ -1,81 +1,35 @@
 """Prediction before generation: a few dozen prompts say which corrections are worth 2,000 images.
 
 Every arm starts from the same noise and takes the same per-step noise, so that whatever its states
-differ by from the full-precision ones is the arm's doing. Nothing is decoded, and batch by batch
-only sums per prompt are kept, and the final state's error.
-
-What a set of images would show is predicted from the final latent states, by three scores. All are
-paired with the quantized arm, negative where the arm is better, with 95 % delete-one jackknife
-intervals over prompts:
-
-``squared_error``, the primary score
-    Mean over prompts of log(squared error / quantized arm's). PSNR to full precision is this number
-    times -4.34 dB, as far as the decoder is linear. The Fréchet distance to full precision follows
-    it too: it cannot be large while every image is close to its twin.
-``systematic``
-    Change of |E delta|^2, the error that all prompts share, as a share of the quantized arm's
-    squared error. A shared error shifts the distribution of images, which the Fréchet distance
-    weighs far more than the same squared error spread over directions that differ by prompt.
-``marginal``
-    Relative change of the Fréchet distance between the final states' channel means and spreads (one
-    of each per channel and prompt) and those of full precision: lost contrast, shifted colours.
-    With a few dozen prompts it is noisy, and only shows what is gross.
-
-A score counts as better or worse where its interval excludes zero and its value is at least
-``PRACTICAL``, 1 %. Then an arm is
-
-- *expected to help* where the squared error gets better and no score worse;
-- *expected to hurt* where some score gets worse and the squared error, intervals aside, no lower;
-- *neutral* otherwise.
-
-Confidence, of help or hurt: 1 - p of the two-sided t test of the score that decided. Of neutral: the
-probability, by the same distribution, that the squared error changes by less than ``PRACTICAL``.
-Where that is low, neutral means "cannot be told from so few prompts", not "no effect".
+differ by from the full-precision ones is the arm's doing. Nothing is decoded; batch by batch only
+sums per prompt are kept, and the error of the final states. Scores, verdicts and their confidence are
+explained in ``metrics.state_scores``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
-import scipy.stats
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from evenkeel.application import applied
 from evenkeel.corrections.plan import Identity
-from evenkeel.errors import CalibrationError, EvenkeelError, MetricError
+from evenkeel.errors import CalibrationError, EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.generation import Arm
 from evenkeel.hosts.interception import Interceptor, install, installed, uninstall
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipelines import Prompt, denoiser_swapped, quiet, run_pipeline
-from evenkeel.metrics.frechet import frechet_between
-from evenkeel.metrics.interval import student_interval
-from evenkeel.metrics.jackknife import jackknife
 from evenkeel.metrics.mean import mean_difference
-from evenkeel.metrics.moments import GroupMoments
-from evenkeel.statistics.marginals import (
-    Curves,
-    PairedRun,
-    PairedStates,
-    Statistic,
-    log_error_ratio,
-    mean_of,
-    systematic_part,
-)
-
-Verdict = Literal["expected to help", "neutral", "expected to hurt"]
-HELP: Verdict = "expected to help"
-NEUTRAL: Verdict = "neutral"
-HURT: Verdict = "expected to hurt"
-PRACTICAL = 0.01
-"""Changes below 1 % are neutral however certain: 0.04 dB of PSNR, which no one will see."""
-SCORES = ("squared_error", "systematic", "marginal")
+from evenkeel.metrics.state_scores import PRACTICAL, Verdict, scores_of, verdict_of
+from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
 
 
 @dataclass(frozen=True)
@@ -84,9 +38,9 @@ class ArmCheck:
 
     Attributes:
         name: of the arm.
-        verdict: see the module's description.
-        confidence: 0 to 1, see there.
-        scores: by the names in ``SCORES``.
+        verdict: by the rule of ``metrics.state_scores``.
+        confidence: in the verdict, 0 to 1, see there.
+        scores: by the names in ``metrics.state_scores.SCORES``.
         curves: the arm's states against full precision, per step.
         extra_seconds: per prompt and step, more than the quantized arm takes; None for one step.
 
@@ -106,7 +60,7 @@ class ArmCheck:
             "verdict": self.verdict,
             "confidence": self.confidence,
             "scores": {k: v.as_dict() for k, v in self.scores.items()},
-            "curves": _curves_as_dict(self.curves),
+            "curves": self.curves.as_dict(),
             "extra_seconds_per_step": self.extra_seconds and self.extra_seconds.as_dict(),
         }
 
@@ -139,7 +93,7 @@ class MarginalCheck:
             "prompts": self.prompts,
             "num_inference_steps": self.num_inference_steps,
             "practical_size": PRACTICAL,
-            "quantized": _curves_as_dict(self.quantized),
+            "quantized": self.quantized.as_dict(),
             "arms": [a.as_dict() for a in self.arms],
             "not_applicable": dict(self.not_applicable),
         }
@@ -162,7 +116,7 @@ def marginal_check(
     Args:
         pipeline: any diffusers pipeline; whatever is applied to it is set aside meanwhile.
         arms: full precision first, then the quantized one, then corrections; as of ``standard_arms``.
-            A correction that cannot be carried out is listed with the reason; the rest goes on.
+            One that cannot be carried out is listed with the reason; the rest goes on.
         prompts: 32 to 64, other than those of the calibration.
         num_inference_steps: as passed to the pipeline.
         guidance_scale: as passed to the pipeline.
@@ -173,21 +127,18 @@ def marginal_check(
         progress: show a bar.
 
     Raises:
-        CalibrationError: fewer than two arms, doubled names, a correction in the first two arms,
-            fewer than 3 prompts, or the quantized sampler ends where the full-precision one does.
+        CalibrationError: fewer than two arms, doubled names, a corrected first arm, fewer than 3
+            prompts, or corrections of a sampler that ends where the full-precision one does.
         EvenkeelError: the full-precision or the quantized arm cannot be run.
 
-    Example: see ``evenkeel calibrate``.
-
     """
-    _check_request(arms, prompts)
-    options = {
+    _check_request(arms, prompts, batch_size)
+    options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "call": dict(call or {}),
-        "output_type": "latent",
     }
-    collected: dict[str, list[PairedStates]] = {arm.name: [] for arm in arms[1:]}
+    parts: dict[str, list[PairedStates]] = {arm.name: [] for arm in arms[1:]}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms[1:]}
     reasons: dict[str, str] = {}
     total = -(-len(prompts) // batch_size) * len(arms)
@@ -198,111 +149,122 @@ def marginal_check(
     ):
         uninstall(pipeline.scheduler)
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            seeds = range(seed + start, seed + start + len(batch))
+            batch = list(prompts[start : start + batch_size])
             origin = _Watch(pipeline, None)
-            for arm in arms:
+            for index, arm in enumerate(arms):
                 bar.set_postfix_str(arm.name)
-                watch = origin if arm is arms[0] else _Watch(pipeline, origin.states)
-                if arm.name not in reasons:
-                    try:
-                        with _in_place(pipeline, arm, watch, guidance_scale, start > 0):
-                            run_pipeline(pipeline, batch, seeds, **options)
-                        if arm is not arms[0]:
-                            collected[arm.name].append(watch.result())
+                watch = _Watch(pipeline, origin.states) if index else origin
+                try:
+                    if arm.name not in reasons:
+                        _run(pipeline, arm, watch, batch, seed + start, start > 0, options)
+                        if index:
+                            parts[arm.name].append(watch.result())
                             seconds[arm.name].append(watch.seconds_per_step / len(batch))
-                    except EvenkeelError as error:
-                        if arm.correction is None:
-                            raise
-                        reasons[arm.name] = str(error)
+                except EvenkeelError as error:
+                    if index < 2:
+                        raise
+                    reasons[arm.name] = str(error)
                 bar.update()
-    states = {n: PairedStates.joined(c) for n, c in collected.items() if n not in reasons}
-    quantized = arms[1].name
     resolution = torch.finfo(origin.states[-1].dtype).eps
-    checks = []
-    for arm in arms[2:]:
-        if arm.name in reasons:
-            continue
-        scores = scores_of(states[arm.name], states[quantized], resolution)
-        verdict, confidence = verdict_of(scores)
-        extra = None
-        if num_inference_steps > 1 and not math.isnan(sum(seconds[arm.name])):
-            extra = mean_difference(
-                torch.tensor(seconds[arm.name]).double(), torch.tensor(seconds[quantized]).double()
-            )
-        curves = states[arm.name].curves()
-        checks.append(ArmCheck(arm.name, verdict, confidence, scores, curves, extra))
-    return MarginalCheck(
-        len(prompts), num_inference_steps, states[quantized].curves(), checks, reasons
-    )
+    states = {n: PairedStates.joined(p) for n, p in parts.items() if n not in reasons}
+    base = arms[1].name
+    found = []
+    for name in (n for n in states if n != base):
+        scores = scores_of(states[name], states[base], resolution)
+        extra = _extra(seconds[name], seconds[base])
+        found.append(ArmCheck(name, *verdict_of(scores), scores, states[name].curves(), extra))
+    return MarginalCheck(len(prompts), num_inference_steps, states[base].curves(), found, reasons)
 
 
-def scores_of(arm: PairedStates, quantized: PairedStates, resolution: float) -> dict[str, Estimate]:
-    """The three scores of the module's description, with delete-one jackknife intervals.
-
-    Args:
-        arm, quantized: of the same prompts and noise.
-        resolution: of the states' dtype; errors below it, relative to the state, count as equal.
-
-    Raises:
-        CalibrationError: the quantized arm's error is below the resolution: there is nothing to
-            correct.
-
-    """
-    n = len(quantized.final_error)
-    floor = resolution**2 * quantized.mean_square[:, -1]
-    mine, theirs = arm.squared_error[:, -1], quantized.squared_error[:, -1]
-    if bool((theirs <= floor).all()):
+def _check_request(arms: Sequence[Arm], prompts: Sequence[Prompt], batch_size: int) -> None:
+    names = [arm.name for arm in arms]
+    if len(arms) < 2 or len(set(names)) < len(names) or arms[0].correction is not None:
         raise CalibrationError(
-            "the quantized sampler ends in the states of the full-precision one: there is nothing to "
-            "correct. Check that the second arm's denoiser is the quantized one."
+            f"expected arms with different names, the full-precision one without a correction first "
+            f"and the quantized one second; got {names}."
         )
-    shared = systematic_part(arm.final_error), systematic_part(quantized.final_error)
-    squared = mean_of(theirs)
-    return {
-        "squared_error": _estimate(mean_of(log_error_ratio(mine, theirs, floor)), n),
-        "systematic": _estimate(lambda i: (shared[0](i) - shared[1](i)) / squared(i), n),
-        "marginal": _marginal(arm, quantized),
-    }
+    if isinstance(prompts, str) or len(prompts) < 3 or batch_size < 1:
+        raise CalibrationError(
+            f"expected at least 3 prompts (32 to 64 for verdicts worth having) in batches of at "
+            f"least 1; got {prompts!r:.80} in batches of {batch_size}."
+        )
 
 
-def verdict_of(scores: dict[str, Estimate]) -> tuple[Verdict, float]:
-    """Verdict and confidence by the rule of the module's description.
-
-    >>> sure = Estimate(-0.5, 0.05, -0.6, -0.4, 32)
-    >>> same = Estimate(0.0, 0.05, -0.1, 0.1, 32)
-    >>> verdict_of({"squared_error": sure, "systematic": same, "marginal": same})[0]
-    'expected to help'
-    >>> verdict_of({"squared_error": same, "systematic": same, "marginal": same})[0]
-    'neutral'
-    """
-    primary = scores["squared_error"]
-    worse = [s for s in scores.values() if s.low > 0 and s.value >= PRACTICAL]
-    if primary.high < 0 and primary.value <= -PRACTICAL and not worse:
-        return HELP, 1 - _two_sided(primary)
-    if worse and primary.value >= 0:
-        return HURT, 1 - min(_two_sided(s) for s in worse)
-    return NEUTRAL, _below(primary, PRACTICAL) - _below(primary, -PRACTICAL)
+def _run(
+    pipeline: Any,
+    arm: Arm,
+    watch: _Watch,
+    batch: list[Prompt],
+    seed: int,
+    recognised: bool,
+    options: dict[str, Any],
+) -> None:
+    """One batch of one arm; afterwards the pipeline is as before, whatever happened."""
+    with denoiser_swapped(pipeline, arm.denoiser), ExitStack() as stack:
+        if arm.correction is not None:
+            # Recognising the denoiser by its weights takes long and was done for the first batch.
+            allow = {*arm.allow, *(("denoiser", "scheduler") if recognised else ())}
+            scale = options["guidance_scale"]
+            stack.enter_context(
+                applied(pipeline, arm.correction, allow=allow, guidance_scale=scale)
+            )
+        stack.callback(uninstall, pipeline.scheduler)
+        install(pipeline.scheduler, *installed(pipeline.scheduler), watch)
+        seeds = range(seed, seed + len(batch))
+        run_pipeline(pipeline, batch, seeds, output_type="latent", **options)
 
 
 class _Watch(Interceptor):
-    """Keeps the states of the full-precision arm, or compares those of another arm with them."""
+    """Keeps the states of one batch, or compares them with those kept of the full-precision arm."""
 
     def __init__(self, pipeline: Any, reference: list[Tensor] | None) -> None:
-        self._pipeline = pipeline
-        self._reference = reference
-        self._layout: LatentLayout | None = None
-        self._run = PairedRun(spatial=False)
-        self._dtype = torch.float32
         self.states: list[Tensor] = []
-        self._step = 0
+        self._pipeline, self._reference = pipeline, reference
+        self._layout: LatentLayout | None = None
+        self._run = PairedRun()
+        self._dtype = torch.float32
+        self._steps, self._seconds, self._left = 0, 0.0, math.nan
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of the whole batch, from the second step on: plans are made at the first. NaN for one."""
+        return self._seconds / (self._steps - 1) if self._steps > 1 else math.nan
+
+    def result(self) -> PairedStates:
+        """What was compared."""
+        if self._reference is None or self._steps != len(self._reference):
+            raise CalibrationError(
+                f"this arm took {self._steps} steps and the full-precision one "
+                f"{len(self._reference or ())}; their states cannot be compared step by step."
+            )
+        return self._run.result()
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """See ``Interceptor``."""
+        """Remember what the result will be rounded to."""
         self._dtype = sample.dtype
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        """See ``Interceptor``."""
+        """Take the state; what that takes is not counted as the arm's time."""
+        state = result.detach().to(self._dtype).to("cpu", copy=True)  # waits for the device
+        if self._steps:
+            self._seconds += time.perf_counter() - self._left
+        self._keep(state)
+        self._steps += 1
+        self._left = time.perf_counter()
         return result
+
+    def _keep(self, state: Tensor) -> None:
+        if self._reference is None:
+            self.states.append(state)
+        elif self._steps < len(self._reference):
+            layout = self._layout = self._layout or find_layout(self._pipeline, state)
+            self._run.add(
+                self._reference[self._steps], state, layout.as_channels, layout.is_spatial
+            )
+
+
+def _extra(mine: list[float], quantized: list[float]) -> Estimate | None:
+    a, q = (torch.tensor(s, dtype=torch.float64) for s in (mine, quantized))
+    return None if bool(torch.isnan(a + q).any()) else mean_difference(a, q)

@@ -44,6 +44,18 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument(
         "--trajectory", choices=("full-precision", "quantized"), default="full-precision"
     )
+    parser.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="also fit TAC and StepbaQ and keep them in the record",
+    )
+    parser.add_argument(
+        "--check",
+        type=int,
+        default=32,
+        metavar="N",
+        help="prompts of the marginal check at the end, at least 8; 0 leaves it out",
+    )
     parser.add_argument("--no-histograms", action="store_true", help="smaller record, no trimming")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep finished batches here")
 
@@ -51,22 +63,49 @@ def add_calibrate(commands: Any) -> None:
 def _run_calibrate(options: argparse.Namespace) -> None:
     from evenkeel.calibration import calibrate
     from evenkeel.inspection import describe, text
+    from evenkeel.reports.check import check_text
 
     pipeline, asked = _asked(options)
     record = calibrate(
         pipeline,
         trajectory=options.trajectory,
         histograms=not options.no_histograms,
+        closed_loop=options.closed_loop,
         resume=options.resume,
         **asked,
     )
     record.save(options.out)
     description = describe(record)
+    check = _checked(options, pipeline, record, asked) if options.check else None
     if options.json:
-        print(json.dumps({"record": str(options.out), **description}))
-    else:
-        print(text(description))
-        print(f"\nrecord: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+        found = {"record": str(options.out), **description}
+        print(json.dumps(found | ({} if check is None else {"check": check.as_dict()})))
+        return
+    print(text(description))
+    if check is not None:
+        print(f"\n{check_text(check)}")
+    print(f"\nrecord: {options.out} ({options.out.stat().st_size / 1e3:.0f} kB)")
+
+
+def _checked(options: argparse.Namespace, pipeline: Any, record: Any, asked: dict[str, Any]) -> Any:
+    """Every correction of the record on a few other prompts."""
+    from dataclasses import replace
+
+    from evenkeel.comparison import standard_arms
+    from evenkeel.corrections import applicable
+    from evenkeel.marginal_check import marginal_check
+    from evenkeel.sources import load_prompts
+
+    made, reasons = record.corrections()
+    found, others = applicable(made, record.law)
+    settings = {k: v for k, v in asked.items() if k not in ("quantized", "prompts", "seed")}
+    check = marginal_check(
+        pipeline,
+        standard_arms(pipeline, asked["quantized"], found),
+        prompts=load_prompts(options.prompts, pipeline, options.check, options.seed + 2),
+        **settings,
+    )
+    return replace(check, not_applicable={**reasons, **others, **check.not_applicable})
 
 
 def add_readout(commands: Any) -> None:
