@@ -15,8 +15,8 @@ SAMPLING = ["zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--steps", "3", "
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("record") / "r.safetensors"
-    code = main(["calibrate", *SAMPLING, "--count", "4", "--out", str(path), "--json"])
-    assert code == 0
+    arguments = ["calibrate", *SAMPLING, "--count", "4", "--check", "0", "--out", str(path)]
+    assert main([*arguments, "--json"]) == 0
     return path
 
 
@@ -235,3 +235,19 @@ def test_corrections_need_their_files(capsys, record, readout, tmp_path):
     both = ["--record", record, "--record", record]
     code, _, err = run(capsys, *sample, *both, "--correction", "q-drift")
     assert code == 1 and "once per kind" in err
+
+
+def test_calibrate_ends_with_verdicts_and_keeps_what_was_fitted_in_closed_loop(capsys, tmp_path):
+    path = tmp_path / "r.safetensors"
+    arguments = ["calibrate", *SAMPLING, "--count", "4", "--closed-loop", "--check", "4"]
+    code, out, _ = run(capsys, *arguments, "--out", path, "--json")
+    check = json.loads(out)["check"]
+    assert code == 0
+    assert {a["name"] for a in check["arms"]} | set(check["not_applicable"]) == {*ALL, *CLOSED_LOOP}
+    assert {"tac", "stepbaq"} <= {a["name"] for a in check["arms"]}
+    verdicts = {"expected to help", "neutral", "expected to hurt"}
+    assert {a["verdict"] for a in check["arms"]} <= verdicts
+    sample = ["sample", *SAMPLING, "--record", path, "--correction", "tac", "--images", "2"]
+    assert run(capsys, *sample, "--out", tmp_path / "images")[0] == 0
+    code, out, _ = run(capsys, *arguments[:-2], "--check", "4", "--out", path)
+    assert code == 0 and "Prediction from 4 prompts" in out and "qncd: no refresh" in out

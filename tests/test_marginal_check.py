@@ -32,6 +32,7 @@ from evenkeel.statistics.marginals import (
     systematic_part,
 )
 from evenkeel.zoo.evaluation import sample_prompts
+from tiny_pipelines import ALL
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -362,6 +363,25 @@ def test_an_applied_correction_is_set_aside(pipe, quantized):
     finally:
         remove(pipe)
     assert torch.equal(plain.quantized.squared_error, again.quantized.squared_error)
+
+
+@pytest.mark.parametrize(("name", "prompts"), [("dit", [1, 2, 3, 4]), ("flux", list("abcd"))])
+def test_doubled_rows_and_packed_latents(name, prompts):
+    tiny = ALL[name]()
+    model = quantize_module(tiny.model, QuantizerSpec.parse("w4a8-g8"))[0]
+    options = {
+        "prompts": prompts,
+        "num_inference_steps": 2,
+        "guidance_scale": tiny.guidance_scale,
+        "call": {k: v for k, v in tiny.call.items() if k != "output_type"},
+        "progress": False,
+    }
+    arms = arms_of(tiny.pipe, model, identity=Identity())
+    check = marginal_check(tiny.pipe, arms, batch_size=3, **options)
+    # Four prompts are four independent rows, however often the pipeline repeats them.
+    assert {e.n for e in check["identity"].scores.values()} == {4}
+    assert (check.quantized.spectrum_ratio is None) == (name == "flux")
+    assert float(check.quantized.squared_error[-1]) > 0
 
 
 def test_requests_that_make_no_sense_are_refused(pipe, quantized):

@@ -10,7 +10,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from evenkeel.corrections import TAC, StepbaQ
+from evenkeel.corrections.plan import digest_of
+from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import EvenkeelError, Incompatible, RecordError
 from evenkeel.record import (
     Provenance,
@@ -32,6 +35,8 @@ from evenkeel.record import (
     fixed_point_spectrum,
     prompt_key,
 )
+from evenkeel.record.closed_loop import ClosedLoop
+from evenkeel.record.file import write_file
 from evenkeel.record.layout import digest
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_gram
@@ -571,3 +576,65 @@ def test_a_part_without_histogram_leaves_the_whole_without_one(field: str) -> No
     whole = WHOLE.merge(replace(part(7), **{field: None}))
     assert getattr(whole, field) is None
     assert whole.prompts == 6
+
+
+def closed_loop() -> ClosedLoop:
+    levels = WHOLE.provenance.levels
+    source = replace(WHOLE.provenance, trajectory="corrected")
+    tac = TAC(
+        *levels,
+        torch.full((STEPS, CHANNELS), 1.1, dtype=torch.float64),
+        torch.randn(STEPS, CHANNELS, 2, 2),
+        reconstruction=Reconstruction(),
+        source=source,
+    )
+    stepbaq = StepbaQ(
+        *levels,
+        torch.randn(STEPS, CHANNELS, 1, 1),
+        torch.rand(STEPS),
+        np.linspace(0.01, 9.0, 20),
+        relabel_time=False,
+        source=source,
+    )
+    return ClosedLoop(tac, stepbaq)
+
+
+def test_what_was_measured_in_closed_loop_travels_with_the_record(tmp_path: Path) -> None:
+    record = replace(WHOLE, closed_loop=closed_loop())
+    loaded = Record.load(record.save(tmp_path / "r"))
+    for name, correction in closed_loop_names(record).items():
+        found = closed_loop_names(loaded)[name]
+        assert digest_of(found) == digest_of(correction)
+        assert found.source == correction.source
+    made, reasons = loaded.corrections()
+    assert {"tac", "stepbaq", "q-drift"} <= set(made) and "tac" not in reasons
+
+
+def closed_loop_names(record: Record) -> dict[str, Any]:
+    return dict(record.closed_loop.corrections)
+
+
+def test_without_it_the_reason_says_how_to_get_it() -> None:
+    made, reasons = WHOLE.corrections()
+    assert "tac" not in made and "--closed-loop" in reasons["tac"]
+
+
+@pytest.mark.parametrize("name", ["closed_loop.tac.other", "closed_loop.stepbaq.mean"])
+def test_foreign_or_missing_tables_are_refused(tmp_path: Path, name: str) -> None:
+    record = replace(WHOLE, closed_loop=closed_loop())
+    tensors = record._tensors()
+    changed = {n: t for n, t in tensors.items() if n != name}
+    changed |= {name: torch.ones(2)} if name not in tensors else {}
+    texts = {
+        "provenance": json.dumps(asdict(record.provenance), sort_keys=True),
+        "closed_loop": record.closed_loop.text(),
+    }
+    path = write_file(tmp_path / "r", "record", 2, texts, changed)
+    with pytest.raises(RecordError, match="not a valid record"):
+        Record.load(path)
+
+
+def test_merging_leaves_it_out() -> None:
+    record = replace(WHOLE, closed_loop=closed_loop())
+    other = replace(WHOLE, seeds=WHOLE.seeds + 1000)
+    assert record.merge(other).closed_loop == ClosedLoop()

@@ -150,10 +150,10 @@ def marginal_check(
         uninstall(pipeline.scheduler)
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            origin = _Watch(pipeline, None)
+            origin = _Watch(pipeline, len(batch), None)
             for index, arm in enumerate(arms):
                 bar.set_postfix_str(arm.name)
-                watch = _Watch(pipeline, origin.states) if index else origin
+                watch = _Watch(pipeline, len(batch), origin.states) if index else origin
                 try:
                     if arm.name not in reasons:
                         _run(pipeline, arm, watch, batch, seed + start, start > 0, options)
@@ -217,8 +217,9 @@ def _run(
 class _Watch(Interceptor):
     """Keeps the states of one batch, or compares them with those kept of the full-precision arm."""
 
-    def __init__(self, pipeline: Any, reference: list[Tensor] | None) -> None:
+    def __init__(self, pipeline: Any, prompts: int, reference: list[Tensor] | None) -> None:
         self.states: list[Tensor] = []
+        self._prompts = prompts
         self._pipeline, self._reference = pipeline, reference
         self._layout: LatentLayout | None = None
         self._run = PairedRun()
@@ -256,6 +257,14 @@ class _Watch(Interceptor):
         return result
 
     def _keep(self, state: Tensor) -> None:
+        n = self._prompts
+        if len(state) == 2 * n and torch.equal(state[:n], state[n:]):
+            state = state[:n]  # class-conditional guidance doubles every row
+        if len(state) != n:
+            raise CalibrationError(
+                f"the scheduler was handed {len(state)} samples for {n} prompts; check with "
+                f"num_images_per_prompt=1."
+            )
         if self._reference is None:
             self.states.append(state)
         elif self._steps < len(self._reference):
