@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from evenkeel.application import summary as summary
     from evenkeel.calibration import calibrate as calibrate
     from evenkeel.calibration import fit_readout as fit_readout
+    from evenkeel.calibration import fit_stepbaq as fit_stepbaq
+    from evenkeel.calibration import fit_tac as fit_tac
     from evenkeel.calibration import refit_branches as refit_branches
     from evenkeel.comparison import compare as compare
     from evenkeel.corrections import ExactDrift as ExactDrift
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from evenkeel.estimate import Estimate as Estimate
     from evenkeel.generation import Arm as Arm
     from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
+    from evenkeel.marginal_check import marginal_check as marginal_check
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
     from evenkeel.record import Readout as Readout
@@ -46,6 +49,9 @@ _HOME = {
     "calibrate": "calibration",
     "compare": "comparison",
     "fit_readout": "calibration",
+    "fit_stepbaq": "calibration",
+    "fit_tac": "calibration",
+    "marginal_check": "marginal_check",
     "probe_scheduler": "hosts.probing",
     "quantize_module": "quantizers",
     "refit_branches": "calibration",

@@ -146,7 +146,11 @@ def _identity(pipeline: Any, arm: Arm) -> str:
     scheduler = pipeline.scheduler
     digest = hashlib.sha256(fingerprint(arm.denoiser).encode())
     digest.update(type(scheduler).__name__.encode())
-    digest.update(json.dumps(dict(scheduler.config), sort_keys=True, default=str).encode())
+    config = dict(scheduler.config)
+    # A list made from a set: its order differs from process to process.
+    if "_use_default_values" in config:
+        config["_use_default_values"] = sorted(config["_use_default_values"])
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(f"{digest_of(arm.correction)} {sorted(arm.allow)}".encode())
     return digest.hexdigest()
 
