@@ -18,13 +18,15 @@ from diffusers import (
 )
 from timing import Spread, interleaved, ratio, report
 
-from evenkeel.corrections import Identity, QDrift
+from evenkeel.corrections import DCNC, DNS, Composite, Identity, QDrift, applicable
+from evenkeel.corrections.catalogue import from_evidence
 from evenkeel.corrections.plan import Correction
 from evenkeel.hosts.correcting import Corrector
 from evenkeel.hosts.interception import install
 from evenkeel.hosts.layouts import LatentLayout
 from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
@@ -77,7 +79,8 @@ def synthetic_evidence(law: StepLaw, channels: int) -> Evidence:
     e, d, x = torch.randn(3, 2, law.steps, channels, 256, generator=generator)
     sizes = torch.linspace(0.04, 0.06, channels)[:, None]
     moments = PairedMoments.of(e, sizes * d, x)
-    return Evidence(law.prediction, law.alpha[:-1], law.sigma[:-1], moments)
+    gram = step_gram(sizes[None, None] * d.double())
+    return Evidence(law.prediction, law.alpha[:-1], law.sigma[:-1], moments, gram=gram)
 
 
 def ready(make: Callable[[], Any]) -> Any:
@@ -158,8 +161,44 @@ def measure(
     )
 
 
+def every_correction(
+    name: str, make: Callable[[], Any], shape: tuple[int, ...], layout: LatentLayout
+) -> None:
+    """All corrections of the catalogue on one scheduler, float32: scheduler.step over the plain one."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(shape, generator=generator)
+    outputs = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
+    law = probe_scheduler(ready(make))
+    evidence = synthetic_evidence(law, layout.channels)
+    made = from_evidence(evidence)[0]
+    # No histogram was drawn, so the plain variance; the step does not know the difference.
+    made["dcnc"] = DCNC(evidence, estimator="std")
+    made["dcnc+dns"] = Composite((made["dcnc"], DNS(evidence)))
+    found, _ = applicable({n: c for n, c in made.items() if n != "qncd"}, law)
+    pipeline = Pipeline()
+    runs = {"plain": Runs(ready(make), outputs, start)}
+    for variant, correction in found.items():
+        scheduler = ready(make)
+        install(scheduler, Corrector(correction, pipeline, layout=layout))
+        runs[variant] = Runs(scheduler, outputs, start)
+    laps = interleaved(runs, repeats=REPEATS // 5)
+    ratios = {v: ratio(laps, v, "plain") for v in found}
+    report(
+        {
+            "benchmark": "corrected_step, every correction",
+            "case": name,
+            "shape": shape,
+            **{f"{v}_over_plain": r.to_dict() for v, r in ratios.items()},
+        },
+        f"{name}, float32, over the plain scheduler.step: "
+        + ", ".join(f"{v} {r}" for v, r in ratios.items()),
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    for case in CASES[:2]:
+        every_correction(*case)
     for name, make, shape, layout in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             measure(name, make, shape, layout, dtype)

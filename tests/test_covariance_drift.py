@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from evenkeel.corrections.covariance_drift import CovarianceDrift, LinearRun
+from evenkeel.corrections.covariance_drift import CovarianceDrift
 from evenkeel.corrections.exact_drift import ExactDrift
+from evenkeel.corrections.linear_run import LinearRun
 from evenkeel.corrections.q_drift import QDrift
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.correcting import Corrector

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from evenkeel.corrections.absorption import Absorption, absorb
+from evenkeel.corrections.absorption import Absorption, Response, absorb
 from evenkeel.corrections.linear_error import LinearError, Space, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
@@ -87,4 +87,5 @@ class D2DPM:
                 law, self.evidence, per_channel=self.per_channel, allow_range=allow_range
             )
             model = replace(model, conditional=raw.conditional)
-        return replace(absorb(law, model.conditional, absorption, notes), edit=edit)
+        response = Response.of(law, self.evidence, edit)
+        return replace(absorb(law, model.conditional, absorption, notes, response), edit=edit)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evenkeel.corrections.absorption import Absorption, absorb
+from evenkeel.corrections.absorption import Absorption, Response, absorb
 from evenkeel.corrections.linear_error import LinearError, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
@@ -83,7 +83,9 @@ class PTQD:
             law, wide, gain, -offset / (1 + k), min_explained=self.min_explained
         )
         spread = model.residual if self.spread == "pooled" else self._within(law, k)
-        plan = absorb(law, spread * edit.gain.mean(-1, keepdim=True) ** 2, self.absorption, notes)
+        left = spread * edit.gain.mean(-1, keepdim=True) ** 2
+        response = Response.of(law, evidence, edit)
+        plan = absorb(law, left, self.absorption, notes, response)
         return replace(plan, edit=edit)
 
     def _within(self, law: StepLaw, k: Tensor) -> Tensor:
