@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import evenkeel
+from evenkeel import zoo
 from evenkeel.calibration.stepbaq import fenced_variance, fit_stepbaq, training_levels
 from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.plan import Correction, SamplerPlan, digest_of, text_of
 from evenkeel.corrections.stepbaq import StepbaQ
 from evenkeel.errors import CalibrationError, EvenkeelError, OutOfRange, UnsupportedSampler
 from evenkeel.hosts.interception import install, installed
+from evenkeel.hosts.pipelines import denoiser_of, denoiser_swapped, run_pipeline
 from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.hosts.tape import Recorder, Tape
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -674,3 +676,21 @@ def test_identical_twins_and_values_that_are_not_finite_are_refused() -> None:
 def test_a_scheduler_without_training_levels_is_refused() -> None:
     with pytest.raises(UnsupportedSampler, match="IPNDMScheduler has no alphas_cumprod"):
         training_levels(d.IPNDMScheduler(), "v_prediction")
+
+
+def test_eta_is_known_only_to_the_step_and_still_the_plan_is_that_of_the_run() -> None:
+    """DDIM with linspace spacing: its states' levels depend on eta, which ``set_timesteps`` is not told."""
+    pipe = zoo.load("pixart-sigma")
+    pipe.scheduler = d.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    quantized = quantize_module(denoiser_of(pipe), QuantizerSpec.parse("w3a4-g32-r16"))[0]
+    asked: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 4.5, "call": {"eta": 1.0}}
+    prompts = ["a red number seven", "a blue number two"]
+    fitted = fit_stepbaq(pipe, quantized=quantized, prompts=prompts, progress=False, **asked)
+    with denoiser_swapped(pipe, quantized):
+        plain = run_pipeline(pipe, prompts, [0, 1], output_type="latent", **asked)
+        with evenkeel.applied(pipe, fitted):
+            corrected = run_pipeline(pipe, prompts, [0, 1], output_type="latent", **asked)
+            asked["call"] = {}
+            with pytest.raises(OutOfRange, match="measured at 10 noise levels"):
+                run_pipeline(pipe, prompts, [0, 1], output_type="latent", **asked)
+    assert bool(torch.isfinite(corrected).all()) and not torch.equal(plain, corrected)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.corrections.plan import Correction, OutputEdit, SamplerPlan
-from evenkeel.errors import Incompatible, UnsupportedPipeline, UnsupportedSampler
+from evenkeel.errors import Incompatible, OutOfRange, UnsupportedPipeline, UnsupportedSampler
 from evenkeel.hosts.interception import Interceptor, installed
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.probing import probe_scheduler
-from evenkeel.hosts.tape import step_index
+from evenkeel.hosts.tape import steering, step_index
 from evenkeel.hosts.told_level import SAMPLE_NAMES, LevelTeller, argument_of
 
 
@@ -51,6 +51,8 @@ class DenoiserEdit(Interceptor):
         self._pipeline, self._denoiser = weakref.ref(pipeline), weakref.ref(denoiser)
         self._handles: list[Any] = []
         self._key: tuple[float, ...] = ()
+        self._planned_with: dict[str, Any] = {}
+        self._refusal: OutOfRange | None = None
         self._index, self._checked = 0, False
         self._calls, self._halved = 0, False
         self._teller = LevelTeller()
@@ -86,9 +88,11 @@ class DenoiserEdit(Interceptor):
         levels = sigmas.tolist() if isinstance(sigmas, Tensor) else []
         key = (*scheduler.timesteps.tolist(), *levels)
         if key != self._key:
-            law = probe_scheduler(scheduler)
-            self.plan = self.correction.plan(law, allow_range=self.allow_range)
-            _refuse_unusual(self.plan.edit)
+            self._refusal = None
+            try:
+                self._make_plan(scheduler, {})
+            except OutOfRange as error:  # eta, which only the step knows, may make the levels match
+                self.plan, self._refusal = None, error
             self._key = key
         self._teller = LevelTeller()
         self._index, self._checked = int(getattr(scheduler, "begin_index", None) or 0), False
@@ -98,7 +102,14 @@ class DenoiserEdit(Interceptor):
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Check that the denoiser was called as expected."""
-        if not self._handles or self.plan is None:
+        if not self._handles:
+            return
+        steered = {k: v for k, v in steering(kwargs).items() if v}
+        if not self._checked and steered != self._planned_with:
+            self._make_plan(scheduler, steered)
+        elif not steered and self._refusal is not None:
+            raise self._refusal
+        if self.plan is None:
             return
         self._teller.shape = tuple(sample.shape[1:])
         start = self._index if self._checked else step_index(scheduler, timestep)
@@ -122,6 +133,12 @@ class DenoiserEdit(Interceptor):
         self._index += 1
         self._select()
         return result
+
+    def _make_plan(self, scheduler: Any, step_kwargs: dict[str, Any]) -> None:
+        self._planned_with = step_kwargs
+        law = probe_scheduler(scheduler, step_kwargs=step_kwargs)
+        self.plan = self.correction.plan(law, allow_range=self.allow_range)
+        _refuse_unusual(self.plan.edit)
 
     def _select(self) -> None:
         self._calls, self._halved = 0, False
