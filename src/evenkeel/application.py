@@ -169,8 +169,27 @@ class Summary:
             return "\n".join(lines)
         for k, note in enumerate(self.plan.explanations):
             factors = " ".join(f"{f:.6f}" for f in self.plan.factor[k])
-            lines.append(f"step {k:3d}  t={self.plan.law.timesteps[k]:8.2f}  {factors}  {note}")
+            lines.append(
+                f"step {k:3d}  t={self.plan.law.timesteps[k]:8.2f}  {factors}{_changes(self.plan, k)}  "
+                f"{note}"
+            )
         return "\n".join(lines)
+
+
+def _changes(plan: SamplerPlan, k: int) -> str:
+    """What a step has beside its factor, as text."""
+    parts = []
+    if plan.edit is not None and bool(plan.edit.active[k]):
+        parts.append("output x " + " ".join(f"{g:.4f}" for g in plan.edit.gain[k]))
+    if bool((plan.noise[k] != 1).any()):
+        parts.append("noise x " + " ".join(f"{n:.4f}" for n in plan.noise[k]))
+    if plan.relabel is not None and bool(plan.relabel.active[k]):
+        parts.append(f"told t={float(plan.relabel.timestep[k]):.2f}")
+    if plan.shift is not None and bool(plan.shift[k].any()):
+        parts.append(
+            f"state shifted by {float(plan.shift[k].double().pow(2).mean().sqrt()):.4f} rms"
+        )
+    return "".join(f"  {part}" for part in parts)
 
 
 def summary(pipeline: Any) -> Summary:

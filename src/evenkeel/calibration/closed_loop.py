@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.calibration.lockstep_batch import shares_of
 from evenkeel.calibration.paused_call import PausedCall, global_noise_kept
 from evenkeel.calibration.provenance import provenance_of
 from evenkeel.calibration.settings import Settings, check_request
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import CalibrationError
+from evenkeel.hosts.denoiser_calls import shares_of
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.lockstep import Finished
 from evenkeel.hosts.pipelines import Prompt, denoiser_of, quiet

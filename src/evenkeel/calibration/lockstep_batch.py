@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.hosts.denoiser_calls import shares_of
 from evenkeel.hosts.interception import Interceptor, install, uninstall
 from evenkeel.hosts.layouts import LatentLayout, find_layout
 from evenkeel.hosts.lockstep import Strand
@@ -19,8 +20,6 @@ from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.hosts.tape import steering, step_index
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.moments import PairedMoments
-
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # else 3e-2: guidance in half precision
 
 
 @dataclass
@@ -101,20 +100,6 @@ class Watch(Interceptor):
         if len(tensor) % self._prompts or tensor.shape[1:] != like.shape[1:]:
             return []
         return list(torch.split(tensor, self._prompts))
-
-
-def shares_of(parts: list[Tensor], output: Tensor) -> Tensor | None:
-    """(branches,) s with ``output = sum s_j parts_j``, or None if there are none.
-
-    Classifier-free guidance of scale g has (1 - g, g); one branch has (1,). Rescaled, projected or
-    thresholded guidance is not linear.
-    """
-    rows = torch.stack([p.double().flatten() for p in parts], 1).cpu()
-    target = output.double().flatten().cpu()
-    found: Tensor = torch.linalg.lstsq(rows, target).solution
-    left = (rows @ found - target).norm()
-    limit = TOLERANCE.get(output.dtype, 3e-2)
-    return found if left <= limit * target.norm() else None
 
 
 class Batch:

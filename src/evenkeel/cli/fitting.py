@@ -54,7 +54,7 @@ def add_calibrate(commands: Any) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="prompts of the marginal check at the end, at least 8; 0 leaves it out",
+        help="prompts of the marginal check at the end; 0 leaves it out",
     )
     parser.add_argument("--no-histograms", action="store_true", help="smaller record, no trimming")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="keep finished batches here")

@@ -95,7 +95,8 @@ def guidance_of(outputs: Sequence[Tensor], given: Tensor) -> tuple[int, Tensor]:
 def shares_of(parts: Sequence[Tensor], output: Tensor) -> Tensor | None:
     """(branches,) s with ``output = sum s_j parts_j``, or None if there are none.
 
-    Classifier-free guidance of scale g has (1 - g, g); one branch has (1,).
+    Classifier-free guidance of scale g has (1 - g, g); one branch has (1,). Rescaled, projected or
+    thresholded guidance is not linear.
     """
     rows = torch.stack([p.cpu().double().flatten() for p in parts], 1)
     target = output.cpu().double().flatten()
