@@ -13,8 +13,8 @@ INTRODUCTION = """# Every sampler-side correction on the embedded pipeline
 Made by `python experiments/corrections.py`; setting and seeds there. FD-FP: Fréchet distance to the
 full-precision images; FD-real: to held-out real ones. Differences are arm minus quantized, paired by
 prompt and noise, with 95 % intervals. **Bold**: the interval excludes zero. Check: the marginal check's
-verdict from 64 other prompts, made before the images. DDIM keeps the linspace spacing that `from_config` hands
-it; its formula steps by 20 and the timesteps do not, so levels are slightly off in every arm alike.
+verdict from 64 other prompts, made before the images. DDIM keeps the linspace spacing that `from_config`
+hands it; its formula steps by 20 and the timesteps do not, so levels are slightly off in every arm alike.
 """
 WORDS = {"expected to help": "help", "expected to hurt": "hurt", "neutral": "neutral"}
 
