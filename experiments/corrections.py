@@ -33,7 +33,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "corrections"
 GUIDANCE = 4.5
 CALIBRATION_PROMPTS = CHECK_PROMPTS = 64
-CLOSED_LOOP = ("tac", "tac-ner", "tac-ibc", "stepbaq")
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,9 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
     made["tac"] = timed("tac", lambda: fit_tac(pipe, **asked))
     made["tac-ner"] = timed("tac-ner", lambda: fit_tac(pipe, input_bias=False, **asked))
     made["tac-ibc"] = timed("tac-ibc", lambda: fit_tac(pipe, reconstruct=False, **asked))
+    made["tac-unconditional"] = timed(
+        "tac-unconditional", lambda: fit_tac(pipe, reconstruct_unconditional=True, **asked)
+    )
     made["stepbaq"] = timed("stepbaq", lambda: fit_stepbaq(pipe, **asked))
     made["tac-ibc+cnc+exact-drift"] = Composite(
         (made["tac-ibc"], CNC(record.evidence, per_channel=True), ExactDrift(record.evidence))
