@@ -135,11 +135,11 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
 
 
 def run(job: Job, work: Path) -> None:
+    from evenkeel.checking import marginal_check
     from evenkeel.corrections import applicable
     from evenkeel.hosts.interception import install, uninstall
     from evenkeel.hosts.pipelines import run_pipeline
     from evenkeel.hosts.tape import Recorder, Tape
-    from evenkeel.marginal_check import marginal_check
 
     setting = SETTINGS[job.setting]
     pipe = pipeline_for(setting)

@@ -21,7 +21,7 @@ LAYERS = [
     {"hosts"},
     {"calibration", "application", "inspection"},
     {"generation"},
-    {"marginal_check"},
+    {"checking"},
     {"comparison", "zoo", "reports"},
     {"results", "sources"},
     {"demo"},
@@ -101,6 +101,12 @@ def test_exported_names_exist():
     for name in evenkeel.__all__:
         assert getattr(evenkeel, name).__name__ == name
     assert set(evenkeel.__all__) <= set(dir(evenkeel))
+
+
+def test_no_module_hides_an_exported_name():
+    # Importing evenkeel.x sets the attribute x of the package, whatever was exported under it.
+    homes = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert homes & set(evenkeel.__all__) == set()
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -13,13 +13,13 @@ import torch
 
 from evenkeel import zoo
 from evenkeel.application import apply, remove, summary
+from evenkeel.checking import marginal_check
 from evenkeel.corrections import Identity
 from evenkeel.corrections.plan import OutputEdit, plain_plan
 from evenkeel.errors import CalibrationError, UnsupportedSampler
 from evenkeel.estimate import Estimate
 from evenkeel.generation import Arm
 from evenkeel.hosts.interception import installed, plain_class
-from evenkeel.marginal_check import marginal_check
 from evenkeel.metrics.state_scores import HELP, HURT, NEUTRAL, PRACTICAL, scores_of, verdict_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports.check import check_text

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from evenkeel.calibration import fit_stepbaq as fit_stepbaq
     from evenkeel.calibration import fit_tac as fit_tac
     from evenkeel.calibration import refit_branches as refit_branches
+    from evenkeel.checking import marginal_check as marginal_check
     from evenkeel.comparison import compare as compare
     from evenkeel.corrections import ExactDrift as ExactDrift
     from evenkeel.corrections import Identity as Identity
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from evenkeel.estimate import Estimate as Estimate
     from evenkeel.generation import Arm as Arm
     from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
-    from evenkeel.marginal_check import marginal_check as marginal_check
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
     from evenkeel.record import Readout as Readout
@@ -51,7 +51,7 @@ _HOME = {
     "fit_readout": "calibration",
     "fit_stepbaq": "calibration",
     "fit_tac": "calibration",
-    "marginal_check": "marginal_check",
+    "marginal_check": "checking",
     "probe_scheduler": "hosts.probing",
     "quantize_module": "quantizers",
     "refit_branches": "calibration",

@@ -91,9 +91,9 @@ def _checked(options: argparse.Namespace, pipeline: Any, record: Any, asked: dic
     """Every correction of the record on a few other prompts."""
     from dataclasses import replace
 
+    from evenkeel.checking import marginal_check
     from evenkeel.comparison import standard_arms
     from evenkeel.corrections import applicable
-    from evenkeel.marginal_check import marginal_check
     from evenkeel.sources import load_prompts
 
     made, reasons = record.corrections()

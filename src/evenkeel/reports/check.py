@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 
+from evenkeel.checking import ArmCheck, MarginalCheck
 from evenkeel.estimate import Estimate
-from evenkeel.marginal_check import ArmCheck, MarginalCheck
 
 ABSENT = "-"
 HEADINGS = ("correction", "verdict", "confidence", "squared error", "shared error", "ms/step")
