@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evenkeel.cli import fitting, generating
+from evenkeel.cli import fitting, generating, quantizing
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         generating.add_demo,
+        quantizing.add_quantize,
         fitting.add_calibrate,
         fitting.add_readout,
         fitting.add_refit,

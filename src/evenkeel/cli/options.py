@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PIPELINE = "zoo:NAME, a local diffusers folder, or a hub id"
+PIPELINE = "zoo:NAME, a local diffusers folder, or a hub id"
 _QUANTIZED = "quantizer specification (w3a4-g32-r16), folder, or hub id of the quantized denoiser"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,7 +32,7 @@ def positive(text: str) -> int:
 
 def sampling(parser: argparse.ArgumentParser) -> None:
     """What every command that samples takes."""
-    parser.add_argument("pipeline", help=_PIPELINE)
+    parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
     parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
     parser.add_argument("--steps", type=positive, help="number of inference steps")
@@ -114,17 +114,24 @@ def corrections(
     return {name: made[name] for name in names}, {}, record
 
 
-def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
+def sampling_of(options: argparse.Namespace) -> tuple[int | None, float | None]:
+    """Number of inference steps and guidance scale, the twin's own where none is given."""
     from evenkeel import zoo
-    from evenkeel.errors import EvenkeelError
-    from evenkeel.sources import load_denoiser, load_pipeline, parse_call
 
     steps, guidance = options.steps, options.guidance_scale
     if options.pipeline.startswith("zoo:"):
         twin = zoo.twin(options.pipeline[4:])
         steps = steps or twin.num_inference_steps
         guidance = twin.guidance_scale if guidance is None else guidance
+    return steps, guidance
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.sources import load_denoiser, load_pipeline, parse_call
+
+    steps, guidance = sampling_of(options)
     if steps is None:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
     pipeline = load_pipeline(options.pipeline, options.dtype)
