@@ -19,7 +19,7 @@ LAYERS = [
     {"corrections", "quantizers", "metrics"},
     {"record"},
     {"hosts"},
-    {"calibration", "application", "inspection"},
+    {"calibration", "application", "inspection", "quantization"},
     {"generation"},
     {"checking"},
     {"comparison", "zoo", "reports"},

@@ -227,7 +227,7 @@ def test_the_target_is_the_layers_own_error_without_branch():
     layer = QuantizedLinear.of(reference, QuantizerSpec(3, 4, group=8, rank=2))
     site, x = site_of(layer, reference), torch.randn(4, 30, 16)
     look(site, x)
-    rounded = fake_quantize(x, 4, layer.activation_group)
+    rounded = fake_quantize(x, 4, layer.activation.group)
     r = (reference(x) - F.linear(rounded, layer.weight, layer.bias)).double()
     total = NormalEquations.merged(site.folds)
     assert np.allclose(total.mean_t, r.mean((0, 1)), atol=1e-6)
@@ -383,7 +383,7 @@ def test_kept_layers_keep_their_bits_and_changed_ones_do_not():
     exact = [n for n, m in quantized.named_modules() if isinstance(m, QuantizedLinear)][::2]
     for name in exact:  # every other layer makes no error at all
         layer = quantized.get_submodule(name)
-        layer.weight, layer.activation_bits = tiny.model.get_submodule(name).weight.data.clone(), 16
+        layer.weight, layer.activation = tiny.model.get_submodule(name).weight.data.clone(), None
         layer.up = torch.zeros_like(layer.up)
     refitted, report = refit(tiny, quantized)
     assert set(exact) <= {x.name for x in report.layers if not x.changed}

@@ -495,7 +495,7 @@ def test_layers_can_be_copied_pickled_and_stored(which: int) -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), expected)
     assert list(layer.parameters()) == []
-    assert "8 bits/4" in repr(layer)
+    assert "int8/4" in repr(layer)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -920,8 +920,8 @@ def test_missing_files_are_named(folder: Path, name: str) -> None:
         ('{"_class_name": "DiTTransformer2DModel"}', "does not describe a quantized model"),
         ('{"format": "evenkeel-quantized", "version": 99}', "format version 99"),
         (
-            '{"format": "evenkeel-quantized", "version": 1}',
-            r"lacks \['class', 'config', 'report'\]",
+            '{"format": "evenkeel-quantized", "version": 2}',
+            r"lacks \['class', 'config', 'layers', 'report'\]",
         ),
     ],
 )

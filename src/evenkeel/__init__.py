@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from evenkeel.estimate import Estimate as Estimate
     from evenkeel.generation import Arm as Arm
     from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
+    from evenkeel.quantization import quantize as quantize
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
     from evenkeel.record import Readout as Readout
@@ -53,6 +54,7 @@ _HOME = {
     "fit_tac": "calibration",
     "marginal_check": "checking",
     "probe_scheduler": "hosts.probing",
+    "quantize": "quantization",
     "quantize_module": "quantizers",
     "refit_branches": "calibration",
     "remove": "application",

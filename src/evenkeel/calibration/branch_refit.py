@@ -16,13 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.calibration.branch_site import LayerRefit, Quantized, Site
+from evenkeel.calibration.branch_site import LayerRefit, Site
 from evenkeel.calibration.settings import check_request
-from evenkeel.errors import CalibrationError, QuantizationError
+from evenkeel.errors import CalibrationError
 from evenkeel.hosts.interception import install, installed, uninstall
 from evenkeel.hosts.pipelines import Prompt, denoiser_of, denoiser_swapped, quiet, run_pipeline
-from evenkeel.quantizers import QuantizerSpec
-from evenkeel.quantizers.layers import QuantizedLinear, weight_group
+from evenkeel.quantizers.layers import Quantized, QuantizedLinear
 from evenkeel.statistics.group_scales import Scales
 from evenkeel.statistics.reduced_rank import SMALLEST_PENALTY, LowRank
 
@@ -195,7 +194,6 @@ def refit_branches(
 
 def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
     originals = dict(reference.named_modules())
-    spec = _spec(refitted)
     sites = []
     for name, layer in refitted.named_modules():
         if not isinstance(layer, Quantized):
@@ -212,8 +210,8 @@ def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
                 f"`quantized` was made from, before offloading."
             )
         site = Site(name, layer, original)
-        if spec is not None and site.branch is None and isinstance(layer, QuantizedLinear):
-            site.group = weight_group(original, spec) or layer.weight.shape[1]
+        if layer.stored is not None and site.branch is None and isinstance(layer, QuantizedLinear):
+            site.group = layer.stored[0].group or layer.weight.shape[1]
         sites.append(site)
     if not sites:
         raise CalibrationError(
@@ -221,14 +219,6 @@ def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
             "nothing to refit; pass what quantize_module returned."
         )
     return sites
-
-
-def _spec(refitted: nn.Module) -> QuantizerSpec | None:
-    """Says which inputs share a weight scale; None for a quantizer that we do not know."""
-    try:
-        return QuantizerSpec.parse(str(getattr(refitted, "evenkeel_quantizer", "")))
-    except QuantizationError:
-        return None
 
 
 def _groups(sites: list[Site], memory: float) -> list[list[Site]]:

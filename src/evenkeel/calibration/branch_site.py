@@ -11,8 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from evenkeel.errors import CalibrationError
-from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
-from evenkeel.quantizers.uniform import fake_quantize
+from evenkeel.quantizers.layers import Quantized, QuantizedLinear
 from evenkeel.statistics.group_scales import Scales, group_scales
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
 from evenkeel.statistics.reduced_rank import (
@@ -23,7 +22,6 @@ from evenkeel.statistics.reduced_rank import (
     reduced_rank,
 )
 
-Quantized = QuantizedLinear | QuantizedConv2d
 BIAS_ALONE = float("inf")  # scales stay what they are, bit for bit
 
 
@@ -107,11 +105,11 @@ class Site:
     ) -> None:
         """Forward hook: take in what entered the layer, and its error without the branch."""
         x = (arguments[0] if arguments else named["x"]).detach()
-        if isinstance(self.layer, QuantizedConv2d):
+        if not isinstance(self.layer, QuantizedLinear):
             h, r = None, _convolution_error(self.reference, x, output).movedim(-3, -1)
             r = r.reshape(-1, *r.shape[-3:])
         else:
-            h, r = x, _linear_error(self.layer, self.reference, x)
+            h, r = self.layer.smoothed(x), _linear_error(self.layer, self.reference, x)
         r = r.reshape(r.shape[0] if r.ndim > 1 else 1, -1, r.shape[-1])
         h = r.new_zeros(*r.shape[:2], 1) if not self.what or h is None else h
         h = h.reshape(*r.shape[:2], -1)
@@ -219,6 +217,8 @@ class Site:
         if self.branch is None:
             return None
         original = self.reference.get_parameter("weight").detach().cpu().double()
+        if self.layer.smoothing is not None:
+            original = original * self.layer.smoothing.cpu().double()
         return (original - self.layer.weight.cpu().double()).T
 
     def _stored(self, branch: LowRank) -> LowRank:
@@ -252,17 +252,20 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _linear_error(layer: Quantized, reference: nn.Module, x: Tensor) -> Tensor:
+def _linear_error(layer: QuantizedLinear, reference: nn.Module, x: Tensor) -> Tensor:
     """The full-precision output minus the quantized one without its branch, (..., out).
 
     x (W - W_q)^T + (x - Q_a(x)) W_q^T + b - b_q: two small terms, not the difference of two large.
+    With smoothing s, x / s and W diag(s) stand for x and W.
     """
     wide = _wide(x)
-    rounded, own = layer.weight.to(wide), x.to(wide)
-    error = F.linear(own, reference.get_parameter("weight").to(rounded) - rounded)
-    if layer.activation_bits != 16:
-        kept = fake_quantize(x, layer.activation_bits, layer.activation_group).to(wide)
-        error = error + F.linear(own - kept, rounded)
+    rounded, own = layer.weight.to(wide), layer.smoothed(x).to(wide)
+    exact = reference.get_parameter("weight").to(rounded)
+    if layer.smoothing is not None:
+        exact = exact * layer.smoothing.to(wide)
+    error = F.linear(own, exact - rounded)
+    if layer.activation is not None:
+        error = error + F.linear(own - layer.rounded(x).to(wide), rounded)
     for bias, sign in ((reference.bias, 1), (layer.bias, -1)):
         if isinstance(bias, Tensor):
             error = error + sign * bias.to(rounded)

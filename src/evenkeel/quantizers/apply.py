@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear, weight_group
-from evenkeel.quantizers.report import LayerReport, QuantizationReport
+from evenkeel.quantizers.layers import Quantized, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from evenkeel.quantizers.report import LayerReport, QuantizationReport, kept_layer, report_of
 from evenkeel.quantizers.spec import QuantizerSpec, first_match
-from evenkeel.quantizers.uniform import group_count
 
-Quantized = QuantizedLinear | QuantizedConv2d
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,17 +52,15 @@ def quantize_module(
     layers: list[LayerReport] = []
     for done, ((name, layer), reason) in enumerate(zip(found, reasons, strict=True), start=1):
         if reason:
-            layers.append(_kept(name, layer, reason))
+            layers.append(kept_layer(name, layer, reason))
         else:
             new = _quantize(name, layer, spec)
             replaced[id(layer)] = new
-            layers.append(_report(name, layer, new, spec))
+            layers.append(report_of(name, layer, new, note=_note(layer, spec)))
         if progress is not None:
             progress(done, len(found), name)
-    size = _bytes_at_16_bits(module)
-    saved = sum(_bytes_saved(layer) for layer in layers if not layer.kept)
-    report = QuantizationReport(spec, tuple(layers), size - saved, size)
-    return _copy_with(module, replaced, spec), report
+    quantized = _copy_with(module, replaced, spec)
+    return quantized, QuantizationReport.measured(spec, tuple(layers), module, quantized)
 
 
 def _copy_with(module: nn.Module, replaced: dict[int, nn.Module], spec: QuantizerSpec) -> nn.Module:
@@ -105,63 +100,18 @@ def _quantize(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantized:
     return QuantizedLinear.of(layer, spec, name)
 
 
-def _report(name: str, layer: nn.Module, new: Quantized, spec: QuantizerSpec) -> LayerReport:
-    old = layer.get_parameter("weight").detach()
+def _note(layer: nn.Module, spec: QuantizerSpec) -> str:
     notes = []
     if isinstance(layer, nn.Conv2d) and spec.rank:
         notes.append("convolution: no low-rank branch")
     if isinstance(layer, nn.Conv2d) and layer.groups > 1 and spec.group is not None:
         notes.append("grouped convolution: one weight scale per output channel")
-    return LayerReport(
-        name=name,
-        kind=type(layer).__name__,
-        shape=tuple(old.shape),
-        weight_bits=spec.weight_bits,
-        activation_bits=spec.activation_bits,
-        group=weight_group(layer, spec),
-        rank=new.rank if isinstance(new, QuantizedLinear) else 0,
-        weight_error=_relative_error(old, _effective_weight(new)),
-        note="; ".join(notes),
-    )
-
-
-def _kept(name: str, layer: nn.Module, reason: str) -> LayerReport:
-    shape = tuple(layer.get_parameter("weight").shape)
-    return LayerReport(name, type(layer).__name__, shape, 16, 16, None, 0, 0.0, reason)
-
-
-def _effective_weight(new: Quantized) -> Tensor:
-    weight = new.weight.double()
-    if isinstance(new, QuantizedLinear) and new.up is not None and new.down is not None:
-        weight = weight + new.up.double() @ new.down.double()
-    return weight
-
-
-def _relative_error(old: Tensor, new: Tensor) -> float:
-    norm = torch.linalg.vector_norm(old.double())
-    error = torch.linalg.vector_norm(old.double() - new)
-    return float(error / norm) if norm > 0 else 0.0
-
-
-def _bytes_at_16_bits(module: nn.Module) -> int:
-    """Every tensor of the state once, shared ones too; integers keep their own width."""
-    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
-    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
-
-
-def _bytes_saved(layer: LayerReport) -> int:
-    if layer.weight_bits == 16:
-        return 0
-    shape = torch.Size(layer.shape)
-    codes = -(-shape.numel() * layer.weight_bits // 8)
-    scales = 2 * group_count(shape, layer.group)
-    factors = 2 * layer.rank * (shape[0] + shape[1])
-    return 2 * shape.numel() - codes - scales - factors
+    return "; ".join(notes)
 
 
 def _refuse_quantized(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        if isinstance(part, Quantized):
+        if isinstance(part, QuantizedLayer):
             raise QuantizationError(
                 f"{name!r} is quantized already; quantizing its rounded weights again would be "
                 "measured against the wrong original. Start from the full-precision module."

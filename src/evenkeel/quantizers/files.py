@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLinear
-from evenkeel.quantizers.report import LayerReport, QuantizationReport
+from evenkeel.quantizers.layer_files import read_layer, write_layer
+from evenkeel.quantizers.layers import QuantizedLayer
+from evenkeel.quantizers.report import QuantizationReport
 
 FORMAT = "evenkeel-quantized"
-VERSION = 1
+VERSION = 2
 TENSORS = "quantized.safetensors"
 DESCRIPTION = "quantized.json"
 
@@ -23,8 +24,10 @@ DESCRIPTION = "quantized.json"
 def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | Path) -> Path:
     """Write every parameter and buffer, the configuration and the report; files are overwritten.
 
-    Buffers that ``state_dict`` leaves out are written too, so that the loaded model computes the
-    same bits. Tensors are stored contiguously: a model in channels_last layout comes back without.
+    Quantized weights are written as packed codes with their scales, so the file is about as small as
+    the report says (scales of float32 models take 32 bits). Buffers that ``state_dict`` leaves out are
+    written too, so that the loaded model computes the same bits. Tensors are stored contiguously: a
+    model in channels_last layout comes back without.
 
     Args:
         module: what ``quantize_module`` returned for a diffusers model.
@@ -46,14 +49,24 @@ def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | 
     if place.exists() and not place.is_dir():
         raise QuantizationError(f"{place} is a file; give a folder to save into.")
     place.mkdir(parents=True, exist_ok=True)
+    layers, packed = {}, {}
+    for layer in report.quantized:
+        own, layers[layer.name] = write_layer(_quantized(module, layer.name))
+        packed.update({f"{layer.name}.{k}": v for k, v in own.items()})
+    inside = _prefixes(module)
     # clone: safetensors refuses tensors that share memory
-    tensors = {k: t.detach().clone().contiguous() for k, t in _tensors(module).items()}
-    save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+    dense = {
+        k: t.detach().cpu().clone().contiguous()
+        for k, t in _tensors(module).items()
+        if not k.startswith(inside)
+    }
+    save_file(dense | packed, place / TENSORS, metadata={"format": "pt"})
     description = {
         "format": FORMAT,
         "version": VERSION,
         "class": class_name,
         "config": config,
+        "layers": layers,
         "report": report.as_dict(),
     }
     (place / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -80,7 +93,7 @@ def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
     with torch.random.fork_rng(devices=[]):
         module: nn.Module = model_class.from_config(description["config"])
     for layer in report.quantized:
-        _swap(module, layer, report, tensors)
+        _put(module, layer.name, description["layers"], tensors)
     _fill(module, tensors, place)
     module.eval().requires_grad_(False)
     module.evenkeel_quantizer = str(report.spec)  # type: ignore[assignment]
@@ -100,8 +113,7 @@ def _model_class(name: str) -> Any:
 
 
 def _check_report(module: nn.Module, report: QuantizationReport) -> None:
-    kinds = QuantizedLinear | QuantizedConv2d
-    inside = {name for name, part in module.named_modules() if isinstance(part, kinds)}
+    inside = {name for name, part in module.named_modules() if isinstance(part, QuantizedLayer)}
     reported = {layer.name for layer in report.quantized}
     text = getattr(module, "evenkeel_quantizer", None)
     if inside != reported or text != str(report.spec):
@@ -136,7 +148,7 @@ def _read_description(place: Path) -> dict[str, Any]:
             f"{path} has format version {found.get('version')!r}; this library reads {VERSION}. "
             "Quantize the model again, or use the library version that wrote it."
         )
-    missing = {"class", "config", "report"} - set(found)
+    missing = {"class", "config", "layers", "report"} - set(found)
     if missing:
         raise QuantizationError(f"{path} lacks {sorted(missing)}. Save the model again.")
     return found
@@ -155,37 +167,48 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise QuantizationError(f"{path} is damaged ({error}). Save the model again.") from error
 
 
-def _swap(
-    module: nn.Module, layer: LayerReport, report: QuantizationReport, tensors: dict[str, Tensor]
+def _put(
+    module: nn.Module, name: str, descriptions: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    def part(name: str) -> Tensor | None:
-        return tensors.get(f"{layer.name}.{name}")
-
-    weight = part("weight")
-    if weight is None:
-        raise QuantizationError(f"{TENSORS} holds no weight for the quantized {layer.name!r}.")
-    setting: dict[str, Any] = {
-        "activation_bits": layer.activation_bits,
-        "activation_group": report.spec.activation_group,
-    }
-    parent_name, _, child = layer.name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    old = parent.get_submodule(child)
-    new: nn.Module
-    if isinstance(old, nn.Conv2d):
-        new = QuantizedConv2d(old, weight, part("bias"), **setting)
-    else:
-        new = QuantizedLinear(weight, part("bias"), part("down"), part("up"), **setting)
+    """Replace one layer by what the file says; its tensors are taken out of ``tensors``."""
+    start = f"{name}."
+    own = {k[len(start) :]: tensors.pop(k) for k in list(tensors) if k.startswith(start)}
+    if name not in descriptions:
+        raise QuantizationError(f"{DESCRIPTION} does not describe {name!r}. Save the model again.")
+    try:
+        old = module.get_submodule(name)
+    except AttributeError as error:
+        raise QuantizationError(
+            f"{DESCRIPTION} describes a layer {name!r} that the class does not have. Use the "
+            "diffusers version it was saved with."
+        ) from error
+    try:
+        new = read_layer(descriptions[name], own, old)
+    except QuantizationError as error:
+        raise QuantizationError(f"{TENSORS}, {name!r}: {error}") from error
     # Every reference to a layer that is shared under several names.
     for owner in list(module.modules()):
-        for name, inner in list(owner._modules.items()):
+        for child, inner in list(owner._modules.items()):
             if inner is old:
-                owner._modules[name] = new
+                owner._modules[child] = new
+
+
+def _quantized(module: nn.Module, name: str) -> QuantizedLayer:
+    found = module.get_submodule(name)
+    assert isinstance(found, QuantizedLayer)  # by _check_report
+    return found
+
+
+def _prefixes(module: nn.Module) -> tuple[str, ...]:
+    """How names of tensors inside quantized layers begin."""
+    names = module.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, part in names if isinstance(part, QuantizedLayer))
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
     """Put every tensor of the file where it belongs, in the file's dtype; none may be left over."""
-    slots = _tensors(module)
+    inside = _prefixes(module)
+    slots = {k: t for k, t in _tensors(module).items() if not k.startswith(inside)}
     missing, unknown = sorted(set(slots) - set(tensors)), sorted(set(tensors) - set(slots))
     different = sorted(k for k in set(slots) & set(tensors) if slots[k].shape != tensors[k].shape)
     if missing or unknown or different:

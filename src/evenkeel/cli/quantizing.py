@@ -1,0 +1,107 @@
+"""The command that quantizes: quantize."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from evenkeel.cli.options import DTYPES, PIPELINE, command, positive, sampling_of
+
+
+def add_quantize(commands: Any) -> None:
+    """``evenkeel quantize``."""
+    parser = command(
+        commands,
+        "quantize",
+        _run_quantize,
+        "Quantize a pipeline's denoiser with a method of the literature (simulated, reference quality).",
+    )
+    parser.add_argument("pipeline", help=PIPELINE)
+    parser.add_argument(
+        "--method", required=True, help="svdquant, mixdq, vidit-q, q-diffusion, ..."
+    )
+    parser.add_argument("--bits", metavar="wXaY", help="for example w4a8; default: the paper's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method, value read as JSON if it is",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
+    parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
+    parser.add_argument("--steps", type=positive, help="number of inference steps of the pipeline")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="default: the twin's or the pipeline's"
+    )
+    parser.add_argument(
+        "--calibration-steps",
+        type=positive,
+        default=8,
+        help="denoiser calls to keep of every run (default 8)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", help="where to run, for example cuda; default: the CPU")
+    parser.add_argument(
+        "--call", action="append", default=[], metavar="NAME=VALUE", help="pipeline argument"
+    )
+
+
+def _run_quantize(options: argparse.Namespace) -> None:
+    from evenkeel.quantization import quantize
+    from evenkeel.quantizers.methods import method_named
+    from evenkeel.sources import load_pipeline, load_prompts, parse_call
+
+    kind = method_named(options.method)
+    chosen = parse_options(options.set)
+    method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
+    pipeline = load_pipeline(options.pipeline, options.dtype)
+    if options.device:
+        pipeline.to(options.device)
+    steps, guidance = sampling_of(options)
+    prompts = []
+    if method.calibrated:
+        prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    _, report = quantize(
+        pipeline,
+        method,
+        prompts=prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        steps=options.calibration_steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        call=parse_call(options.call, pipeline),
+        out=options.out,
+        progress=not options.json,
+    )
+    if options.json:
+        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
+    else:
+        print(f"{report.table()}\n\n{report}\n\nquantized denoiser: {options.out}")
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``["rank=16", "rounding=gptq"]`` to keywords.
+
+    Raises:
+        EvenkeelError: not NAME=VALUE.
+
+    """
+    from evenkeel.errors import EvenkeelError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise EvenkeelError(f"--set {pair!r}: expected NAME=VALUE, for example rank=16.")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
