@@ -34,6 +34,7 @@ def run(capsys, *arguments):
             [n]
             for n in (
                 "demo",
+                "quantize",
                 "calibrate",
                 "readout",
                 "refit",
@@ -251,3 +252,38 @@ def test_calibrate_ends_with_verdicts_and_keeps_what_was_fitted_in_closed_loop(c
     assert run(capsys, *sample, "--out", tmp_path / "images")[0] == 0
     code, out, _ = run(capsys, *arguments[:-2], "--check", "4", "--out", path)
     assert code == 0 and "Prediction from 4 prompts" in out and "qncd: no refresh" in out
+
+
+def test_quantize_writes_a_folder_that_the_other_commands_take(tmp_path, capsys):
+    folder = tmp_path / "quantized"
+    asked = ["zoo:pixart-sigma", "--method", "rtn", "--bits", "w4a8", "--set", "rounding=gptq"]
+    few = ["--count", "2", "--steps", "3", "--calibration-steps", "2"]
+    code, out, _ = run(capsys, "quantize", *asked, *few, "--out", folder, "--json")
+    found = json.loads(out)
+    assert (code, found["quantized"]) == (0, str(folder))
+    assert found["spec"]["rounding"] == "gptq"
+    kept = {layer["name"]: layer["reason"] for layer in found["layers"] if layer["reason"]}
+    assert kept["proj_out"] == "skip pattern 'proj_out'"
+    record = tmp_path / "r.safetensors"
+    code, out, _ = run(
+        capsys,
+        *("calibrate", "zoo:pixart-sigma", "--quantized", folder, "--steps", "3", "--count", "2"),
+        *("--check", "0", "--out", record, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["quantizer"] == "rtn-w4a8-rounding=gptq"
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--method", "magic"], "no method called 'magic'"),
+        (["--method", "rtn", "--bits", "4"], "for example w4a8"),
+        (["--method", "rtn", "--set", "rank"], "expected NAME=VALUE"),
+        (["--method", "rtn", "--set", "rank=3"], "rtn has no option rank"),
+    ],
+)
+def test_mistakes_in_quantize_get_one_line(asked, says, tmp_path, capsys):
+    code, _, err = run(capsys, "quantize", "zoo:pixart-sigma", *asked, "--out", tmp_path)
+    assert code == 1
+    assert says in err and "Traceback" not in err

@@ -163,7 +163,7 @@ def test_a_searched_range_beats_the_extremes_under_outliers():
     errors = {
         s: (searched(x, 4, s)(x) - x).square().mean() for s in ("absmax", "mse", "percentile")
     }
-    assert errors["mse"] <= min(errors.values())
+    assert errors["mse"] < 0.5 * errors["absmax"]
     assert errors["percentile"] < errors["absmax"]
 
 
