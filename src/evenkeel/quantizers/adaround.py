@@ -23,7 +23,7 @@ class SoftRounding(nn.Module):
     """A weight that moves continuously between the two grid values around it.
 
     codes = clamp(floor(w / scale) + h(alpha) + zero),  h = clip(sigmoid(alpha)(1.1 + 0.1) - 0.1, 0, 1)
-    (Nagel et al., arXiv:2004.10568, equations 22 and 23). alpha starts where the soft weight is
+    (Nagel et al., arXiv:2004.10568, the rectified sigmoid). alpha starts where the soft weight is
     the weight itself, inside the range of the grid.
 
     Calling the module returns the weight of its ``mode``: "soft" (differentiable in ``alpha``),
@@ -70,7 +70,6 @@ class SoftRounding(nn.Module):
         floor = (x / scale).floor()
         rest = x / scale - floor
         self.alpha = nn.Parameter(-torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1))
-        # From the plain values, not from the rest: ties and saturation are then the same.
         self.register_buffer("floor", floor if zero is None else floor + zero)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -108,11 +107,11 @@ class SoftRounding(nn.Module):
         zero = 0 if self.zero is None else self.zero
         code = (self.plain / self.scale).round() + zero
         with torch.no_grad():
-            # Saturated codes lie outside floor .. floor + 1, where either choice saturates.
-            self.alpha.copy_(torch.where(code > self.floor, 1.0, -1.0))
+            # Far enough for a decided h. Codes beyond floor .. floor + 1 saturate either way.
+            self.alpha.copy_(torch.where(code > self.floor, 4.0, -4.0))
 
     def regularizer(self, beta: float) -> Tensor:
-        """What pushes h to 0 or 1: sum of 1 - |2 h - 1|^beta (equation 24); flat for large beta.
+        """What pushes h to 0 or 1: sum of 1 - |2 h - 1|^beta; flat for large beta.
 
         Returns:
             0-dimensional, from 0 (all decided) to the number of weights.
@@ -130,7 +129,7 @@ class SoftRounding(nn.Module):
 def temperature(
     step: int, iterations: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0
 ) -> float:
-    """beta of the regularizer: ``start`` during the warm-up, then a straight line to ``end``.
+    """The beta of the regularizer: ``start`` during the warm-up, then a straight line to ``end``.
 
     The paper anneals without a formula; the line is that of the released code of BRECQ and
     Q-Diffusion.

@@ -105,13 +105,13 @@ def gptq(
     sequence = _sequence(hessian, order)
     upper = _inverse_factor(hessian.double()[sequence][:, sequence], damp)
     left, values = wide.double()[:, sequence], torch.empty_like(wide)
-    column = replace(grid, group=None, per_tensor=False)
+    column, places = replace(grid, group=None, per_tensor=False), sequence.tolist()
     step = block if group is None else max(block // group, 1) * group
     for start in range(0, left.shape[1], step):
         stop = min(start + step, left.shape[1])
         errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
-            at = int(sequence[j])
+            at = places[j]
             k = 0 if group is None else at // group
             if late and group is not None and j % group == 0:
                 part = fit(left[:, j : j + group].to(wide), column, unit=scales.unit)

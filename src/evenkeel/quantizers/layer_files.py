@@ -15,13 +15,12 @@ from evenkeel.quantizers.grids import (
     Scales,
     codes_of,
     last,
-    pack,
     unlast,
-    unpack,
     values_of,
 )
 from evenkeel.quantizers.inputs import input_from
 from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from evenkeel.quantizers.packing import pack, unpack
 
 CODES, SCALE, ZERO, UNIT = ("weight.codes", "weight.scale", "weight.zero", "weight.unit")
 _PARTS = ("bias", "smoothing", "down", "up", "first_token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -135,6 +136,7 @@ class RoundToNearest(Method):
     ) -> tuple[dict[str, Tensor], dict[str, Input]]:
         """Second moments for GPTQ and ranges of the inputs, whichever is asked for."""
         hessians: dict[str, Tensor] = {}
+        rows: Counter[str] = Counter()
         ranges = {name: RunningRange(0.0) for name in names}
         if not self.calibrated:
             return {}, {}
@@ -143,8 +145,11 @@ class RoundToNearest(Method):
         def see(name: str, x: Tensor) -> None:
             ranges[name].add(x)
             if self.rounding == "gptq" and name in linear:
-                own = hessian_of(x.reshape(-1, x.shape[-1]))
-                hessians[name] = own + hessians[name] if name in hessians else own
+                x = x.reshape(-1, x.shape[-1])
+                rows[name] += len(x)  # a running mean over the rows of all calls
+                share = len(x) / rows[name]
+                before = hessians.get(name, 0.0)
+                hessians[name] = before + share * (hessian_of(x) - before)
 
         workspace.visit(names, see)
         if self.activation != "static" or self.activation_bits == 16:
