@@ -20,9 +20,9 @@ class DynamicInput(nn.Module):
     """Every group of features (or token) is rounded on the scale of its own largest value.
 
     Signed: x_q = s round(x / s), s = max|x| / largest, where ``largest`` is the format's.
-    Unsigned, with ``shift`` d: x_q = s round((x + d) / s) - d, s = max(x + d) / (2^b - 1), negative
-    x + d clipped to zero (SVDQuant, arXiv:2411.05007, for inputs that an activation function bounds
-    below). Its authors fold -W d into the bias; taking d off the rounded input is the same sum and
+    Unsigned, with ``shift`` d (one number, or one per feature): x_q = s round((x + d) / s) - d,
+    s = max(x + d) / (2^b - 1), negative x + d clipped to zero (SVDQuant, arXiv:2411.05007, for
+    inputs that an activation function bounds below). Its authors fold -W d into the bias; taking d off the rounded input is the same sum and
     leaves no error of its own.
     With ``zero_point``: s = (max - min) / (2^b - 1), min and max widened to contain zero.
     Values are not checked; NaN spreads over its group.
@@ -31,7 +31,8 @@ class DynamicInput(nn.Module):
         format: an element of :mod:`evenkeel.quantizers.formats`.
         group: features per scale; None is all features of a token.
         zero_point: asymmetric codes; the format must be an unsigned integer.
-        shift: added before rounding and taken off after it; the format must be an unsigned integer.
+        shift: added before rounding and taken off after it, one number or (features,); the format
+            must be an unsigned integer.
         across_batch: one scale for the same token of every sample, as ViDiT-Q's released code has
             it. The result then depends on what else is in the batch.
 
@@ -44,29 +45,36 @@ class DynamicInput(nn.Module):
 
     """
 
+    shift: float | Tensor
+
     def __init__(
         self,
         format: Format,
         group: int | None = None,
         *,
         zero_point: bool = False,
-        shift: float = 0.0,
+        shift: float | Tensor = 0.0,
         across_batch: bool = False,
     ) -> None:
         super().__init__()
-        if (zero_point or shift) and not (isinstance(format, Integer) and not format.signed):
+        shifted = isinstance(shift, Tensor) or shift != 0
+        if (zero_point or shifted) and not (isinstance(format, Integer) and not format.signed):
             raise QuantizationError(
                 f"zero_point={zero_point}, shift={shift}: both need an unsigned integer format, "
                 f"got {format.name}."
             )
-        if zero_point and shift:
+        if zero_point and shifted:
             raise QuantizationError(
                 f"A zero point shifts by itself; give zero_point or shift={shift}, not both."
             )
         if group is not None and group < 1:
             raise QuantizationError(f"group must be at least 1, or None, got {group!r}.")
         self.format, self.group, self.zero_point = format, group, zero_point
-        self.shift, self.across_batch = float(shift), across_batch
+        self.across_batch = across_batch
+        if isinstance(shift, Tensor):
+            self.register_buffer("shift", shift.detach().clone())
+        else:
+            self.shift = float(shift)
 
     @property
     def bits(self) -> int:
@@ -93,8 +101,8 @@ class DynamicInput(nn.Module):
         else:
             scale = _safe(torch.maximum(high, -low) / self.format.largest)
             rounded = self.format.round(wide / scale) * scale
-        result: Tensor = (rounded - self.shift).flatten(-2)[..., :width].to(x.dtype)
-        return result
+        result: Tensor = rounded.flatten(-2)[..., :width] - self.shift
+        return result.to(x.dtype)
 
     def _range(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         dims = [0, -1] if self.across_batch and wide.ndim > 3 else [-1]
@@ -109,13 +117,15 @@ class DynamicInput(nn.Module):
             "format": self.format.name,
             "group": self.group,
             "zero_point": self.zero_point,
-            "shift": self.shift,
+            "shift": None if isinstance(self.shift, Tensor) else self.shift,
             "across_batch": self.across_batch,
         }
 
     def extra_repr(self) -> str:
         """What ``print`` shows between the parentheses."""
-        marks = ("zero_point" if self.zero_point else "", f"+{self.shift}" if self.shift else "")
+        each = isinstance(self.shift, Tensor)
+        shift = "+shift" if each else f"+{self.shift}" if self.shift else ""
+        marks = ("zero_point" if self.zero_point else "", shift)
         return ", ".join(filter(None, (f"{self.format.name}/{self.group or 'token'}", *marks)))
 
 
@@ -207,6 +217,8 @@ def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input
     kind = fields.pop("kind", None)
     try:
         if kind == "dynamic":
+            if fields["shift"] is None:
+                fields["shift"] = tensors["shift"]
             return DynamicInput(format_named(fields.pop("format")), **fields)
         if kind == "static":
             return StaticInput(scale=tensors["scale"], zero=tensors["zero"], **fields)

@@ -59,7 +59,9 @@ def read_layer(
     """
     left = dict(tensors)
     inputs = {
-        k: left.pop(f"activation.{k}") for k in ("scale", "zero") if f"activation.{k}" in left
+        k: left.pop(f"activation.{k}")
+        for k in ("scale", "zero", "shift")
+        if f"activation.{k}" in left
     }
     parts: dict[str, Any] = {name: left.pop(name, None) for name in _PARTS}
     try:
@@ -95,7 +97,9 @@ def _packed(layer: QuantizedLayer) -> dict[str, Tensor] | None:
     own = Scales(*(None if t is None else t.cpu() for t in astuple(scales)))  # type: ignore[arg-type]
     codes = codes_of(last(weight, grid), grid, own)
     again = _values(codes, grid, own, weight.shape, weight.dtype)
-    if not torch.equal(again.view(torch.uint8), weight.contiguous().view(torch.uint8)):
+    # Flat, because a 1 x 1 convolution counts as contiguous with strides that no view accepts.
+    bits = (t.contiguous().flatten().view(torch.uint8) for t in (again, weight))
+    if not torch.equal(*bits):
         return None
     tensors = {CODES: pack(codes, grid.format.bits)}
     if own.zero is not None:
