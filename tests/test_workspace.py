@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +28,8 @@ from evenkeel.quantizers.methods import METHODS, method_from, method_named
 from evenkeel.quantizers.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.workspace import Workspace
 from tiny_pipelines import ALL
+
+MEMORY = Path(__file__).parent / "memory_of_quantizing.py"
 
 
 @pytest.fixture(autouse=True)
@@ -368,7 +373,9 @@ def test_methods_come_back_from_json(kind: type[Method]) -> None:
 
 
 def test_unknown_methods_options_and_bits_are_refused() -> None:
-    with pytest.raises(QuantizationError, match="no method called 'smoothquant'; there is rtn"):
+    with pytest.raises(
+        QuantizationError, match="no method called 'smoothquant'; there is rtn, svdquant"
+    ):
         method_named("smoothquant")
     with pytest.raises(QuantizationError, match="rtn has no option gruop"):
         RoundToNearest.of_bits("w4a8", gruop=4)
@@ -387,6 +394,33 @@ def test_convolutions_of_a_unet_are_replaced_too() -> None:
     assert kinds == {QuantizedLinear, QuantizedConv2d}
     assert all(layer.weight_format for layer in report.quantized)
     assert len(report.table().splitlines()) == len(report.layers)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "rtn", "weight_bits": 4},
+        {"method": "svdquant", "rank": 8, "iterations": 2, "grids": 2},
+    ],
+    ids=lambda m: m["method"],
+)
+def test_memory_beyond_the_result_is_that_of_one_block(method: dict) -> None:
+    """Twice as many blocks take twice the result, and nothing else grows with them."""
+    found = {}
+    for depth in (4, 8):
+        out = subprocess.run(
+            [sys.executable, MEMORY, json.dumps(method), "256", str(depth)],
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[depth] = json.loads(out.stdout.splitlines()[-1])
+    beyond = {d: f["growth"] - f["weights"] for d, f in found.items()}
+    one_block = found[8]["weights"] / 8
+    assert found[8]["weights"] == 2 * found[4]["weights"]
+    assert beyond[8] - beyond[4] < 2 * one_block  # all four further blocks would be 4 or more
+    assert beyond[8] < 6 * found[8]["activations"]
 
 
 def test_a_call_is_made_on_the_denoisers_device() -> None:

@@ -22,8 +22,8 @@ class DynamicInput(nn.Module):
     Signed: x_q = s round(x / s), s = max|x| / largest, where ``largest`` is the format's.
     Unsigned, with ``shift`` d (one number, or one per feature): x_q = s round((x + d) / s) - d,
     s = max(x + d) / (2^b - 1), negative x + d clipped to zero (SVDQuant, arXiv:2411.05007, for
-    inputs that an activation function bounds below). Its authors fold -W d into the bias; taking d off the rounded input is the same sum and
-    leaves no error of its own.
+    inputs that an activation function bounds below). Its authors fold -W d into the bias; taking d
+    off the rounded input is the same sum and leaves no error of its own.
     With ``zero_point``: s = (max - min) / (2^b - 1), min and max widened to contain zero.
     Values are not checked; NaN spreads over its group.
 
