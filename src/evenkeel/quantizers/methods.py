@@ -7,9 +7,16 @@ from typing import Any
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.method import Method
+from evenkeel.quantizers.mixdq import MixDQ
+from evenkeel.quantizers.ptq4dit import PTQ4DiT
+from evenkeel.quantizers.q_diffusion import QDiffusion
 from evenkeel.quantizers.round_to_nearest import RoundToNearest
+from evenkeel.quantizers.svdquant import SVDQuant
+from evenkeel.quantizers.vidit_q import ViDiTQ
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (RoundToNearest,)}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (RoundToNearest, SVDQuant, MixDQ, ViDiTQ, QDiffusion, PTQ4DiT)
+}
 
 
 def method_named(name: str) -> type[Method]:
