@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.block_examples import features_last
 from evenkeel.quantizers.blocks import Unit
 from evenkeel.quantizers.formats import Integer
 from evenkeel.quantizers.grids import Grid, last, snap, snap_weight, unlast
@@ -35,10 +34,10 @@ class MixDQ(Method):
     structure of what comes out, the others by its noise; an integer program spends the budget
     within each of the two groups, for several splits between them, and the best split is taken
     (see :mod:`evenkeel.quantizers.sensitivity`). Inputs: asymmetric, one range per layer fixed by
-    calibration; the most sensitive ones stay in 16 bits. The first text token of
-    causal encoders (CLIP) is the same for every prompt and 10 to 100 times as large as the others:
-    its keys and values are kept from full precision, and it does not count for the range. Shortcut
-    convolutions of UNets have a range, and weights a scale, for each half of the concatenation.
+    calibration; the most sensitive ones stay in 16 bits. The first text token of causal encoders
+    (CLIP) is the same for every prompt and far larger than the others: its keys and values are kept
+    from full precision, and it does not count for the range. Shortcut convolutions of UNets have a
+    range, and weights a scale, for each half of the concatenation.
 
     The published settings average the extremes of batches of one step (``momentum`` 0.95), and
     then run several. Where calibration calls cover several steps, whose ranges differ, an average
@@ -54,8 +53,8 @@ class MixDQ(Method):
         kept_inputs: share of each group whose inputs stay in 16 bits, rounded up.
         momentum: of the running averages; 0 keeps the extremes of all calls.
         first_token: name patterns of layers to protect where their first token is always the same.
-        sensitivity_calls: calibration calls, evenly spaced, for each measurement. Their number is
-            about five times that of the layers.
+        sensitivity_calls: calibration calls, evenly spaced, for each measurement; there are three
+            or four measurements for each layer.
         skip: name patterns of layers that stay in full precision.
 
     Raises:
@@ -119,7 +118,7 @@ class MixDQ(Method):
         guarded = {n: FirstToken(self.momentum) for n in names if first_match(n, self.first_token)}
 
         def see(name: str, x: Tensor) -> None:
-            ranges[name].add(features_last(x))
+            ranges[name].add(x.movedim(-3, -1) if isinstance(layers[name], nn.Conv2d) else x)
             if name in guarded:
                 guarded[name].add(x)
 
