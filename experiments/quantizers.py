@@ -104,7 +104,7 @@ def make(job: Job, folder: Path) -> None:
         prompts=sample_prompts(PROMPTS, 0),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        steps=job.calibration_steps,
+        calibration_steps=job.calibration_steps,
         out=folder,
         progress=False,
     )

@@ -407,7 +407,7 @@ def ran(name: str, method: MixDQ, out: Path | None = None, **options: Any) -> An
     tiny = ALL[name]()
     options = {"guidance_scale": tiny.guidance_scale, **options}
     return tiny, *quantize(
-        tiny.pipe, method, prompts=tiny.prompts, num_inference_steps=3, steps=2, call=tiny.call,
+        tiny.pipe, method, prompts=tiny.prompts, num_inference_steps=3, calibration_steps=2, call=tiny.call,
         batch_size=2, out=out, progress=False, **options,
     )  # fmt: skip
 
@@ -477,8 +477,8 @@ def test_a_pipeline_meets_its_budget_and_comes_back_bit_by_bit(name: str, tmp_pa
     a, b = quantized.state_dict(), loaded.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
     call = calibration_set(
-        tiny.pipe, tiny.prompts, num_inference_steps=2, guidance_scale=tiny.guidance_scale, steps=1,
-        batch_size=2, call=tiny.call, progress=False,
+        tiny.pipe, tiny.prompts, num_inference_steps=2, guidance_scale=tiny.guidance_scale,
+        calibration_steps=1, batch_size=2, call=tiny.call, progress=False,
     ).calls[0]  # fmt: skip
     answers = [prediction(call.make(net), net) for net in (quantized, loaded, tiny.model)]
     assert torch.equal(answers[0], answers[1])
@@ -489,7 +489,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits() -> None:
     pipe = zoo.load("pixart-sigma")
     some, held = (
         calibration_set(
-            pipe, sample_prompts(4, seed), num_inference_steps=20, guidance_scale=4.5, steps=3,
+            pipe, sample_prompts(4, seed), num_inference_steps=20, guidance_scale=4.5, calibration_steps=3,
             batch_size=2, seed=100 * seed, progress=False,
         )
         for seed in (1, 2)

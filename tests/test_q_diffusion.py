@@ -21,13 +21,14 @@ from evenkeel.quantizers.block_examples import Examples
 from evenkeel.quantizers.block_reconstruction import BlockTrial, Learning, WeightPlan
 from evenkeel.quantizers.blocks import Unit
 from evenkeel.quantizers.calibration_set import CalibrationSet, kept
+from evenkeel.quantizers.concatenations import skip_concatenations, split_scales
 from evenkeel.quantizers.formats import Integer
 from evenkeel.quantizers.grids import Grid, codes_of, fit, last, snap, unlast, values_of
 from evenkeel.quantizers.inputs import StaticInput
 from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from evenkeel.quantizers.learned_inputs import LearnedInput
 from evenkeel.quantizers.methods import METHODS
-from evenkeel.quantizers.q_diffusion import QDiffusion, skip_concatenations, split_scales
+from evenkeel.quantizers.q_diffusion import QDiffusion
 from evenkeel.quantizers.static_ranges import searched
 from evenkeel.quantizers.workspace import BlockCall, Workspace
 from evenkeel.zoo.evaluation import sample_prompts
@@ -451,7 +452,7 @@ def test_both_operands_of_a_concatenation_are_split(split: Any, expected: set[st
     others = ("conv_*", "time_*", "add_*", "down_blocks", "mid_block", "up_blocks.0", "*.attn*")
     method = QDiffusion(4, 8, skip=others, iterations=0, activation_iterations=0, split=split)
     quantized, report = quantize(
-        tiny.pipe, method, prompts=tiny.prompts, num_inference_steps=2, steps=1, call=tiny.call,
+        tiny.pipe, method, prompts=tiny.prompts, num_inference_steps=2, calibration_steps=1, call=tiny.call,
         batch_size=2, progress=False,
     )  # fmt: skip
     assert len(report.quantized) >= 6
@@ -556,7 +557,7 @@ def test_a_whole_pipeline_is_saved_and_loaded_bit_for_bit(
     options: dict[str, Any] = {
         "prompts": tiny.prompts,
         "num_inference_steps": 2,
-        "steps": 2,
+        "calibration_steps": 2,
         "call": tiny.call,
         "batch_size": 2,
         "progress": False,
@@ -572,7 +573,7 @@ def test_a_whole_pipeline_is_saved_and_loaded_bit_for_bit(
         for key, tensor in old.state_dict().items():
             assert torch.equal(new.state_dict()[key], tensor)
     call = calibration_set(
-        tiny.pipe, tiny.prompts, num_inference_steps=2, guidance_scale=None, steps=1,
+        tiny.pipe, tiny.prompts, num_inference_steps=2, guidance_scale=None, calibration_steps=1,
         batch_size=2, call=tiny.call, progress=False,
     ).calls[0]  # fmt: skip
     outputs = [call.make(net)[0] for net in (quantized, loaded)]
@@ -583,7 +584,7 @@ def test_rounding_is_clearly_better_than_nearest_at_three_bits_on_a_trained_bloc
     pipe = zoo.load("pixart-sigma")
     sets = [
         calibration_set(
-            pipe, sample_prompts(8, seed), num_inference_steps=8, guidance_scale=4.5, steps=8,
+            pipe, sample_prompts(8, seed), num_inference_steps=8, guidance_scale=4.5, calibration_steps=8,
             batch_size=8, seed=seed, progress=False,
         )
         for seed in (1, 50)

@@ -489,7 +489,7 @@ def calls_of(tiny: TinyPipeline) -> CalibrationSet:
         tiny.prompts[:1],
         num_inference_steps=2,
         guidance_scale=tiny.guidance_scale,
-        steps=2,
+        calibration_steps=2,
         batch_size=1,
         call=tiny.call,
         progress=False,

@@ -212,7 +212,7 @@ def test_a_pipeline_meets_its_budget_and_comes_back_bit_by_bit(
 ) -> None:
     tiny = ALL[name]()
     where = {"guidance_scale": tiny.guidance_scale, "batch_size": 2, "call": tiny.call}
-    where |= {"num_inference_steps": 2, "steps": 1, "progress": False}
+    where |= {"num_inference_steps": 2, "calibration_steps": 1, "progress": False}
     method = ViDiTQ(bits, 8, sensitivity_calls=1, ratios=(0.8,))
     quantized, report = quantize(tiny.pipe, method, prompts=tiny.prompts, out=tmp_path, **where)
     assert weighted_mean(report) <= bits
@@ -235,7 +235,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits(bits: int) -> None:
     pipe = zoo.load("pixart-sigma")
     some, held = (
         calibration_set(
-            pipe, sample_prompts(2, seed), num_inference_steps=20, guidance_scale=4.5, steps=4,
+            pipe, sample_prompts(2, seed), num_inference_steps=20, guidance_scale=4.5, calibration_steps=4,
             batch_size=2, seed=100 * seed, progress=False,
         )
         for seed in (1, 2)

@@ -37,7 +37,7 @@ def quantize(
     prompts: Sequence[Prompt] = (),
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    steps: int = 8,
+    calibration_steps: int = 8,
     batch_size: int = 8,
     seed: int = 0,
     call: dict[str, Any] | None = None,
@@ -57,7 +57,7 @@ def quantize(
             False.
         num_inference_steps: of the pipeline, as it will be deployed.
         guidance_scale: the same; None is the pipeline's own.
-        steps: so many of the denoiser's calls per batch are kept.
+        calibration_steps: so many of the denoiser's calls per batch are kept.
         batch_size: prompts per pipeline call, and of a calibration call.
         seed: of the first prompt's noise.
         call: further arguments of the pipeline call.
@@ -86,7 +86,7 @@ def quantize(
             prompts,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            steps=steps,
+            calibration_steps=calibration_steps,
             batch_size=batch_size,
             seed=seed,
             call=call,
@@ -123,7 +123,7 @@ def calibration_set(
     *,
     num_inference_steps: int,
     guidance_scale: float | None,
-    steps: int,
+    calibration_steps: int,
     batch_size: int,
     seed: int = 0,
     call: dict[str, Any] | None = None,
@@ -133,14 +133,14 @@ def calibration_set(
 
     Uniform in time, as Q-Diffusion (arXiv:2302.04304, section 4.2) samples it. Guidance stacks its
     branches in one call or makes two; both are kept. The first and the last step are always among
-    them where ``steps`` is at least 2.
+    them where ``calibration_steps`` is at least 2.
 
     Args:
         pipeline: any diffusers pipeline with one denoiser.
         prompts: texts or class labels.
         num_inference_steps: of the pipeline.
         guidance_scale: of the pipeline; None is its own.
-        steps: calls kept of every batch.
+        calibration_steps: calls kept of every batch.
         batch_size: prompts per pipeline call.
         seed: of the first prompt's noise.
         call: further arguments of the pipeline call.
@@ -150,9 +150,10 @@ def calibration_set(
         QuantizationError: the pipeline never calls its denoiser, or a call holds NaN.
 
     """
-    if steps < 1 or batch_size < 1:
+    if calibration_steps < 1 or batch_size < 1:
         raise QuantizationError(
-            f"steps and batch_size must be at least 1, got {steps} and {batch_size}."
+            "calibration_steps and batch_size must be at least 1, got "
+            f"{calibration_steps} and {batch_size}."
         )
     denoiser = denoiser_of(pipeline)
     chosen: list[Any] = []
@@ -177,7 +178,9 @@ def calibration_set(
                 )
             finally:
                 hook.remove()
-            places = torch.linspace(0, len(seen) - 1, min(steps, len(seen))).round().long()
+            places = (
+                torch.linspace(0, len(seen) - 1, min(calibration_steps, len(seen))).round().long()
+            )
             chosen += [seen[i] for i in places.tolist()]
     if not chosen:
         raise QuantizationError(f"{type(pipeline).__name__} never called its denoiser.")

@@ -73,7 +73,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
         prompts=prompts,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        steps=options.calibration_steps,
+        calibration_steps=options.calibration_steps,
         batch_size=options.batch_size,
         seed=options.seed,
         call=parse_call(options.call, pipeline),

@@ -124,12 +124,6 @@ def floats_in(nest: Any) -> list[Tensor]:
     return [t for t in tensors_in(nest) if t.is_floating_point()]
 
 
-def features_last(x: Tensor, smoothing: Tensor | None = None) -> Tensor:
-    """(..., features) or (N, channels, height, width) as (rows, features), over ``smoothing``."""
-    rows = (x.movedim(1, -1) if x.ndim == 4 else x).flatten(0, -2)
-    return rows if smoothing is None else rows / smoothing
-
-
 def wide(x: Tensor) -> Tensor:
     """In float32 where it is floating point of less; as it is otherwise.
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.adaround import Reconstruction, SoftRounding, reconstruct
-from evenkeel.quantizers.block_examples import Examples, features_last, floats_in, wide, widened
+from evenkeel.quantizers.block_examples import Examples, floats_in, wide, widened
 from evenkeel.quantizers.blocks import Unit
 from evenkeel.quantizers.grids import Grid, Scales
 from evenkeel.quantizers.inputs import StaticInput
@@ -188,12 +188,18 @@ class BlockTrial:
         found: dict[str, list[Tensor]] = {name: [] for name in self._layers}
 
         def see(name: str, x: Tensor, _: Tensor) -> None:
-            rows = features_last(x, self._layers[name].smoothing)
+            rows = self.rows_of(name, x)
             index = torch.linspace(0, len(rows) - 1, min(share, len(rows)), device=x.device)
             found[name].append(rows[index.long()].clone())
 
         self.observe(see)
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def rows_of(self, name: str, x: Tensor) -> Tensor:
+        """What enters a layer as (rows, features), smoothed; channels of a convolution are features."""
+        layer = self._layers[name]
+        rows = (x.movedim(-3, -1) if isinstance(layer, QuantizedConv2d) else x).flatten(0, -2)
+        return rows if layer.smoothing is None else rows / layer.smoothing
 
     def output_errors(self) -> dict[str, float]:
         """||Q(x) - F(x)|| / ||F(x)|| of each layer over all examples, F in full precision."""

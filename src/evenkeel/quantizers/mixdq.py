@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.blocks import Unit
+from evenkeel.quantizers.concatenations import skip_concatenations, split_scales
 from evenkeel.quantizers.formats import Integer
 from evenkeel.quantizers.grids import Grid, last, snap, snap_weight, unlast
 from evenkeel.quantizers.inputs import StaticInput
 from evenkeel.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, copied
 from evenkeel.quantizers.method import Method, check_bits
-from evenkeel.quantizers.q_diffusion import skip_concatenations, split_scales
 from evenkeel.quantizers.sensitivity import CONTENT, RATIOS, Trial, layer_damage, searched_bits
 from evenkeel.quantizers.spec import first_match
 from evenkeel.quantizers.static_ranges import RunningRange
