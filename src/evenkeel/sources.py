@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,63 @@ def save_denoiser(module: nn.Module, like: nn.Module, folder: Path) -> None:
 def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     """A quantizer specification (``w3a4-g32-r16``), a saved quantized denoiser, a folder or hub id.
 
+    A folder or hub id may hold weights of any backend that diffusers loads, and the file of GGUF
+    weights (``.gguf``) is taken alone.
+
     Raises:
-        EvenkeelError: none of these.
+        EvenkeelError: none of these, or their backend is not installed.
 
     """
     place = Path(source)
     if (place / "quantized.json").is_file():
         return _remembering(*load_quantized(place))
     reference = denoiser_of(pipeline)
-    if not place.exists() and "/" not in source:
+    if not place.exists() and "/" not in source and place.suffix != ".gguf":
         return _remembering(*quantize_module(reference, QuantizerSpec.parse(source)))
-    loader: Any = type(reference)
     try:
-        model: nn.Module = loader.from_pretrained(source, local_files_only=place.exists()).eval()
-    except (OSError, ValueError) as e:
+        model: nn.Module = _loaded(source, place, reference).eval()
+    except (ImportError, NotImplementedError) as e:
         raise UnsupportedPipeline(
-            f"{source!r} is not a {loader.__name__} that diffusers can load: {_first_line(e)}. Give a "
-            f"specification such as w3a4-g32-r16, a folder, or a hub id."
+            f"{source!r} was quantized by a backend that is not installed: {_first_line(e)}. Install "
+            f"it, for example with pip install 'evenkeel[backends]'; docs/backends.md lists all."
         ) from e
+    except (OSError, ValueError, TypeError, RuntimeError) as e:  # no GPU, no such setting
+        raise UnsupportedPipeline(
+            f"{source!r} is not a {type(reference).__name__} that diffusers can load: "
+            f"{_first_line(e)}. Give a specification such as w3a4-g32-r16, a folder, a .gguf file, or "
+            f"a hub id."
+        ) from e
+    return model
+
+
+def _loaded(source: str, place: Path, reference: nn.Module) -> nn.Module:
+    """What diffusers loads: a folder or hub id, or the weights of a ``.gguf`` file.
+
+    Such a file holds no configuration; it gets that of the reference.
+    """
+    loader: Any = type(reference)
+    dtype = next(reference.parameters()).dtype
+    if place.suffix != ".gguf":
+        model: nn.Module = loader.from_pretrained(
+            source, local_files_only=place.exists(), torch_dtype=dtype
+        )
+        return model
+    if not place.is_file():
+        raise OSError("there is no such file")
+    if not hasattr(loader, "from_single_file"):
+        raise ValueError(f"diffusers loads no single files into a {loader.__name__}")
+    from diffusers import GGUFQuantizationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        like: Any = reference
+        like.save_config(folder)
+        model = loader.from_single_file(
+            str(place),
+            config=folder,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
     return model
 
 
