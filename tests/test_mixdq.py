@@ -549,3 +549,14 @@ def test_uniform_bits_without_kept_inputs_measure_nothing(
     assert set(bits_of(workspace).values()) == {8}
     with pytest.raises(TypeError):
         MixDQ(8, 8).quantize(Workspace(net, calls()))
+
+
+def test_the_slow_measurement_reports_its_progress(net: Net) -> None:
+    seen: list[tuple[int, int, str]] = []
+    workspace = Workspace(net, calls(), progress=lambda *step: seen.append(step))
+    MixDQ(sensitivity_calls=1).quantize(workspace)
+    units = len(workspace.units(list(workspace.layers)))
+    assert [done for done, _, name in seen if "sensitivity" in name] == list(range(1, units + 1))
+    assert [done for done, _, name in seen if "sensitivity" not in name] == list(
+        range(1, units + 1)
+    )

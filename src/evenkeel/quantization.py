@@ -96,9 +96,8 @@ def quantize(
     with tqdm(desc=str(method), unit="block", disable=not progress, leave=False) as bar:
 
         def show(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
+            bar.total, bar.n = total, done  # a method may go through the blocks more than once
+            bar.set_postfix_str(name)
 
         workspace = Workspace(
             denoiser,

@@ -143,10 +143,11 @@ def layer_damage(
         return rows
 
     found: dict[str, dict[int | None, float]] = {}
-    for unit in units:
+    for done, unit in enumerate(units, start=1):
         rows = workspace.stage(f"sensitivity-{unit.name}", lambda unit=unit: measured(unit))  # type: ignore[misc]
         for name, row in zip(unit.layers, rows, strict=True):
             found[name] = dict(zip(choices(name), row, strict=True))
+        workspace.progress(done, len(units), f"sensitivity of {unit.name}")
     return found
 
 

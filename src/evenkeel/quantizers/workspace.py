@@ -157,8 +157,12 @@ class Workspace:
                 for name, layer in made.items():
                     _swap(self.quantized, self.quantized.get_submodule(name), layer)
                 self.reports.update({r.name: r for r in reports})
-            if self._progress is not None:
-                self._progress(done, len(units), unit.name)
+            self.progress(done, len(units), unit.name)
+
+    def progress(self, done: int, total: int, name: str) -> None:
+        """Tell whoever watches how far a stage has come; :meth:`work` does so by itself."""
+        if self._progress is not None:
+            self._progress(done, total, name)
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
         """A result in JSON types that concerns all layers: computed once, then found in the folder."""
