@@ -578,7 +578,8 @@ def test_runs_in_other_threads_are_not_listened_to() -> None:
     while not isinstance(shown[0], Finished):
         shown = [strand.resume() for strand in strands]
     for found, wanted in zip(shown, expected, strict=True):
-        assert torch.equal(found.result, wanted)
+        # Not bit for bit: the same product rounds differently in memory of another alignment.
+        torch.testing.assert_close(found.result, wanted, rtol=1e-12, atol=1e-12)
 
 
 class Pausing(Interceptor):

@@ -30,7 +30,7 @@ def level_to_aim_for(level: float, target: float, variance: float) -> float | No
     C2" is ``C2 = a(s*) / a(target)``: in y = x / alpha nothing is rescaled.
 
     >>> round(level_to_aim_for(1.5, 1.0, 0.05), 6)
-    0.994061
+    0.993567
 
     """
     root = target**2 * (1 + variance) - variance * level**2

@@ -92,8 +92,8 @@ def searched(
     Raises:
         QuantizationError: NaN or infinity, or a setting out of range.
 
-    >>> searched(torch.linspace(-1, 2, 50)[None], 8, "absmax").scale.item() * 255
-    3.0
+    >>> 255 * searched(torch.linspace(-1, 2, 50)[None], 8, "absmax").scale
+    tensor([3.])
 
     """
     grid = Grid(
