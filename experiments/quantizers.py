@@ -38,7 +38,7 @@ from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
 from evenkeel.corrections import applicable
 from evenkeel.corrections.catalogue import from_evidence
 from evenkeel.quantization import quantize
-from evenkeel.quantizers import RoundToNearest, load_quantized
+from evenkeel.quantizers import DEFAULT_SKIP, RoundToNearest, load_quantized
 from evenkeel.quantizers.methods import method_from
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
@@ -66,6 +66,8 @@ def _job(
 
 
 CHANNEL: dict[str, Any] = {"group": None}
+STATIC: dict[str, Any] = {"group": None, "activation": "static"}
+ALL: dict[str, Any] = {"skip": []}
 G32: dict[str, Any] = {"group": 32, "activation": "group"}
 SVD: dict[str, Any] = {"group": 32, "rank": 16}  # ranks of a third of the width would not compare
 # Of 20,000 iterations, what two cores can do; all steps, for the time embedding is quantized too.
@@ -79,7 +81,10 @@ JOBS = [
     _job("svdquant", "svdquant", "w8a8", rank=16),
     *(_job("rtn-channel", "rtn", b, **CHANNEL) for b in ("w8a8", "w4a8")),
     *(_job("gptq-channel", "rtn", b, rounding="gptq", **CHANNEL) for b in ("w4a8",)),
+    # MixDQ's inputs are static and every layer is quantized: its baseline, then with the usual layers kept.
+    *(_job(f"rtn-static{n}", "rtn", "w4a8", **STATIC, **s) for n, s in (("-all", ALL), ("", {}))),
     _job("mixdq", "mixdq", "w4a8", True),
+    _job("mixdq-kept", "mixdq", "w4a8", skip=list(DEFAULT_SKIP)),
     *(_job("vidit-q", "vidit-q", b) for b in ("w8a8", "w4a8")),
     *(
         _job("q-diffusion-nearest", "q-diffusion", b, **NEAREST)
