@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.layers import Quantized, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from evenkeel.quantizers.layers import Quantized, QuantizedConv2d, QuantizedLinear
+from evenkeel.quantizers.replacing import refuse_irreplaceable, refuse_quantized
 from evenkeel.quantizers.report import LayerReport, QuantizationReport, kept_layer, report_of
 from evenkeel.quantizers.spec import QuantizerSpec, first_match
 
@@ -44,7 +45,7 @@ def quantize_module(
     """
     # named_modules gives a module that is shared under several names once, by its first name.
     found = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
-    _refuse_quantized(module)
+    refuse_quantized(module)
     reasons = [_reason_to_keep(name, layer, spec) for name, layer in found]
     if all(reasons):
         raise _nothing_matches([name for name, _ in found], spec)
@@ -83,17 +84,7 @@ def _reason_to_keep(name: str, layer: nn.Module, spec: QuantizerSpec) -> str:
 
 
 def _quantize(name: str, layer: nn.Module, spec: QuantizerSpec) -> Quantized:
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    if any(getattr(layer, h) for h in hooks) or "forward" in vars(layer):
-        raise QuantizationError(
-            f"{name!r} has hooks (offloading, a profiler, an adapter?) that its replacement would "
-            "lose. Quantize before they are attached, or remove them first."
-        )
-    if any(tensor.is_meta for tensor in layer.parameters()):
-        raise QuantizationError(
-            f"The weights of {name!r} are not loaded (device 'meta'). Load the model completely, "
-            "without offloading, before quantizing."
-        )
+    refuse_irreplaceable(name, layer)
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d.of(layer, spec, name)
     assert isinstance(layer, nn.Linear)  # by _reason_to_keep
@@ -107,15 +98,6 @@ def _note(layer: nn.Module, spec: QuantizerSpec) -> str:
     if isinstance(layer, nn.Conv2d) and layer.groups > 1 and spec.group is not None:
         notes.append("grouped convolution: one weight scale per output channel")
     return "; ".join(notes)
-
-
-def _refuse_quantized(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, QuantizedLayer):
-            raise QuantizationError(
-                f"{name!r} is quantized already; quantizing its rounded weights again would be "
-                "measured against the wrong original. Start from the full-precision module."
-            )
 
 
 def _nothing_matches(found: list[str], spec: QuantizerSpec) -> QuantizationError:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layer_files import read_layer, write_layer
 from evenkeel.quantizers.layers import QuantizedLayer
+from evenkeel.quantizers.replacing import swap
 from evenkeel.quantizers.report import QuantizationReport
 
 FORMAT = "evenkeel-quantized"
@@ -186,11 +187,7 @@ def _put(
         new = read_layer(descriptions[name], own, old)
     except QuantizationError as error:
         raise QuantizationError(f"{TENSORS}, {name!r}: {error}") from error
-    # Every reference to a layer that is shared under several names.
-    for owner in list(module.modules()):
-        for child, inner in list(owner._modules.items()):
-            if inner is old:
-                owner._modules[child] = new
+    swap(module, old, new)
 
 
 def _quantized(module: nn.Module, name: str) -> QuantizedLayer:

@@ -96,10 +96,7 @@ class MixDQ(Method):
 
     def quantize(self, workspace: Workspace) -> None:
         """Observe inputs, measure sensitivities, allocate bits, and round layer by layer."""
-        for name in workspace.open:
-            pattern = first_match(name, self.skip)
-            if pattern is not None:
-                workspace.keep(name, f"skip pattern {pattern!r}")
+        workspace.keep_matching(self.skip)
         units = workspace.units(workspace.open)
         seen = self._observed(workspace, [name for unit in units for name in unit.layers])
         bits, kept = self._decided(workspace, units, seen)

@@ -110,10 +110,7 @@ class PTQ4DiT(Method):
             QuantizationError: no layer matches ``balance``.
 
         """
-        for name in workspace.open:
-            pattern = first_match(name, self.skip)
-            if pattern is not None:
-                workspace.keep(name, f"skip pattern {pattern!r}")
+        workspace.keep_matching(self.skip)
         names = workspace.open
         if self.balance and not any(first_match(name, self.balance) for name in names):
             raise QuantizationError(

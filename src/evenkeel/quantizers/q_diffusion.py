@@ -14,7 +14,6 @@ from evenkeel.quantizers.formats import Integer
 from evenkeel.quantizers.grids import Grid, fit, last
 from evenkeel.quantizers.inputs import StaticInput
 from evenkeel.quantizers.method import Method, check_bits
-from evenkeel.quantizers.spec import first_match
 from evenkeel.quantizers.static_ranges import RunningRange, searched
 from evenkeel.quantizers.workspace import Workspace
 
@@ -109,10 +108,7 @@ class QDiffusion(Method):
 
     def quantize(self, workspace: Workspace) -> None:
         """Block by block in the order of the calls."""
-        for name in workspace.open:
-            pattern = first_match(name, self.skip)
-            if pattern is not None:
-                workspace.keep(name, f"skip pattern {pattern!r}")
+        workspace.keep_matching(self.skip)
         splits = self._splits(workspace.original)
         for unit in workspace.work(workspace.units(workspace.open)):
             plans = {n: self._plan(workspace.layers[n], splits.get(n)) for n in unit.layers}

@@ -22,7 +22,7 @@ from evenkeel.quantizers.layers import (
     weight_group,
 )
 from evenkeel.quantizers.method import Method, check_bits
-from evenkeel.quantizers.spec import DEFAULT_SKIP, first_match
+from evenkeel.quantizers.spec import DEFAULT_SKIP
 from evenkeel.quantizers.static_ranges import RunningRange, Search, searched
 from evenkeel.quantizers.workspace import Workspace
 
@@ -118,10 +118,7 @@ class RoundToNearest(Method):
 
     def quantize(self, workspace: Workspace) -> None:
         """Layer by layer, independently of each other."""
-        for name in workspace.open:
-            pattern = first_match(name, self.skip)
-            if pattern is not None:
-                workspace.keep(name, f"skip pattern {pattern!r}")
+        workspace.keep_matching(self.skip)
         for unit in workspace.work(workspace.units(workspace.open)):
             hessians, inputs = self._observed(workspace, unit.layers)
             made, notes = {}, {}

@@ -106,10 +106,7 @@ class ViDiTQ(Method):
 
     def quantize(self, workspace: Workspace) -> None:
         """Smooth, allocate bits, and round layer by layer."""
-        for name in workspace.open:
-            pattern = first_match(name, self.skip)
-            if pattern is not None:
-                workspace.keep(name, f"skip pattern {pattern!r}")
+        workspace.keep_matching(self.skip)
         units = workspace.units(workspace.open)
         names = [name for unit in units for name in unit.layers]
         smoothing = self._smoothing(workspace, names)

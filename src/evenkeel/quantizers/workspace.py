@@ -20,7 +20,9 @@ from evenkeel.quantizers.calibration_set import CalibrationSet, mapped
 from evenkeel.quantizers.layers import QuantizedLayer
 from evenkeel.quantizers.method import Method
 from evenkeel.quantizers.progress_files import Partial
+from evenkeel.quantizers.replacing import refuse_irreplaceable, refuse_quantized, swap
 from evenkeel.quantizers.report import LayerReport, QuantizationReport, kept_layer, report_of
+from evenkeel.quantizers.spec import first_match
 
 Side = Literal["original", "quantized"]
 Progress = Callable[[int, int, str], None]
@@ -104,6 +106,13 @@ class Workspace:
         """Leave a layer in full precision."""
         self.reports[name] = kept_layer(name, self.layers[name], reason)
 
+    def keep_matching(self, patterns: tuple[str, ...]) -> None:
+        """Leave open layers in full precision whose names match, see ``first_match``."""
+        for name in self.open:
+            pattern = first_match(name, patterns)
+            if pattern is not None:
+                self.keep(name, f"skip pattern {pattern!r}")
+
     def replace(
         self,
         unit: Unit,
@@ -114,7 +123,7 @@ class Workspace:
     ) -> None:
         """Put new layers into the copy, wherever it refers to the old ones, and report on them."""
         for name, layer in made.items():
-            _swap(self.quantized, self.quantized.get_submodule(name), layer)
+            swap(self.quantized, self.quantized.get_submodule(name), layer)
             self.reports[name] = report_of(
                 name,
                 self.layers[name],
@@ -155,7 +164,7 @@ class Workspace:
             else:
                 made, reports = stored
                 for name, layer in made.items():
-                    _swap(self.quantized, self.quantized.get_submodule(name), layer)
+                    swap(self.quantized, self.quantized.get_submodule(name), layer)
                 self.reports.update({r.name: r for r in reports})
             self.progress(done, len(units), unit.name)
 
@@ -313,32 +322,10 @@ def _stop_after(times: int) -> Callable[..., None]:
     return hook
 
 
-def _swap(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Every reference to a layer, also one that is shared under several names."""
-    for owner in list(net.modules()):
-        for name, inner in list(owner._modules.items()):
-            if inner is old:
-                owner._modules[name] = new
-
-
 def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, QuantizedLayer):
-            raise QuantizationError(
-                f"{name!r} is quantized already; quantizing its rounded weights again would be "
-                "measured against the wrong original. Start from the full-precision module."
-            )
+    refuse_quantized(module)
     for name, layer in layers:
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-            raise QuantizationError(
-                f"{name!r} has hooks (offloading, a profiler, an adapter?) that its replacement "
-                "would lose. Quantize before they are attached, or remove them first."
-            )
-        if any(tensor.is_meta for tensor in layer.parameters()):
-            raise QuantizationError(
-                f"The weights of {name!r} are not loaded (device 'meta'). Load the model "
-                "completely, without offloading, before quantizing."
-            )
+        refuse_irreplaceable(name, layer)
         weight = layer.get_parameter("weight")
         if not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
