@@ -132,7 +132,11 @@ def corrected(pipeline: Any, arm: Arm, guidance_scale: float | None) -> Abstract
 
 def _pictures(pipeline: Any, batch: list[Prompt], seed: int, options: Mapping[str, Any]) -> Tensor:
     seeds = range(seed, seed + len(batch))
-    array = np.asarray(run_pipeline(pipeline, batch, seeds, output_type="np", **options))
+    # DiTPipeline hands its generators to no scheduler: DDPM draws from the global one.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        array = np.asarray(run_pipeline(pipeline, batch, seeds, output_type="np", **options))
     if array.ndim != 4:
         raise MetricError(
             f"expected images (n, H, W, 3) from {type(pipeline).__name__}, got shape {array.shape}; "

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
-from evenkeel.hosts.pipelines import call_parameters, denoiser_of, load
+from evenkeel.hosts.pipelines import Prompt, call_parameters, denoiser_of, load
+from evenkeel.hosts.schedulers import change_scheduler, scheduler_names
 from evenkeel.quantizers import (
     QuantizationReport,
     QuantizerSpec,
@@ -20,28 +21,51 @@ from evenkeel.quantizers import (
     quantize_module,
     save_quantized,
 )
-from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
+from evenkeel.zoo.pictures import KINDS, Pictures
 
 
-def load_pipeline(source: str, dtype: str = "float32") -> Any:
+def load_pipeline(source: str, dtype: str = "float32", scheduler: str | None = None) -> Any:
     """``zoo:NAME``, a local diffusers folder, or a hub id.
+
+    Args:
+        source: one of these.
+        dtype: of all networks, whatever they were saved in.
+        scheduler: to sample with instead of the pipeline's own: a twin's short name for one, or a class
+            of diffusers.
 
     Raises:
         UnsupportedPipeline: nothing there that diffusers can load.
+        EvenkeelError: no such scheduler; lists those there are.
 
     """
     import torch
 
-    local = source.startswith("zoo:") or Path(source).exists()
-    place = zoo.path_of(source[4:]) if source.startswith("zoo:") else source
+    twin = zoo.twin(source[4:]) if source.startswith("zoo:") else None
+    chosen = None if scheduler is None else _sampler(scheduler, twin)
+    local = twin is not None or Path(source).exists()
+    place = source if twin is None else zoo.path_of(twin.name)
     try:
-        pipeline = load(place, local_files_only=local)
+        pipeline = load(place, local_files_only=local, torch_dtype=getattr(torch, dtype))
     except (OSError, ValueError) as e:
         raise UnsupportedPipeline(
             f"{source!r} is not a pipeline that diffusers can load: {_first_line(e)}. Give zoo:NAME, a "
             f"folder with a model_index.json, or the id of a pipeline on the hub."
         ) from e
-    return pipeline if dtype == "float32" else pipeline.to(getattr(torch, dtype))
+    if chosen is not None:
+        change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
+    return pipeline
+
+
+def _sampler(name: str, twin: zoo.Twin | None) -> zoo.Sampler:
+    if twin is not None and name in twin.schedulers:
+        return twin.schedulers[name]
+    known = scheduler_names()
+    if name in known:
+        return zoo.Sampler(name)
+    own = "" if twin is None else f"{', '.join(twin.schedulers)} (as {twin.original}), or "
+    raise EvenkeelError(
+        f"no scheduler called {name!r}; expected {own}a class of diffusers: {', '.join(known)}."
+    )
 
 
 def save_denoiser(module: nn.Module, like: nn.Module, folder: Path) -> None:
@@ -132,36 +156,54 @@ def _remembering(module: nn.Module, report: QuantizationReport) -> nn.Module:
     return module
 
 
-def is_handwriting(pipeline: Any) -> Path | None:
-    """The folder of a pipeline that brings the handwriting evaluator along, or None."""
-    folder = Path(str(pipeline.config.get("_name_or_path", "")))
-    return folder if (folder / "evaluator.safetensors").is_file() else None
-
-
-def evaluator_for(pipeline: Any) -> HandwritingEvaluator | None:
-    """The evaluator that came with the pipeline; None for pipelines from elsewhere."""
-    folder = is_handwriting(pipeline)
-    return None if folder is None else HandwritingEvaluator(folder)
-
-
-def references_for(pipeline: Any, prompts: list[str], seed: int) -> Tensor | None:
-    """Held-out real images that show the prompts, where the pipeline is a handwriting one."""
-    return None if is_handwriting(pipeline) is None else reference_images(prompts, seed)
-
-
-def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> list[str]:
-    """Prompts from a text file, one per line (``-`` for standard input), or from the grammar.
+def twin_of(pipeline: Any) -> tuple[Path, Pictures] | None:
+    """The folder of a twin's pipeline and the kind of its pictures; None for pipelines from elsewhere.
 
     Raises:
-        EvenkeelError: no file and no grammar, an unreadable file, or fewer lines than asked for.
+        EvenkeelError: the ``twin.json`` in the pipeline's folder names no kind of picture.
+
+    """
+    folder = Path(str(pipeline.config.get("_name_or_path", "")))
+    file = folder / "twin.json"
+    if not file.is_file():
+        return None
+    try:
+        return folder, KINDS[json.loads(file.read_text(encoding="utf-8"))["pictures"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise EvenkeelError(
+            f'{file} is not of the form {{"name": ..., "pictures": one of {", ".join(KINDS)}}}: {e!r}.'
+        ) from e
+
+
+def evaluator_for(pipeline: Any) -> Any:
+    """The evaluator of a twin's pictures; None for pipelines from elsewhere."""
+    found = twin_of(pipeline)
+    return None if found is None else found[1].evaluator(found[0])
+
+
+def references_for(pipeline: Any, prompts: list[Prompt], seed: int) -> Tensor | None:
+    """Held-out real images that show the prompts, where the pipeline is a twin."""
+    found = twin_of(pipeline)
+    return None if found is None else found[1].references(prompts, seed)
+
+
+def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> list[Prompt]:
+    """Prompts from a text file, one per line (``-`` for standard input), or the twin's own.
+
+    Where the pipeline takes class labels, lines are numbers.
+
+    Raises:
+        EvenkeelError: no file and no twin, an unreadable file, fewer lines than asked for, or a line
+            that is no class label.
 
     """
     if source is None:
-        if is_handwriting(pipeline) is None:
+        found = twin_of(pipeline)
+        if found is None:
             raise EvenkeelError(
                 "this pipeline brings no prompts of its own: pass --prompts FILE, one prompt per line."
             )
-        return sample_prompts(n or 32, seed)
+        return found[1].prompts(n or 32, seed)
     try:
         content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -171,7 +213,21 @@ def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) ->
         raise EvenkeelError(f"{source} holds {len(lines)} prompts, {n} were asked for.")
     if not lines:
         raise EvenkeelError(f"{source} holds no prompts; expected one per line.")
-    return lines if n is None else lines[:n]
+    kept = lines if n is None else lines[:n]
+    return [_label(line, source) for line in kept] if _takes_labels(pipeline) else [*kept]
+
+
+def _takes_labels(pipeline: Any) -> bool:
+    return "prompt" not in (known := call_parameters(pipeline)) and "class_labels" in known
+
+
+def _label(line: str, source: str) -> int:
+    try:
+        return int(line)
+    except ValueError:
+        raise EvenkeelError(
+            f"{source} holds {line!r}; this pipeline takes class labels: expected one number per line."
+        ) from None
 
 
 def parse_call(pairs: list[str], pipeline: Any) -> dict[str, Any]:

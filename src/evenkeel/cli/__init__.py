@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from evenkeel.cli import fitting, generating, quantizing
+from evenkeel.cli import fitting, generating, quantizing, zoo
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         fitting.add_inspect,
         generating.add_sample,
         generating.add_compare,
+        zoo.add_zoo,
     ):
         add(commands)
     return parser

@@ -85,7 +85,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     for i, image in enumerate(images):
         files.append(options.out / f"{i:05d}.png")
         Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(files[-1])
-    (options.out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    (options.out / "prompts.txt").write_text("\n".join(map(str, prompts)) + "\n", encoding="utf-8")
     each = float(torch.tensor(seconds).mean())
     if options.json:
         print(json.dumps({"images": [str(f) for f in files], "seconds_per_image": each}))
@@ -145,12 +145,13 @@ def _run_compare(options: argparse.Namespace) -> None:
     described = {
         "pipeline": options.pipeline,
         "quantized": options.quantized,
+        "scheduler": type(pipeline.scheduler).__name__,
         "record": ", ".join(str(path) for path in options.record),
         "images": len(prompts),
         "seed": options.seed,
         **settings,
     }
     results = save_results(
-        options.out, comparison, described, record, prompts, not_applicable=reasons
+        options.out, comparison, described, record, [*map(str, prompts)], not_applicable=reasons
     )
     print(json.dumps(results) if options.json else text_table(results))

@@ -39,6 +39,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale", type=float, help="default: the twin's or the pipeline's"
     )
+    scheduler(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -49,6 +50,15 @@ def sampling(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="further pipeline argument",
+    )
+
+
+def scheduler(parser: argparse.ArgumentParser) -> None:
+    """Which scheduler samples."""
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="instead of the pipeline's own: a twin's (see evenkeel zoo list), or a class of diffusers",
     )
 
 
@@ -134,7 +144,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     steps, guidance = sampling_of(options)
     if steps is None:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
-    pipeline = load_pipeline(options.pipeline, options.dtype)
+    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
     quantized = load_denoiser(options.quantized, pipeline)
     if options.device:
         pipeline.to(options.device)

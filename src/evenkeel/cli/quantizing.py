@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import DTYPES, PIPELINE, command, positive, sampling_of
+from evenkeel.cli.options import DTYPES, PIPELINE, command, positive, sampling_of, scheduler
 
 
 def add_quantize(commands: Any) -> None:
@@ -43,6 +43,7 @@ def add_quantize(commands: Any) -> None:
         default=8,
         help="denoiser calls to keep of every run (default 8)",
     )
+    scheduler(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -60,7 +61,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     kind = method_named(options.method)
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
-    pipeline = load_pipeline(options.pipeline, options.dtype)
+    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
     if options.device:
         pipeline.to(options.device)
     steps, guidance = sampling_of(options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.backends import backend_settings, backend_text
@@ -20,7 +22,10 @@ Prompt = str | int
 
 
 def load(place: Any, **options: Any) -> Any:
-    """``DiffusionPipeline.from_pretrained`` without the loading bars of two libraries."""
+    """``DiffusionPipeline.from_pretrained`` without the loading bars of two libraries.
+
+    Without ``torch_dtype`` diffusers' networks come in float32, text encoders as they were saved.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -29,7 +34,10 @@ def load(place: Any, **options: Any) -> Any:
     for library in chatty:
         library.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(place, **options)
+        with warnings.catch_warnings():
+            # Later versions call it dtype; earlier ones know no other name.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return DiffusionPipeline.from_pretrained(place, **options)
     finally:
         for library in chatty:
             library.enable_progress_bar()
@@ -140,9 +148,22 @@ def run_pipeline(
             f"{', '.join(p for p in parameters if p != 'self')}."
         )
     given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    with torch.no_grad():
+    pixels = getattr(pipeline, "vae", None) is None
+    with torch.no_grad(), _NumpyOfBfloat16() if pixels else nullcontext():
         out = pipeline(**given, return_dict=False)
     return out[0] if isinstance(out, tuple) else out
+
+
+class _NumpyOfBfloat16(TorchFunctionMode):
+    """Inside, ``Tensor.numpy`` widens bfloat16, which numpy does not know.
+
+    Most pipelines do so themselves; those in pixel space (``DDPMPipeline``) do not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.numpy and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -3,67 +3,73 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.registry import TWINS as TWINS
+from evenkeel.zoo.registry import Sampler as Sampler
+from evenkeel.zoo.registry import Twin as Twin
+from evenkeel.zoo.registry import twin as twin
 
 FOLDER_VARIABLE = "EVENKEEL_ZOO"
 
 
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """One pipeline of the zoo and the settings of its original.
-
-    Attributes:
-        name: as in ``zoo:NAME``.
-        original: the model it is a twin of.
-        num_inference_steps, guidance_scale: of the original's default inference.
-
-    """
-
-    name: str
-    original: str
-    num_inference_steps: int
-    guidance_scale: float
+def places_of(name: str) -> list[Path]:
+    """Where the twin's folder may be: in that of EVENKEEL_ZOO, in the package, in a checkout's zoo/."""
+    here = Path(__file__).resolve()
+    places = [here.parent / "weights" / name]
+    checkout = here.parents[3]
+    if (checkout / "pyproject.toml").is_file():  # not where the package is installed
+        places.append(checkout / "zoo" / name)
+    if os.environ.get(FOLDER_VARIABLE):
+        places.insert(0, Path(os.environ[FOLDER_VARIABLE]) / name)
+    return places
 
 
-TWINS = {"pixart-sigma": Twin("pixart-sigma", "PixArt-Sigma", 20, 4.5)}
-
-
-def twin(name: str) -> Twin:
-    """The twin of that name.
-
-    Raises:
-        EvenkeelError: unknown; lists what there is.
-
-    >>> twin("pixart-sigma").num_inference_steps
-    20
-
-    """
-    if name not in TWINS:
-        raise EvenkeelError(f"no twin called {name!r} in the zoo; there is {', '.join(TWINS)}.")
-    return TWINS[name]
+def find(name: str) -> Path | None:
+    """The twin's folder; None where its weights are in none of its places."""
+    twin(name)
+    return next((p for p in places_of(name) if (p / "model_index.json").is_file()), None)
 
 
 def path_of(name: str) -> Path:
-    """The twin's folder: in the package, or in the folder that EVENKEEL_ZOO names."""
-    twin(name)
-    places = [Path(__file__).parent / "weights" / name]
-    if os.environ.get(FOLDER_VARIABLE):
-        places.insert(0, Path(os.environ[FOLDER_VARIABLE]) / name)
-    for place in places:
-        if (place / "model_index.json").is_file():
-            return place
-    raise EvenkeelError(
-        f"the weights of {name} are in none of {[str(p) for p in places]}; train them with "
-        f"python -m evenkeel.zoo.train {name}, or set {FOLDER_VARIABLE}."
-    )
+    """The twin's folder.
+
+    Raises:
+        EvenkeelError: no such twin, or its weights are nowhere; says where they were looked for.
+
+    """
+    place = find(name)
+    if place is None:
+        raise EvenkeelError(
+            f"the weights of {name} are in none of {[str(p) for p in places_of(name)]}; train them "
+            f"with python -m evenkeel.zoo.train {name}, or name a folder of twins in {FOLDER_VARIABLE}."
+        )
+    return place
 
 
-def load(name: str) -> Any:
-    """The pipeline, as ``DiffusionPipeline.from_pretrained`` loads any other, in evaluation mode."""
+def load(name: str, scheduler: str | None = None, dtype: Any = None) -> Any:
+    """The pipeline, as ``DiffusionPipeline.from_pretrained`` loads any other, in evaluation mode.
+
+    Args:
+        name: of the twin.
+        scheduler: another of its original's samplers (``twin(name).schedulers``).
+        dtype: of all networks, whatever they were saved in; float32 without.
+
+    Raises:
+        EvenkeelError: no such twin or scheduler, or no weights.
+
+    """
+    import torch
+
     from evenkeel.hosts.pipelines import load as load_pipeline
+    from evenkeel.hosts.schedulers import change_scheduler
 
-    return load_pipeline(path_of(name), local_files_only=True)
+    chosen = None if scheduler is None else twin(name).sampler(scheduler)
+    pipeline = load_pipeline(
+        path_of(name), local_files_only=True, torch_dtype=dtype or torch.float32
+    )
+    if chosen is not None:
+        change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
+    return pipeline

@@ -57,10 +57,11 @@ def sample_prompts(n: int, seed: int) -> list[str]:
     return [write_caption(sample_mentions(r, rng), rng) for r in rows]
 
 
-def reference_images(prompts: Sequence[str], seed: int) -> Tensor:
+def reference_images(prompts: Sequence[str], seed: int, *, held_out: bool = True) -> Tensor:
     """Pictures of *held-out* scans that show what the captions ask: (n, 3, 32, 32) uint8.
 
-    What a caption leaves open is drawn at random, as for the captions' own pictures.
+    What a caption leaves open is drawn at random, as for the captions' own pictures. With
+    ``held_out=False`` the scans are those that the twins were trained on.
     """
     rng = np.random.default_rng([seed, 8])
     attributes = sample_attributes(len(prompts), rng)
@@ -73,6 +74,6 @@ def reference_images(prompts: Sequence[str], seed: int) -> Tensor:
             free = "background" if "background" not in said else "colour"
             shift = int(rng.integers(1, len(ATTRIBUTES["colour"])))
             attributes[free][i] = (int(attributes[free][i]) + shift) % len(ATTRIBUTES["colour"])
-    scans = draw_scans(attributes["digit"], load_scans(held_out=True), rng)
+    scans = draw_scans(attributes["digit"], load_scans(held_out), rng)
     pictures = render(scans, attributes, rng)
     return (pictures * 255).round().to(torch.uint8)

@@ -26,7 +26,7 @@ MATCHES = (
     "relation",
 )
 FEATURES = 96
-RECIPE = Recipe(steps=2000, learning_rate=2e-3, seed=131, weight_decay=1e-2, mixed_precision="bf16")
+RECIPE = Recipe(steps=2000, learning_rate=2e-3, seed=131, weight_decay=1e-2, bfloat16=True)
 BATCH = 128
 HELD_OUT_PICTURES, HELD_OUT_SEED = 4096, 99
 

@@ -1,0 +1,136 @@
+"""What each kind of twin draws: how its pictures are judged, asked for, and compared with real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenkeel.zoo import evaluation, scene_evaluation, scene_prompts
+from evenkeel.zoo.handwriting import ATTRIBUTES, draw_scans, load_scans, render, sample_attributes
+
+# One-digit pictures have one evaluator, whatever draws them; it is part of the package.
+EMBEDDED = Path(__file__).parent / "weights" / "pixart-sigma"
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """One kind of picture.
+
+    Attributes:
+        name: as in the ``twin.json`` of a twin's folder.
+        shows: what the pictures are, in words.
+        attributes: of the columns of the evaluator's ``matches``; none where nothing is asked for.
+        evaluator: folder of the twin -> features (n, d) and matches (n, attributes) or None.
+        prompts: (n, seed) -> prompts; different seeds give independent ones.
+        references: (prompts, seed) -> real pictures (n, 3, 32, 32) uint8 that show the prompts, drawn
+            from held-out scans; with ``held_out=False`` from those that the twins were trained on.
+
+    """
+
+    name: str
+    shows: str
+    attributes: tuple[str, ...]
+    evaluator: Callable[[Path], Any]
+    prompts: Callable[[int, int], list[Any]]
+    references: Callable[..., Tensor]
+
+
+class DigitEvaluator:
+    """The one-digit evaluator for class labels: of what it sees only the digit was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._embedded = evaluation.HandwritingEvaluator(EMBEDDED)
+        self.network = self._embedded.network
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
+        return self._embedded.features(images)
+
+    @torch.no_grad()
+    def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor | None:
+        """(n, 1): 1 where the image shows the digit of its label, else 0."""
+        seen = [self.network(part)["digit"].argmax(1) for part in torch.split(images, 256)]
+        wanted = torch.tensor([int(p) for p in prompts])
+        return (torch.cat(seen) == wanted).float()[:, None]
+
+
+class UnaskedEvaluator(DigitEvaluator):
+    """The one-digit evaluator where nothing was asked for."""
+
+    def matches(self, images: Tensor, prompts: Sequence[str | int]) -> None:
+        """None: there is nothing to match."""
+
+
+def balanced_digits(n: int, seed: int) -> list[int]:
+    """``n`` digits in random order, each as often as any other (give or take one)."""
+    rng = np.random.default_rng([seed, 11])
+    return [int(d) for d in rng.permutation(np.resize(rng.permutation(10), n))]
+
+
+def digit_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
+    """Pictures (n, 3, 32, 32) uint8 of these digits, everything else drawn at random."""
+    rng = np.random.default_rng([seed, 12])
+    attributes = sample_attributes(len(prompts), rng)
+    attributes["digit"] = torch.tensor([int(p) for p in prompts], dtype=torch.int64)
+    return _drawn(attributes, rng, held_out)
+
+
+def any_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
+    """As many random pictures (n, 3, 32, 32) uint8 as there are prompts."""
+    rng = np.random.default_rng([seed, 13])
+    return _drawn(sample_attributes(len(prompts), rng), rng, held_out)
+
+
+def _drawn(attributes: dict[str, Tensor], rng: np.random.Generator, held_out: bool) -> Tensor:
+    scans = draw_scans(attributes["digit"], load_scans(held_out), rng)
+    return (render(scans, attributes, rng) * 255).round().to(torch.uint8)
+
+
+def counted(n: int, seed: int) -> list[int]:
+    """0 to n - 1: the pipeline is only asked for so many pictures."""
+    return list(range(n))
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Pictures(
+            "captions",
+            "one handwritten digit, described by a caption",
+            tuple(ATTRIBUTES),
+            evaluation.HandwritingEvaluator,
+            evaluation.sample_prompts,
+            evaluation.reference_images,
+        ),
+        Pictures(
+            "scenes",
+            "one or two handwritten digits and how they stand to each other, described by a caption",
+            scene_evaluation.MATCHES,
+            scene_evaluation.SceneEvaluator,
+            scene_prompts.sample_prompts,
+            scene_prompts.reference_images,
+        ),
+        Pictures(
+            "digits",
+            "one handwritten digit, asked for by its class",
+            ("digit",),
+            DigitEvaluator,
+            balanced_digits,
+            digit_images,
+        ),
+        Pictures(
+            "unconditional",
+            "one handwritten digit, any",
+            (),
+            UnaskedEvaluator,
+            counted,
+            any_images,
+        ),
+    )
+}
