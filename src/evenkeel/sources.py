@@ -164,7 +164,7 @@ def twin_of(pipeline: Any) -> tuple[Path, Pictures] | None:
 
     """
     folder = Path(str(pipeline.config.get("_name_or_path", "")))
-    file = folder / "twin.json"
+    file = folder / zoo.TWIN_FILE
     if not file.is_file():
         return None
     try:

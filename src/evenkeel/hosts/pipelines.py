@@ -82,10 +82,15 @@ def denoiser_swapped(pipeline: Any, module: nn.Module) -> Iterator[None]:
         setattr(pipeline, name, original)
 
 
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
 def call_defaults(pipeline: Any) -> dict[str, Any]:
     """Arguments without which a call would fail or warn, from what the pipeline itself says.
 
-    - ``max_sequence_length``: not beyond what its tokenizer can hold;
+    - ``max_sequence_length``: not beyond what its tokenizers can hold (T5's where there is one);
+    - ``height`` and ``width`` where the pipeline assumes 128 latents whatever its denoiser (FLUX): the
+      size that its autoencoder was trained for, which for FLUX itself is the same;
     - ``use_resolution_binning=False`` where the denoiser's sample size has no list of resolutions;
     - ``clean_caption=False``: caption cleaning needs packages that may be missing;
     - ``complex_human_instruction=None`` (Sana): hundreds of instruction tokens in front of every
@@ -93,7 +98,8 @@ def call_defaults(pipeline: Any) -> dict[str, Any]:
     """
     parameters = call_parameters(pipeline)
     defaults: dict[str, Any] = {}
-    longest = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", 10**9)
+    tokenizers: list[Any] = [getattr(pipeline, name, None) for name in _TOKENIZERS]
+    longest = max((t.model_max_length for t in tokenizers if t is not None), default=10**9)
     length = parameters.get("max_sequence_length")
     if length is not None and isinstance(length.default, int) and longest < length.default:
         defaults["max_sequence_length"] = int(longest)
@@ -104,6 +110,11 @@ def call_defaults(pipeline: Any) -> dict[str, Any]:
         defaults["use_resolution_binning"] = size in (32, 64, 128, 256)
     if "clean_caption" in parameters:
         defaults["clean_caption"] = False
+    assumed = hasattr(pipeline, "default_sample_size")
+    if assumed and not hasattr(getattr(denoiser_of(pipeline), "config", None), "sample_size"):
+        side = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
+        if isinstance(side, int) and {"height", "width"} <= set(parameters):
+            defaults |= {"height": side, "width": side}
     return defaults
 
 

@@ -13,6 +13,7 @@ from evenkeel.zoo.registry import Twin as Twin
 from evenkeel.zoo.registry import twin as twin
 
 FOLDER_VARIABLE = "EVENKEEL_ZOO"
+TWIN_FILE, EVALUATOR_FILE = "twin.json", "evaluator.safetensors"  # beside the pipeline
 
 
 def places_of(name: str) -> list[Path]:
@@ -61,15 +62,19 @@ def load(name: str, scheduler: str | None = None, dtype: Any = None) -> Any:
         EvenkeelError: no such twin or scheduler, or no weights.
 
     """
-    import torch
-
-    from evenkeel.hosts.pipelines import load as load_pipeline
     from evenkeel.hosts.schedulers import change_scheduler
 
     chosen = None if scheduler is None else twin(name).sampler(scheduler)
-    pipeline = load_pipeline(
-        path_of(name), local_files_only=True, torch_dtype=dtype or torch.float32
-    )
+    pipeline = load_folder(path_of(name), dtype)
     if chosen is not None:
         change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
     return pipeline
+
+
+def load_folder(folder: Path, dtype: Any = None) -> Any:
+    """The pipeline in a twin's folder, its networks in ``dtype`` (float32 without)."""
+    import torch
+
+    from evenkeel.hosts.pipelines import load as load_pipeline
+
+    return load_pipeline(folder, local_files_only=True, torch_dtype=dtype or torch.float32)

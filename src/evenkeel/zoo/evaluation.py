@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evenkeel.zoo import networks
+from evenkeel.zoo import EVALUATOR_FILE, networks
 from evenkeel.zoo.captions import read_caption, sample_mentions, write_caption
 from evenkeel.zoo.handwriting import (
     ATTRIBUTES,
@@ -27,7 +27,7 @@ class HandwritingEvaluator:
 
     def __init__(self, folder: Path) -> None:
         self.network = networks.Evaluator().eval()
-        self.network.load_state_dict(load_file(folder / "evaluator.safetensors"))
+        self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ from torch import Tensor
 from evenkeel.zoo import evaluation, scene_evaluation, scene_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, draw_scans, load_scans, render, sample_attributes
 
-# One-digit pictures have one evaluator, whatever draws them; it is part of the package.
-EMBEDDED = Path(__file__).parent / "weights" / "pixart-sigma"
-
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
@@ -45,12 +42,12 @@ class DigitEvaluator:
     """The one-digit evaluator for class labels: of what it sees only the digit was asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._embedded = evaluation.HandwritingEvaluator(EMBEDDED)
-        self.network = self._embedded.network
+        self._evaluator = evaluation.HandwritingEvaluator(folder)
+        self.network = self._evaluator.network
 
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
-        return self._embedded.features(images)
+        return self._evaluator.features(images)
 
     @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evenkeel.zoo import networks
+from evenkeel.zoo import EVALUATOR_FILE, networks
 from evenkeel.zoo.handwriting import UNSPECIFIED
 from evenkeel.zoo.scene_captions import read_caption
 from evenkeel.zoo.scenes import SCENE, sample_scene_pictures
@@ -50,7 +50,7 @@ class SceneEvaluator:
 
     def __init__(self, folder: Path) -> None:
         self.network = SceneNetwork().eval()
-        self.network.load_state_dict(load_file(folder / "evaluator.safetensors"))
+        self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""How good a twin's own samples are, before any quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel import zoo
+from evenkeel.errors import EvenkeelError
+from evenkeel.generation import Arm, generate
+from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.metrics import frechet_distance, mean_estimate
+from evenkeel.zoo.pictures import KINDS, Pictures
+
+SEED = 31
+BATCH = 50
+SURE = 0.05  # quantile of real pictures' scores from which on a sample counts as recognisable
+
+
+def measure(
+    twin: zoo.Twin, images: int, folder: Path | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """What ``quality.json`` holds, and the samples (images, 3, 32, 32) uint8.
+
+    Full precision, the original's sampler, steps and guidance, seed 31. What the samples show is
+    judged by the twin's evaluator; beside it what real pictures of held-out scans show for the same
+    prompts. Distances between sets of equal size: samples to held-out pictures, two disjoint sets of
+    held-out pictures, and pictures of the training scans to held-out ones (what a twin would get that
+    draws its training scans and nothing else). Each set of pictures is drawn for the same prompts.
+
+    Args:
+        twin: its weights must be there.
+        images: how many samples.
+        folder: where finished batches are kept; None keeps nothing.
+
+    Raises:
+        EvenkeelError: fewer than 100 images, or no weights.
+
+    """
+    if images < 100:
+        raise EvenkeelError(
+            f"expected at least 100 images to measure {twin.name} with, got {images}."
+        )
+    pictures = KINDS[twin.pictures]
+    pipeline, evaluator = zoo.load(twin.name), pictures.evaluator(zoo.path_of(twin.name))
+    prompts = pictures.prompts(images, SEED)
+    options: dict[str, Any] = {
+        "num_inference_steps": twin.num_inference_steps,
+        "guidance_scale": twin.guidance_scale,
+        "call": {},
+    }
+    arm = Arm("samples", denoiser_of(pipeline))
+    samples, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, folder, lambda: None)
+    sets = {
+        "samples": samples,
+        "held_out": pictures.references(prompts, SEED),
+        "held_out_again": pictures.references(prompts, SEED + 1),
+        "training": pictures.references(prompts, SEED + 2, held_out=False),
+    }
+    features = {k: _features(evaluator, v) for k, v in sets.items()}
+    real = features["held_out"]
+    per_step = torch.tensor(seconds, dtype=torch.float64) / twin.num_inference_steps
+    return {
+        "command": f"python -m evenkeel.zoo.card {twin.name} --images {images}",
+        "images": images,
+        "seed": SEED,
+        "settings": {**options, "scheduler": type(pipeline.scheduler).__name__},
+        **_shown(pictures, evaluator, sets, prompts),
+        "frechet_samples_to_held_out": frechet_distance(features["samples"], real).as_dict(),
+        "frechet_held_out_to_held_out": frechet_distance(
+            features["held_out_again"], real
+        ).as_dict(),
+        "frechet_training_to_held_out": frechet_distance(features["training"], real).as_dict(),
+        "seconds_per_image": sum(seconds) / len(seconds),
+        "seconds_per_image_and_step": mean_estimate(per_step).as_dict()
+        | {"fastest": float(per_step.min()), "slowest": float(per_step.max()), "batch": BATCH},
+        "first_prompts": [str(p) for p in prompts[:60]],
+    }, samples
+
+
+def _shown(
+    pictures: Pictures, evaluator: Any, sets: dict[str, Tensor], prompts: list[Any]
+) -> dict[str, Any]:
+    """Shares of samples and of held-out pictures that show what was asked, or are recognisable."""
+    if not pictures.attributes:
+        certain = {k: _certainty(evaluator, v) for k, v in sets.items()}
+        threshold = float(certain["held_out"].quantile(SURE))
+
+        def sure(name: str) -> dict[str, Any]:
+            return mean_estimate((certain[name] >= threshold).double()).as_dict()
+
+        return {
+            "recognisable_samples": sure("samples"),
+            "recognisable_held_out_scans": sure("held_out_again"),
+            "recognisable_threshold": threshold,
+        }
+
+    def shares(name: str) -> dict[str, Any]:
+        matches = evaluator.matches(sets[name].float() / 255, prompts)
+        columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
+        return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
+
+    return {"shown_by_samples": shares("samples"), "shown_by_held_out_scans": shares("held_out")}
+
+
+@torch.no_grad()
+def _features(evaluator: Any, images: Tensor) -> Tensor:
+    parts = [evaluator.features(p.float() / 255) for p in torch.split(images, 256)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _certainty(evaluator: Any, images: Tensor) -> Tensor:
+    """Probability (n,) that the evaluator gives to the digit that it sees."""
+    parts = [evaluator.network(p.float() / 255)["digit"] for p in torch.split(images, 256)]
+    return torch.cat(parts).softmax(1).amax(1).double()
