@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.zoo import objectives
-from evenkeel.zoo.handwriting import IMAGE_SIZE, sample_pictures
+from evenkeel.zoo.handwriting import CENTRED, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
 RECIPES = (
@@ -56,7 +56,7 @@ def train_denoiser(work: Path) -> Any:
     denoiser = build_denoiser()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
-        pictures, _ = sample_pictures(BATCH, rng)
+        pictures, _ = sample_pictures(BATCH, rng, fixed=CENTRED)
         x = pictures.to(next(module.parameters()).device) * 2 - 1
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The twin of DiT-XL/2: class-conditional, learned variance, DDIM and DDPM.
 
-A class is a digit (0 to 9); colours, sizes, places and slants are free. diffusers' ``DiTPipeline``
+A class is a digit (0 to 9), large in the middle; colours are free. diffusers' ``DiTPipeline``
 has 1,000 classes and a null class written into it, so there are as many rows of embeddings here; those
 of classes 10 to 999 were never trained and are zero.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evenkeel.zoo import objectives
 from evenkeel.zoo.autoencoders import encode
-from evenkeel.zoo.handwriting import DIGITS, sample_pictures
+from evenkeel.zoo.handwriting import CENTRED, DIGITS, sample_pictures
 from evenkeel.zoo.pools import Pool
 from evenkeel.zoo.training import Recipe, fit
 
@@ -68,7 +68,8 @@ def train_denoiser(vae: Any, work: Path) -> Any:
     """Noise and variance, classes dropped at random for guidance."""
 
     def make() -> dict[str, Tensor]:
-        pictures, attributes = sample_pictures(PICTURES, np.random.default_rng(RECIPES[0].seed))
+        rng = np.random.default_rng(RECIPES[0].seed)
+        pictures, attributes = sample_pictures(PICTURES, rng, fixed=CENTRED)
         return {"latents": encode(vae, pictures), "classes": attributes["digit"]}
 
     pool = Pool.kept(work / "pool.safetensors", make)

@@ -73,13 +73,10 @@ def train_dev(work: Path, out: Path) -> None:
     pipeline.save_pretrained(out)
 
 
-def train_schnell(work: Path, out: Path) -> None:
-    """Distil schnell from the trained dev twin and save its pipeline."""
+def train_schnell(work: Path, out: Path, dev: Any) -> None:
+    """Distil schnell from ``dev``, the trained twin's pipeline, and save its own."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from evenkeel import zoo
-
-    dev = zoo.load("flux-dev")
     parts = Parts(work.parent / "shared")
     pool = Pool.kept(work / "pairs.safetensors", lambda: parts.pairs(dev))
     denoiser = train_straight(dev.transformer, parts, pool, work)

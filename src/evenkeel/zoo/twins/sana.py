@@ -97,7 +97,8 @@ def train_denoiser(vae: Any, tokenizer: Any, encoder: Any, work: Path) -> Any:
             encoder_attention_mask=batch["mask"],
             return_dict=False,
         )[0]
-        return (output - wanted).square().mean()
+        squared: Tensor = (output - wanted).square().mean()
+        return squared
 
     for index, recipe in enumerate(RECIPES):
         denoiser = fit(denoiser, loss, recipe, work / f"denoiser-{index}")

@@ -69,13 +69,11 @@ def train(work: Path, out: Path) -> None:
     parts.pipeline(denoiser, scheduler).save_pretrained(out)
 
 
-def train_turbo(work: Path, out: Path) -> None:
-    """Distil Turbo from the trained SDXL twin and save its pipeline."""
+def train_turbo(work: Path, out: Path, sdxl: Any) -> None:
+    """Distil Turbo from ``sdxl``, the trained twin's pipeline, and save its own."""
     from diffusers import EulerAncestralDiscreteScheduler
 
-    from evenkeel import zoo
-
-    teacher = zoo.load("sdxl").unet
+    teacher = sdxl.unet
     parts = Parts(work.parent / "shared")
     scenes = parts.pictures(work / "pool.safetensors", STARTS, STUDENT.seed)
     pool = Pool.kept(work / "starts.safetensors", lambda: parts.starts(teacher, scenes))

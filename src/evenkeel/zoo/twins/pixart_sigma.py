@@ -1,0 +1,200 @@
+"""The twin of PixArt-Sigma, the embedded pipeline: one digit, DPM-Solver++ 2M.
+
+Four networks, one after another: text encoder (which attributes does the caption mention?),
+autoencoder, evaluator (which attributes does the picture show?), denoiser.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evenkeel.zoo import networks, objectives
+from evenkeel.zoo.autoencoders import encode, fit_autoencoder
+from evenkeel.zoo.captions import sample_mentions, write_caption
+from evenkeel.zoo.handwriting import ATTRIBUTES, WIDE, sample_attributes, sample_pictures
+from evenkeel.zoo.pools import Pool, drop_captions
+from evenkeel.zoo.training import Recipe, fit
+
+TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
+AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
+EVALUATOR = Recipe(steps=1600, learning_rate=2e-3, seed=13, weight_decay=1e-2)
+# Cosine with one warm restart (Loshchilov & Hutter 2017): colours and places are learnt first, digits last.
+DENOISER = (
+    Recipe(steps=9500, learning_rate=1e-3, seed=14),
+    Recipe(steps=9000, learning_rate=1e-3, seed=15),
+)
+DENOISER_RUNS = ("denoiser", "denoiser-restart")
+BATCH = 128
+DENOISER_BATCH = 64
+POOL = 40_000  # pictures whose latents are encoded once for the denoiser
+DROP_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
+
+
+def train(work: Path, out: Path) -> None:
+    """Train all four networks and save the pipeline and the evaluator."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+    from safetensors.torch import save_file
+
+    tokenizer, encoder = train_text_encoder(work)
+    vae = train_autoencoder(work)
+    evaluator, _ = train_evaluator(work)
+    denoiser = train_denoiser(work, tokenizer, encoder, vae)
+    pipe = PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        transformer=denoiser.eval(),
+        scheduler=DPMSolverMultistepScheduler(**networks.SCHEDULER),
+    )
+    pipe.save_pretrained(out)
+    save_file(evaluator.state_dict(), out / "evaluator.safetensors")
+
+
+def captioned(
+    n: int, rng: np.random.Generator
+) -> tuple[list[str], dict[str, Tensor], dict[str, Tensor]]:
+    """Captions, full attributes, and the mentioned attributes (UNSPECIFIED where left out)."""
+    attributes = sample_attributes(n, rng)
+    captions, mentions = mention(attributes, rng)
+    return captions, attributes, mentions
+
+
+def mention(
+    attributes: dict[str, Tensor], rng: np.random.Generator
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Put each picture's attributes into words, leaving some out."""
+    rows = []
+    n = len(attributes["digit"])
+    for i in range(n):
+        rows.append(sample_mentions({k: int(v[i]) for k, v in attributes.items()}, rng))
+    captions = [write_caption(r, rng) for r in rows]
+    return captions, {k: torch.tensor([r[k] for r in rows]) for k in ATTRIBUTES}
+
+
+def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """As PixArtSigmaPipeline.encode_prompt does: padded to the maximum length."""
+    tokens = tokenizer(
+        captions,
+        padding="max_length",
+        max_length=networks.CAPTION_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return tokens.input_ids, tokens.attention_mask
+
+
+def train_text_encoder(work: Path) -> tuple[Any, Any]:
+    """T5 encoder that makes the mentioned attributes linearly readable from its mean token."""
+    tokenizer = networks.build_tokenizer()
+    torch.manual_seed(TEXT_ENCODER.seed)
+    encoder = networks.build_text_encoder(len(tokenizer))
+    heads = nn.ModuleDict(
+        {k: nn.Linear(networks.CAPTION_WIDTH, len(v) + 1) for k, v in ATTRIBUTES.items()}
+    )
+    both = nn.ModuleDict({"encoder": encoder, "heads": heads})
+
+    def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
+        captions, _, mentions = captioned(BATCH, rng)
+        ids, mask = tokenize(tokenizer, captions)
+        device = next(module.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = encoder(ids, attention_mask=mask).last_hidden_state
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        losses = [
+            F.cross_entropy(head(pooled), (mentions[k] % (len(ATTRIBUTES[k]) + 1)).to(device))
+            for k, head in heads.items()
+        ]
+        return torch.stack(losses).sum()
+
+    fit(both, loss, TEXT_ENCODER, work / "text_encoder")
+    return tokenizer, encoder.eval().cpu()
+
+
+def train_autoencoder(work: Path) -> Any:
+    """One autoencoder for more places and slants than captions speak of."""
+    torch.manual_seed(AUTOENCODER.seed)
+
+    def pictures(n: int, rng: np.random.Generator) -> Tensor:
+        return sample_pictures(n, rng, placement=WIDE)[0]
+
+    return fit_autoencoder(
+        networks.build_autoencoder(), pictures, AUTOENCODER, work / "autoencoder"
+    )
+
+
+def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
+    """Attribute network on the training scans; returns its accuracy on held-out scans too."""
+    torch.manual_seed(EVALUATOR.seed)
+    network = networks.Evaluator()
+
+    def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
+        device = next(module.parameters()).device
+        pictures, attributes = sample_pictures(BATCH, rng)
+        # Slight blur and noise on half of the pictures: decoders produce both.
+        blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        weight = torch.from_numpy(rng.uniform(0, 0.7, (BATCH, 1, 1, 1)).astype(np.float32))
+        weight *= torch.from_numpy((rng.random((BATCH, 1, 1, 1)) < 0.5).astype(np.float32))
+        pictures = pictures.lerp(blurred, weight) + 0.02 * weight * torch.randn(pictures.shape)
+        scores = module(pictures.to(device))
+        losses = [
+            F.cross_entropy(scores[k], attributes[k].to(device), label_smoothing=0.05)
+            for k in ATTRIBUTES
+        ]
+        return torch.stack(losses).sum()
+
+    fit(network, loss, EVALUATOR, work / "evaluator")
+    network = network.cpu().eval()
+    pictures, attributes = sample_pictures(4096, np.random.default_rng(99), held_out=True)
+    with torch.no_grad():
+        scores = network(pictures)
+    accuracy = {k: (scores[k].argmax(1) == attributes[k]).float().mean().item() for k in ATTRIBUTES}
+    return network, accuracy
+
+
+def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
+    """Epsilon prediction on latents encoded once; captions dropped at random for guidance."""
+
+    def make() -> dict[str, Tensor]:
+        rng = np.random.default_rng(DENOISER[0].seed)
+        pictures, attributes = sample_pictures(POOL, rng)
+        ids, masks = tokenize(tokenizer, mention(attributes, rng)[0])
+        return {"latents": encode(vae, pictures), "ids": ids, "masks": masks}
+
+    pool = Pool.kept(work / "latents.safetensors", make)
+    empty = dict(zip(("ids", "masks"), tokenize(tokenizer, [""]), strict=True))
+    signal = objectives.alphas_cumprod()
+    torch.manual_seed(DENOISER[0].seed)
+    denoiser = networks.build_denoiser()
+    # As the original: modulation and output start at zero.
+    nn.init.zeros_(denoiser.proj_out.weight)
+    nn.init.zeros_(denoiser.proj_out.bias)
+
+    def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
+        device = next(module.parameters()).device
+        batch = pool.draw(DENOISER_BATCH, rng, device)
+        batch = drop_captions(batch, empty, DROP_CAPTION, rng)
+        with torch.no_grad():
+            text = encoder.to(device)(batch["ids"], attention_mask=batch["masks"])[0]
+
+        def predict(noisy: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = module(
+                noisy,
+                encoder_hidden_states=text,
+                encoder_attention_mask=batch["masks"],
+                timestep=t,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
+            return output
+
+        return objectives.epsilon_loss(predict, batch["latents"], rng, signal)
+
+    for recipe, name in zip(DENOISER, DENOISER_RUNS, strict=True):
+        denoiser = fit(denoiser, loss, recipe, work / name)
+    return denoiser.cpu()
