@@ -89,8 +89,8 @@ def call_defaults(pipeline: Any) -> dict[str, Any]:
     """Arguments without which a call would fail or warn, from what the pipeline itself says.
 
     - ``max_sequence_length``: not beyond what its tokenizers can hold (T5's where there is one);
-    - ``height`` and ``width`` where the pipeline assumes 128 latents whatever its denoiser (FLUX): the
-      size that its autoencoder was trained for, which for FLUX itself is the same;
+    - ``height`` and ``width``: not beyond the size that the networks were trained for, where the pipeline
+      assumes one whatever they are (FLUX, Sana);
     - ``use_resolution_binning=False`` where the denoiser's sample size has no list of resolutions;
     - ``clean_caption=False``: caption cleaning needs packages that may be missing;
     - ``complex_human_instruction=None`` (Sana): hundreds of instruction tokens in front of every
@@ -110,12 +110,26 @@ def call_defaults(pipeline: Any) -> dict[str, Any]:
         defaults["use_resolution_binning"] = size in (32, 64, 128, 256)
     if "clean_caption" in parameters:
         defaults["clean_caption"] = False
-    assumed = hasattr(pipeline, "default_sample_size")
-    if assumed and not hasattr(getattr(denoiser_of(pipeline), "config", None), "sample_size"):
-        side = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
-        if isinstance(side, int) and {"height", "width"} <= set(parameters):
-            defaults |= {"height": side, "width": side}
+    sides = _sides(pipeline, parameters)
+    if sides is not None and sides[1] < sides[0]:
+        defaults |= {"height": sides[1], "width": sides[1]}
     return defaults
+
+
+def _sides(pipeline: Any, parameters: dict[str, inspect.Parameter]) -> tuple[int, int] | None:
+    """Height that the pipeline assumes, and that its networks say; None where it asks them itself."""
+    if not {"height", "width"} <= set(parameters):
+        return None
+    assumed, scale = parameters["height"].default, getattr(pipeline, "vae_scale_factor", 1)
+    native = getattr(getattr(denoiser_of(pipeline), "config", None), "sample_size", None)
+    if isinstance(assumed, int) and isinstance(native, int):
+        return assumed, native * scale
+    # FLUX: its denoiser knows no size, its autoencoder does.
+    latents = getattr(pipeline, "default_sample_size", None)
+    trained = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
+    if native is None and isinstance(latents, int) and isinstance(trained, int):
+        return latents * scale, trained
+    return None
 
 
 def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:

@@ -35,14 +35,14 @@ SCENE: dict[str, tuple[str, ...]] = {
 SECOND = ("second digit", "second colour")
 ALONE = 0.2  # share of pictures with one digit
 
-_BOX, _BOX_ALONE = (15.0, 17.5), (18.0, 27.0)  # pixels
+_BOX, _BOX_ALONE = (15.5, 16.5), (22.0, 24.0)  # pixels
 _CENTRES = {  # of both digits, in pixels from the middle
     "alone": ((0.0, 0.0), (0.0, 0.0)),
     "side by side": ((-7.7, 0.0), (7.7, 0.0)),
     "stacked": ((0.0, -7.7), (0.0, 7.7)),
 }
-_ALONG, _ACROSS, _ALONE_SHIFT = 0.4, 4.0, 2.0  # half widths of the jitter of the centres
-_SLANT = 0.2
+_ALONG, _ACROSS, _ALONE_SHIFT = 0.3, 1.0, 0.5  # half widths of the jitter of the centres
+_SLANT = 0.05
 
 
 def sample_scenes(n: int, rng: Generator) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def render_scenes(
     picture = paint("background").expand(n, 3, IMAGE_SIZE, IMAGE_SIZE)
     box_of_both = uniform(*_BOX)
     for index, (name, scans) in enumerate((("first colour", first), ("second colour", second))):
-        box = torch.where(alone, uniform(*_BOX_ALONE), box_of_both + uniform(-0.5, 0.5))
+        box = torch.where(alone, uniform(*_BOX_ALONE), box_of_both + uniform(-0.3, 0.3))
         centre = torch.tensor([_CENTRES[a][index] for a in ARRANGEMENTS])[arrangement]
         half_width = torch.tensor(
             [[_ALONE_SHIFT, _ALONE_SHIFT], [_ALONG, _ACROSS], [_ACROSS, _ALONG]]
