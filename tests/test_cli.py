@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from evenkeel.cli import main
 from evenkeel.corrections import ALL, CLOSED_LOOP
+from evenkeel.zoo import TWINS
 
 SAMPLING = ["zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--steps", "3", "--batch-size", "4"]
 
@@ -42,8 +44,10 @@ def run(capsys, *arguments):
                 "inspect",
                 "sample",
                 "compare",
+                "zoo",
             )
         ),
+        *(["zoo", n] for n in ("list", "card", "path")),
     ],
 )
 def test_help_imports_nothing_heavy(command):
@@ -134,6 +138,13 @@ def test_compare_gives_the_promised_keys(capsys, record, tmp_path):
         (["calibrate", *SAMPLING, "--call", "colour=red"], "colour"),
         (["sample", *SAMPLING, "--correction", "q-drift", "--out", "x"], "belong together"),
         (["compare", *SAMPLING], "needs --record"),
+        (["sample", *SAMPLING, "--scheduler", "nope", "--out", "x"], "expected dpm-solver++, ddim"),
+        (
+            ["sample", *SAMPLING, "--scheduler", "FlowMatchEulerDiscreteScheduler", "--out", "x"],
+            "is for flow matching",
+        ),
+        (["zoo", "card", "nonsense"], "no twin called"),
+        (["zoo", "path", "nonsense"], "no twin called"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -287,3 +298,47 @@ def test_mistakes_in_quantize_get_one_line(asked, says, tmp_path, capsys):
     code, _, err = run(capsys, "quantize", "zoo:pixart-sigma", *asked, "--out", tmp_path)
     assert code == 1
     assert says in err and "Traceback" not in err
+
+
+def test_zoo_lists_all_twins_here_or_not(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
+    code, out, _ = run(capsys, "zoo", "list", "--json")
+    found = {t["name"]: t for t in json.loads(out)["twins"]}
+    assert code == 0 and list(found) == list(TWINS)
+    embedded = found["pixart-sigma"]
+    assert (
+        embedded["class"] == "PixArtSigmaPipeline" and embedded["schedulers"][0] == "dpm-solver++"
+    )
+    assert 1e6 < embedded["denoiser_weights"] < 3e6 and 1e6 < embedded["bytes"] < 16e6
+    code, out, _ = run(capsys, "zoo", "list")
+    assert code == 0 and all(name in out for name in TWINS)
+
+
+def test_zoo_path_and_card(capsys, monkeypatch, tmp_path):
+    code, out, _ = run(capsys, "zoo", "path", "pixart-sigma")
+    assert code == 0 and (Path(out.strip()) / "model_index.json").is_file()
+    code, out, _ = run(capsys, "zoo", "card", "pixart-sigma")
+    assert code == 0 and out.startswith("# pixart-sigma")
+    code, out, _ = run(capsys, "zoo", "card", "pixart-sigma", "--json")
+    assert json.loads(out)["quality"]["images"] == 1000
+    # The folder that the variable names comes first; one without a card says what writes it.
+    (tmp_path / "sana").mkdir()
+    (tmp_path / "sana" / "model_index.json").write_text("{}")
+    monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
+    assert run(capsys, "zoo", "path", "sana")[1].strip() == str(tmp_path / "sana")
+    code, _, err = run(capsys, "zoo", "card", "sana")
+    assert code == 1 and "evenkeel.zoo.card sana" in err
+
+
+def test_another_scheduler_makes_other_pictures_and_needs_its_own_record(capsys, record, tmp_path):
+    sample = ["sample", *SAMPLING, "--images", "1", "--json"]
+    for name in ("dpm-solver++", "ddim"):
+        assert run(capsys, *sample, "--scheduler", name, "--out", tmp_path / name)[0] == 0
+    assert run(capsys, *sample, "--out", tmp_path / "own")[0] == 0
+    own, same, other = (
+        (tmp_path / name / "00000.png").read_bytes() for name in ("own", "dpm-solver++", "ddim")
+    )
+    assert own == same != other
+    use = ["--record", record, "--correction", "q-drift", "--scheduler", "DDIMScheduler"]
+    code, _, err = run(capsys, *sample, *use, "--out", tmp_path / "refused")
+    assert code == 1 and "DDIMScheduler" in err

@@ -89,7 +89,7 @@ def test_a_twin_samples_in_bfloat16_nearly_what_it_samples_in_single_precision(t
 SAMPLERS = [(t.name, s) for t in zoo.TWINS.values() for s in t.schedulers]
 
 
-@pytest.mark.parametrize(("name", "scheduler"), SAMPLERS, ids="-".join)
+@pytest.mark.parametrize(("name", "scheduler"), SAMPLERS, ids=["-".join(s) for s in SAMPLERS])
 def test_every_scheduler_of_the_original_runs_and_has_a_law(name, scheduler):
     here(name)
     twin = zoo.twin(name)
