@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import DTYPES, PIPELINE, command, positive, sampling_of, scheduler
+from evenkeel.cli.options import (
+    DTYPES,
+    PIPELINE,
+    call_of,
+    command,
+    positive,
+    sampling_of,
+    scheduler,
+)
 
 
 def add_quantize(commands: Any) -> None:
@@ -56,7 +64,7 @@ def add_quantize(commands: Any) -> None:
 def _run_quantize(options: argparse.Namespace) -> None:
     from evenkeel.quantization import quantize
     from evenkeel.quantizers.methods import method_named
-    from evenkeel.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.sources import load_pipeline, load_prompts
 
     kind = method_named(options.method)
     chosen = parse_options(options.set)
@@ -77,7 +85,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
         calibration_steps=options.calibration_steps,
         batch_size=options.batch_size,
         seed=options.seed,
-        call=parse_call(options.call, pipeline),
+        call=call_of(options, pipeline),
         out=options.out,
         progress=not options.json,
     )

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from evenkeel.zoo import evaluation, scene_evaluation, scene_prompts
-from evenkeel.zoo.handwriting import ATTRIBUTES, draw_scans, load_scans, render, sample_attributes
+from evenkeel.zoo.handwriting import (
+    ATTRIBUTES,
+    CENTRED,
+    draw_scans,
+    load_scans,
+    render,
+    sample_attributes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +78,21 @@ def balanced_digits(n: int, seed: int) -> list[int]:
 
 
 def digit_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
-    """Pictures (n, 3, 32, 32) uint8 of these digits, everything else drawn at random."""
+    """Pictures (n, 3, 32, 32) uint8 of these digits, large in the middle, in random colours."""
     rng = np.random.default_rng([seed, 12])
-    attributes = sample_attributes(len(prompts), rng)
-    attributes["digit"] = torch.tensor([int(p) for p in prompts], dtype=torch.int64)
-    return _drawn(attributes, rng, held_out)
+    return _drawn(torch.tensor([int(p) for p in prompts], dtype=torch.int64), rng, held_out)
 
 
 def any_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
-    """As many random pictures (n, 3, 32, 32) uint8 as there are prompts."""
+    """As many pictures (n, 3, 32, 32) uint8 as there are prompts, of random digits as above."""
     rng = np.random.default_rng([seed, 13])
-    return _drawn(sample_attributes(len(prompts), rng), rng, held_out)
+    return _drawn(torch.from_numpy(rng.integers(0, 10, len(prompts))), rng, held_out)
 
 
-def _drawn(attributes: dict[str, Tensor], rng: np.random.Generator, held_out: bool) -> Tensor:
-    scans = draw_scans(attributes["digit"], load_scans(held_out), rng)
+def _drawn(digits: Tensor, rng: np.random.Generator, held_out: bool) -> Tensor:
+    attributes = sample_attributes(len(digits), rng)
+    attributes |= {k: torch.full_like(digits, v) for k, v in CENTRED.items()} | {"digit": digits}
+    scans = draw_scans(digits, load_scans(held_out), rng)
     return (render(scans, attributes, rng) * 255).round().to(torch.uint8)
 
 
@@ -115,7 +122,7 @@ KINDS = {
         ),
         Pictures(
             "digits",
-            "one handwritten digit, asked for by its class",
+            "one handwritten digit, large in the middle, asked for by its class",
             ("digit",),
             DigitEvaluator,
             balanced_digits,
@@ -123,7 +130,7 @@ KINDS = {
         ),
         Pictures(
             "unconditional",
-            "one handwritten digit, any",
+            "one handwritten digit, large in the middle, any",
             (),
             UnaskedEvaluator,
             counted,
