@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from evenkeel.atomic import write_atomically
 from evenkeel.errors import EvenkeelError
 from evenkeel.reports.measures import value_text
 from evenkeel.zoo.differences import DIFFERENCES
+from evenkeel.zoo.folders import saved_dtypes
 from evenkeel.zoo.pictures import KINDS
 from evenkeel.zoo.quality import measure
 
@@ -43,7 +44,7 @@ def write_card(name: str, images: int = 1000, work: Path | None = None) -> Path:
     quality, samples = measure(twin, images, work)
     write_atomically(folder / "quality.json", json.dumps(quality, indent=1) + "\n")
     _write_grid(samples, folder / "samples.png")
-    text = card(twin, parameters(zoo.load(name)), training, quality)
+    text = card(twin, parameters(zoo.load(name)), saved_dtypes(folder), training, quality)
     return write_atomically(folder / "README.md", text)
 
 
@@ -81,6 +82,7 @@ def parameters(pipeline: Any) -> dict[str, tuple[str, int]]:
 def card(
     twin: zoo.Twin,
     networks: Mapping[str, tuple[str, int]],
+    dtypes: Sequence[str],
     training: Mapping[str, Any],
     quality: Mapping[str, Any],
 ) -> str:
@@ -89,7 +91,8 @@ def card(
     sections = [
         f"# {twin.name}: a twin of {twin.original}",
         f"diffusers' own `{twin.pipeline}` with small networks trained on handwriting. "
-        f"`DiffusionPipeline.from_pretrained` loads this folder; so does `evenkeel ... zoo:{twin.name}`.",
+        f"`DiffusionPipeline.from_pretrained` loads this folder; so does `evenkeel ... zoo:{twin.name}`. "
+        f"Weights are stored in {', '.join(dtypes)} and were measured in single precision.",
         _table(("network", "class", "parameters"), _network_rows(networks)),
         f"**Data.** {_DATA.format(shows=shows)}",
         f"**Inference.** {_inference(twin)}",

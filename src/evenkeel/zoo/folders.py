@@ -51,12 +51,24 @@ def denoiser_weights(folder: Path) -> int:
     return sum(_numbers_in(file) for file in files)
 
 
+def saved_dtypes(folder: Path) -> list[str]:
+    """The floating formats of the pipeline's networks, as safetensors names them (F16, BF16, F32)."""
+    files = folder.glob("*/*.safetensors")
+    found = {t["dtype"] for file in files for t in _header(file).values()}
+    return sorted(d for d in found if d.startswith(("F", "BF")))
+
+
 def _numbers_in(file: Path) -> int:
+    return sum(math.prod(t["shape"]) for t in _header(file).values())
+
+
+def _header(file: Path) -> dict[str, Any]:
     """The format: the header's length in 8 bytes, the header in JSON, then the data."""
     with file.open("rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
-        header = json.loads(f.read(length))
-    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        header: dict[str, Any] = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    return header
 
 
 def card_of(name: str) -> str:

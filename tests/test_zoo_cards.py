@@ -1,0 +1,114 @@
+"""Model cards: measured, complete, and refused where something is missing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from evenkeel import zoo
+from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.cards import card, parameters, training_of, write_card
+from evenkeel.zoo.differences import DIFFERENCES
+from evenkeel.zoo.folders import saved_dtypes
+from evenkeel.zoo.pictures import KINDS
+from evenkeel.zoo.quality import _certainty, measure
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The embedded twin in a folder of its own, where its card may be written again."""
+    folder = tmp_path / "pixart-sigma"
+    shutil.copytree(zoo.path_of("pixart-sigma"), folder)
+    for name in ("README.md", "quality.json", "samples.png"):
+        (folder / name).unlink()
+    monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
+    return folder
+
+
+def test_every_twin_says_how_it_differs():
+    assert set(DIFFERENCES) == set(zoo.TWINS)
+    assert all(DIFFERENCES.values())
+
+
+@pytest.mark.slow
+def test_a_card_says_what_was_measured(copied):
+    training = {"recipe": {"steps": 10, "learning_rate": 1e-3, "seed": 5}, "last": {"seconds": 90}}
+    told = {
+        "command": "train it",
+        "machine": "a machine",
+        "torch": "2",
+        "networks": {"n": training},
+    }
+    (copied / "training.json").write_text(json.dumps(told))
+    text = write_card("pixart-sigma", 100).read_text()
+    quality = json.loads((copied / "quality.json").read_text())
+    assert quality["shown_by_samples"]["digit"]["value"] > 0.8
+    assert quality["shown_by_held_out_scans"]["digit"]["value"] > 0.95
+    nearest = quality["frechet_held_out_to_held_out"]["value"]
+    assert 0 < nearest < quality["frechet_samples_to_held_out"]["value"]
+    assert quality["first_prompts"] == KINDS["captions"].prompts(100, 31)[:60]
+    assert Image.open(copied / "samples.png").size == (640, 384)
+    count = sum(p.numel() for p in zoo.load("pixart-sigma").transformer.parameters())
+    for part in (f"{count:,}", "train it", "| n | 10 | 0.001 | 5 | 1.5 |", "F32", "20 steps"):
+        assert part in text, part
+    for line in DIFFERENCES["pixart-sigma"]:
+        assert line in text
+    assert text.splitlines()[0] == "# pixart-sigma: a twin of PixArt-Sigma"
+
+
+def test_a_card_needs_what_training_noted(copied):
+    for content in ("[]", "{}", "{"):
+        (copied / "training.json").write_text(content)
+        with pytest.raises(EvenkeelError, match=r"training\.json"):
+            training_of(copied)
+    (copied / "training.json").unlink()
+    with pytest.raises(EvenkeelError, match=r"evenkeel\.zoo\.train"):
+        write_card("pixart-sigma", 100)
+    assert not (copied / "README.md").exists()
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(EvenkeelError, match="at least 100"):
+        measure(zoo.twin("pixart-sigma"), 99)
+
+
+def estimate(value):
+    return {"value": value, "stderr": 0.01, "low": value - 0.02, "high": value + 0.02, "n": 100}
+
+
+def test_an_unconditional_card_speaks_of_recognisable_samples():
+    quality = {
+        "command": "measure it",
+        "images": 100,
+        "recognisable_samples": estimate(0.8),
+        "recognisable_held_out_scans": estimate(0.95),
+        "frechet_samples_to_held_out": estimate(3.0),
+        "frechet_held_out_to_held_out": estimate(2.0),
+        "frechet_training_to_held_out": estimate(2.5),
+        "seconds_per_image_and_step": estimate(0.01)
+        | {"fastest": 0.01, "slowest": 0.02, "batch": 50},
+        "first_prompts": ["0", "1"],
+    }
+    training = {"command": "train it", "machine": "a machine", "torch": "2"}
+    text = card(zoo.twin("ddim-cifar"), {"unet": ("UNet2DModel", 5)}, ["F16"], training, quality)
+    assert "| recognisable | 80.0 ± 1.0 % | 95.0 ± 1.0 % |" in text
+    assert "no guidance" in text and "Asked for" not in text
+
+
+def test_noise_is_not_recognisable():
+    kind = KINDS["unconditional"]
+    evaluator = kind.evaluator(zoo.path_of("pixart-sigma"))
+    real = _certainty(evaluator, kind.references(list(range(200)), 1))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (200, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    threshold = real.quantile(0.05)
+    assert (_certainty(evaluator, noise) >= threshold).double().mean() < 0.3
+
+
+def test_dtypes_and_parameters_are_read_off_a_folder():
+    assert saved_dtypes(zoo.path_of("pixart-sigma")) == ["F32"]
+    found = parameters(zoo.load("pixart-sigma"))
+    assert found["transformer"][0] == "PixArtTransformer2DModel"
+    assert set(found) == {"text_encoder", "vae", "transformer"}
