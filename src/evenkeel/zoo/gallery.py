@@ -1,0 +1,126 @@
+"""``python -m evenkeel.zoo.gallery``: each twin at full precision and quantized, from the same noise.
+
+Writes ``gallery.html``, which needs nothing else, and ``gallery.png``: for each twin three rows of
+pictures (full precision, W4A4, W3A4), a column for each prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel import zoo
+from evenkeel.atomic import write_atomically
+from evenkeel.generation import Arm, generate
+from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.reports.plots import image_grid
+from evenkeel.reports.style import CSS
+from evenkeel.zoo.pictures import KINDS
+
+FULL_PRECISION = "full precision"
+QUANTIZED = {"W4A4": "w4a4-g32-r16", "W3A4": "w3a4-g32-r16"}
+SEED, COLUMNS, SCALE = 51, 12, 2
+
+
+def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
+    """The twin's pictures, arm -> (count, 3, 32, 32) uint8, and their prompts; same noise in all arms."""
+    twin = zoo.twin(name)
+    pipeline = zoo.load(name)
+    prompts = KINDS[twin.pictures].prompts(count, SEED)
+    options: dict[str, Any] = {
+        "num_inference_steps": twin.num_inference_steps,
+        "guidance_scale": twin.guidance_scale,
+        "call": dict(twin.call),
+    }
+    denoisers = {FULL_PRECISION: denoiser_of(pipeline)}
+    for label, text in QUANTIZED.items():
+        denoisers[label] = quantize_module(denoiser_of(pipeline), QuantizerSpec.parse(text))[0]
+    made = {}
+    for label, denoiser in denoisers.items():
+        arm = Arm(label, denoiser)
+        made[label], _ = generate(pipeline, arm, prompts, SEED, count, options, None, lambda: None)
+    return made, [str(p) for p in prompts]
+
+
+def mosaic(twins: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """PNG: twins below each other, in each a row for every arm and a column for every prompt."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dpi, label, gap = 100, 215, 14
+    arms = [FULL_PRECISION, *QUANTIZED]
+    high, wide = (SCALE * side for side in next(iter(twins.values()))[arms[0]].shape[-2:])
+    width, height = label + COLUMNS * wide + gap, len(twins) * (len(arms) * high + gap) + gap
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    FigureCanvasAgg(figure)
+    for i, (name, made) in enumerate(twins.items()):
+        for j, arm in enumerate(arms):
+            top = gap + i * (len(arms) * high + gap) + j * high
+            row = torch.cat(list(made[arm][:COLUMNS]), 2)
+            large = row.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
+            figure.figimage(
+                large.permute(1, 2, 0).numpy(), label, height - top - high, origin="upper"
+            )
+            middle = 1 - (top + high / 2) / height
+            edge = (label - 8) / width
+            figure.text(edge, middle, arm, fontsize=9, ha="right", va="center")
+            if j == 0:
+                figure.text(8 / width, middle, name, fontsize=10, va="center", weight="bold")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return out.getvalue()
+
+
+def page(twins: Mapping[str, Mapping[str, Tensor]], prompts: Mapping[str, Sequence[str]]) -> str:
+    """One self-contained HTML page with a grid for each twin."""
+    sections = []
+    for name, made in twins.items():
+        twin = zoo.twin(name)
+        grid = base64.b64encode(image_grid(made, prompts[name], scale=3)).decode()
+        scheduler = next(iter(twin.schedulers.values())).scheduler
+        guidance = "" if twin.guidance_scale is None else f", guidance {twin.guidance_scale}"
+        sections.append(
+            f"<h2>{escape(name)}: a twin of {escape(twin.original)}</h2>"
+            f'<figure class="grid"><div class="scroll"><img alt="samples of {escape(name)}" '
+            f'src="data:image/png;base64,{grid}"></div><figcaption>{escape(twin.pipeline)}, '
+            f"{twin.num_inference_steps} steps of {escape(scheduler)}{guidance}; the same noise in "
+            f"every column.</figcaption></figure>"
+        )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>evenkeel: the zoo</title><style>{CSS}</style></head><body><main><header>"
+        "<h1>The zoo, at full precision and quantized</h1><p>Small trained twins of the papers' "
+        "models. Quantized by rounding to nearest in groups of 32 beside a low-rank branch of "
+        f"rank 16 ({', '.join(QUANTIZED)}), not corrected.</p></header>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def main() -> None:
+    """Parse the command line and write both files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="twins (default: all whose weights are here)")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder")
+    options = parser.parse_args()
+    names = options.names or [n for n in zoo.TWINS if zoo.find(n)]
+    twins, prompts = {}, {}
+    for name in names:
+        twins[name], prompts[name] = pictures_of(name, COLUMNS)
+        print(name, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out / "gallery.png", mosaic(twins))
+    write_atomically(options.out / "gallery.html", page(twins, prompts))
+
+
+if __name__ == "__main__":
+    main()
