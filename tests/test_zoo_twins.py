@@ -1,6 +1,7 @@
 """Every twin of the zoo whose weights are here: plain, small, and everything works on it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ def samples(pipeline, twin, denoiser=None):
     prompts = settings.pop("prompts")
     images, _ = generate(pipeline, arm, prompts, 5, PROMPTS, settings, None, lambda: None)
     return images
+
+
+def test_the_package_carries_the_embedded_twin_alone():
+    # The wheel holds src/evenkeel and nothing else; all other twins are in the checkout's zoo/.
+    weights = Path(zoo.__file__).parent / "weights"
+    assert [p.name for p in weights.iterdir()] == ["pixart-sigma"]
+    packages = (weights.parents[3] / "pyproject.toml").read_text()
+    assert 'packages = ["src/evenkeel"]' in packages
 
 
 @pytest.fixture(params=list(zoo.TWINS))
