@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from evenkeel.errors import UnsupportedSampler
@@ -48,6 +49,8 @@ def change_scheduler(pipeline: Any, name: str, **changes: Any) -> None:
 
 
 def _is_flow(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(
-        scheduler.config.get("use_flow_sigmas", False)
-    )
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return True
+    # Configurations keep entries that only the scheduler before knew what to do with.
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return "use_flow_sigmas" in known and bool(scheduler.config.use_flow_sigmas)
