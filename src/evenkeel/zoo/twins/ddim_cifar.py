@@ -17,10 +17,7 @@ from evenkeel.zoo import objectives
 from evenkeel.zoo.handwriting import CENTRED, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
-RECIPES = (
-    Recipe(steps=2500, learning_rate=1e-3, seed=714, bfloat16=True),
-    Recipe(steps=2500, learning_rate=1e-3, seed=715, bfloat16=True),
-)
+DENOISER = Recipe(steps=5_000, learning_rate=1e-3, seed=714, bfloat16=True)
 BATCH = 64
 
 
@@ -45,14 +42,14 @@ def train(work: Path, out: Path) -> None:
     """Train the denoiser and save the pipeline."""
     from diffusers import DDIMScheduler, DDPMPipeline
 
-    scheduler = DDIMScheduler(**objectives.BETAS, clip_sample=True, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(**objectives.BETAS, clip_sample=False, set_alpha_to_one=False)
     DDPMPipeline(unet=train_denoiser(work).eval(), scheduler=scheduler).save_pretrained(out)
 
 
 def train_denoiser(work: Path) -> Any:
     """Predict the noise in pictures from -1 to 1."""
     signal = objectives.alphas_cumprod()
-    torch.manual_seed(RECIPES[0].seed)
+    torch.manual_seed(DENOISER.seed)
     denoiser = build_denoiser()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
@@ -65,6 +62,4 @@ def train_denoiser(work: Path) -> Any:
 
         return objectives.epsilon_loss(predict, x, rng, signal)
 
-    for index, recipe in enumerate(RECIPES):
-        denoiser = fit(denoiser, loss, recipe, work / f"denoiser-{index}")
-    return denoiser.cpu()
+    return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()

@@ -13,10 +13,7 @@ from evenkeel.zoo import autoencoders, objectives, text_encoders
 from evenkeel.zoo.pools import drop_captions, scene_pool
 from evenkeel.zoo.training import Recipe, fit
 
-RECIPES = (
-    Recipe(steps=6000, learning_rate=1e-3, seed=614),
-    Recipe(steps=6000, learning_rate=1e-3, seed=615),
-)
+DENOISER = Recipe(steps=12_000, learning_rate=1.5e-3, seed=614)
 BATCH = 64
 PICTURES = 40_000
 DROP_CAPTION = 0.1
@@ -77,9 +74,9 @@ def train_denoiser(vae: Any, tokenizer: Any, encoder: Any, work: Path) -> Any:
     def encoded(pictures: Tensor) -> Tensor:
         return autoencoders.encode(vae, pictures)
 
-    pool = scene_pool(work / "pool.safetensors", encoded, tokens, PICTURES, RECIPES[0].seed)
+    pool = scene_pool(work / "pool.safetensors", encoded, tokens, PICTURES, DENOISER.seed)
     empty = tokens([""])
-    torch.manual_seed(RECIPES[0].seed)
+    torch.manual_seed(DENOISER.seed)
     denoiser = build_denoiser()
     nn.init.zeros_(denoiser.proj_out.weight)
     nn.init.zeros_(denoiser.proj_out.bias)
@@ -100,6 +97,4 @@ def train_denoiser(vae: Any, tokenizer: Any, encoder: Any, work: Path) -> Any:
         squared: Tensor = (output - wanted).square().mean()
         return squared
 
-    for index, recipe in enumerate(RECIPES):
-        denoiser = fit(denoiser, loss, recipe, work / f"denoiser-{index}")
-    return denoiser.cpu()
+    return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()

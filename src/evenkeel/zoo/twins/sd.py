@@ -13,10 +13,7 @@ from evenkeel.zoo import autoencoders, objectives, text_encoders
 from evenkeel.zoo.pools import Pool, drop_captions, scene_pool
 from evenkeel.zoo.training import Recipe, fit
 
-RECIPES = (
-    Recipe(steps=2500, learning_rate=1e-3, seed=414),
-    Recipe(steps=2500, learning_rate=1e-3, seed=415),
-)
+DENOISER = Recipe(steps=6_000, learning_rate=1e-3, seed=414)
 BATCH = 64
 PICTURES = 40_000
 DROP_CAPTION = 0.1
@@ -72,9 +69,9 @@ def train_denoiser(vae: Any, tokenizer: Any, encoder: Any, work: Path) -> Any:
     def encoded(pictures: Tensor) -> Tensor:
         return autoencoders.encode(vae, pictures)
 
-    pool: Pool = scene_pool(work / "pool.safetensors", encoded, tokens, PICTURES, RECIPES[0].seed)
+    pool: Pool = scene_pool(work / "pool.safetensors", encoded, tokens, PICTURES, DENOISER.seed)
     empty, signal = tokens([""]), objectives.alphas_cumprod()
-    torch.manual_seed(RECIPES[0].seed)
+    torch.manual_seed(DENOISER.seed)
     denoiser = build_denoiser()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
@@ -89,6 +86,4 @@ def train_denoiser(vae: Any, tokenizer: Any, encoder: Any, work: Path) -> Any:
 
         return objectives.epsilon_loss(predict, batch["latents"], rng, signal)
 
-    for index, recipe in enumerate(RECIPES):
-        denoiser = fit(denoiser, loss, recipe, work / f"denoiser-{index}")
-    return denoiser.cpu()
+    return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()
