@@ -72,7 +72,7 @@ def _halve(folder: Path) -> None:
     """Weights in half precision: half the size, and pictures that differ by less than 8 bits show."""
     from safetensors.torch import load_file, save_file
 
-    for path in folder.rglob("*.safetensors"):
+    for path in folder.glob("*/*.safetensors"):
         tensors = load_file(path)
         halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(halves, path, metadata={"format": "pt"})
@@ -85,7 +85,7 @@ def _bring_evaluator(name: str, work: Path, out: Path) -> None:
     if zoo.twin(name).pictures == "scenes":
         network, _ = train_evaluator(work / SHARED)
         save_file(network.state_dict(), path)
-    elif not path.exists():
+    elif name != EMBEDDED:
         shutil.copy(zoo.path_of(EMBEDDED) / zoo.EVALUATOR_FILE, path)
 
 

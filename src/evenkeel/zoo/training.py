@@ -80,7 +80,7 @@ def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.M
 
     network.train()
     began = time.monotonic()
-    curve = (folder / "loss.jsonl").open("a")
+    curve = _curve_up_to(first, folder / "loss.jsonl").open("a")
     progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=folder.name)
     running = None
     for step in progress:
@@ -103,7 +103,7 @@ def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.M
             torch._foreach_lerp_([average[k] for k in floats], [now[k] for k in floats], 1 - decay)
         value = loss.item()
         running = value if running is None else 0.98 * running + 0.02 * value
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             seconds = spent + time.monotonic() - began
             line = {"step": step + 1, "loss": round(running, 6), "seconds": round(seconds, 1)}
             curve.write(json.dumps(line) + "\n")
@@ -114,6 +114,14 @@ def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.M
     curve.close()
     plain.load_state_dict(average)
     return plain.eval()
+
+
+def _curve_up_to(step: int, path: Path) -> Path:
+    """What was written after the resume point will be written again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+    return path
 
 
 def _save(
