@@ -115,8 +115,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(TRAINERS))
     parser.add_argument("--work", type=Path, default=Path("runs/zoo"), help="folder of all runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("zoo"), help="the twin's folder is made in here"
+    )
     options = parser.parse_args()
-    print(train(options.name, options.work))
+    made = train(options.name, options.work)
+    print(shutil.copytree(made, options.out / options.name, dirs_exist_ok=True))
 
 
 if __name__ == "__main__":
