@@ -43,13 +43,15 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "dit-xl": (
         "pictures of 32x32; latents of 8x8, four times smaller instead of eight times",
         "8 blocks of width 96 (28 of 1152)",
+        "a class is a large digit in the middle",
         "10 classes; diffusers has 1,000 and the null class written into the pipeline, so rows 10 to "
         "999 of every block's table are zero and were never trained",
         _NOISE,
         _WEIGHTED,
     ),
     "ddim-cifar": (
-        "handwriting in place of CIFAR-10's photographs",
+        "handwriting in place of CIFAR-10's photographs: one large digit in the middle",
+        _NOISE,
         "the pipeline's class is DDPMPipeline: DDIMPipeline turns every scheduler into DDIM",
         _WEIGHTED,
     ),
