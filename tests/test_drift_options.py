@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenkeel.corrections import ALL, Correction, ExactDrift, Identity, QDrift
-from evenkeel.corrections.q_drift import bootstrap_factors
+from evenkeel.corrections.confident import resampled_factors
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.hosts.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
@@ -404,7 +404,7 @@ def test_bootstrap_of_prompts_brackets_the_estimate() -> None:
     moments = concatenate([white_error(v[None]) for v in per_prompt])
     evidence = evidence_of(law, moments)
     correction = QDrift(evidence)
-    band = bootstrap_factors(correction, law, resamples=200, seed=1)
+    band = resampled_factors(correction, law, resamples=200, seed=1)
     assert band.shape == (200, 5, 2)
     estimate = correction.plan(law).factor
     low, high = band.quantile(0.025, 0), band.quantile(0.975, 0)
@@ -414,14 +414,14 @@ def test_bootstrap_of_prompts_brackets_the_estimate() -> None:
     relative = (band[:, 0, 0].std() / (estimate[0, 0] - 1)).item()
     expected = float(per_prompt[:, 0, 0].std() / per_prompt[:, 0, 0].mean() / np.sqrt(24))
     assert relative == pytest.approx(expected, rel=0.2)
-    torch.testing.assert_close(band, bootstrap_factors(correction, law, resamples=200, seed=1))
-    assert not torch.equal(band, bootstrap_factors(correction, law, resamples=200, seed=2))
+    torch.testing.assert_close(band, resampled_factors(correction, law, resamples=200, seed=1))
+    assert not torch.equal(band, resampled_factors(correction, law, resamples=200, seed=2))
 
 
 def test_bootstrap_of_one_prompt_has_no_width() -> None:
     law = euler_at(*LEVELS)
     correction = QDrift(evidence_for(law, 0.02))
-    band = bootstrap_factors(correction, law, resamples=5)
+    band = resampled_factors(correction, law, resamples=5)
     torch.testing.assert_close(band, correction.plan(law).factor.expand(5, -1, -1))
     assert (
         correction.evidence.prompts == 1 and int(correction.evidence.moments.count.max()) == COUNT

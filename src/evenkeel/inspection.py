@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evenkeel.corrections.q_drift import QDrift, bootstrap_factors
+from evenkeel.corrections.confident import resampled_factors
+from evenkeel.corrections.q_drift import QDrift
 from evenkeel.record import Readout, Record
 
 
@@ -31,7 +32,7 @@ def describe(record: Record, *, resamples: int = 200) -> dict[str, Any]:
     if record.law is not None:
         plan = correction.plan(record.law)
         factors, notes = plan.factor, list(plan.explanations)
-        band = bootstrap_factors(correction, record.law, resamples=resamples)
+        band = resampled_factors(correction, record.law, resamples=resamples)
         low, high = torch.quantile(band, torch.tensor([0.025, 0.975], dtype=band.dtype), dim=0)
     levels = np.array(record.provenance.sigma) / np.maximum(record.provenance.alpha, 1e-300)
     steps = []

@@ -9,6 +9,7 @@ from evenkeel.corrections.catalogue import CLOSED_LOOP as CLOSED_LOOP
 from evenkeel.corrections.catalogue import applicable as applicable
 from evenkeel.corrections.cnc import CNC as CNC
 from evenkeel.corrections.composite import Composite as Composite
+from evenkeel.corrections.confident import Confident as Confident
 from evenkeel.corrections.covariance_drift import CovarianceDrift as CovarianceDrift
 from evenkeel.corrections.d2_dpm import D2DPM as D2DPM
 from evenkeel.corrections.dcnc import DCNC as DCNC

@@ -7,11 +7,8 @@ deterministic sampler that drift points along the step itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
@@ -117,22 +114,3 @@ class QDrift:
             self.min_explained,
         )
         return plan_drift(law, self.evidence, options, rule, allow_range=allow_range, edit=edit)
-
-
-def bootstrap_factors(
-    correction: QDrift, law: StepLaw, *, resamples: int = 200, seed: int = 0
-) -> Tensor:
-    """Factors under resampling of prompts: (resamples, K, C); quantiles of it are the band of c.
-
-    Prompts, not pixels, are the independent units: pixels of one image share its content. The
-    histogram is not kept per prompt, so the band is that of the untrimmed estimate.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    evidence = correction.evidence
-    n = evidence.prompts
-    factors = []
-    for _ in range(resamples):
-        rows = torch.randint(n, (n,), generator=generator)
-        resampled = replace(correction, evidence=evidence.resampled(rows), trim=None)
-        factors.append(resampled.plan(law, allow_range=True).factor)
-    return torch.stack(factors)
