@@ -17,7 +17,7 @@ from evenkeel.zoo import objectives
 from evenkeel.zoo.handwriting import CENTRED, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
-DENOISER = Recipe(steps=5_000, learning_rate=1e-3, seed=714, bfloat16=True)
+DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=714, bfloat16=True)
 BATCH = 64
 
 

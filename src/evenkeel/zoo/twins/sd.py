@@ -13,7 +13,7 @@ from evenkeel.zoo import autoencoders, objectives, text_encoders
 from evenkeel.zoo.pools import Pool, drop_captions, scene_pool
 from evenkeel.zoo.training import Recipe, fit
 
-DENOISER = Recipe(steps=6_000, learning_rate=1e-3, seed=414)
+DENOISER = Recipe(steps=9_000, learning_rate=1e-3, seed=414)
 BATCH = 64
 PICTURES = 40_000
 DROP_CAPTION = 0.1
