@@ -25,6 +25,9 @@ from evenkeel.statistics.error_structure import radial_spectrum, step_gram
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.zoo import networks
+from evenkeel.zoo.autoencoders import build_kl
+from evenkeel.zoo.captions import vocabulary
+from evenkeel.zoo.text_encoders import build_t5
 
 PROMPTS, STEPS, REPEATS = 32, 20, 40
 MEMORY_PROMPTS, MEMORY_BATCH, MEMORY_STEPS = (32, 128, 512), 8, 4
@@ -101,13 +104,15 @@ def measure_time() -> None:
 def untrained_pipeline() -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
-    tokenizer = networks.build_tokenizer()
+    tokenizer, text_encoder = build_t5(
+        vocabulary(), networks.CAPTION_TOKENS, networks.CAPTION_WIDTH, layers=2
+    )
     denoiser = networks.build_denoiser().eval()
     torch.nn.init.normal_(denoiser.proj_out.weight, std=0.1)
     return PixArtSigmaPipeline(
         tokenizer=tokenizer,
-        text_encoder=networks.build_text_encoder(len(tokenizer)).eval(),
-        vae=networks.build_autoencoder().eval(),
+        text_encoder=text_encoder.eval(),
+        vae=build_kl(networks.LATENT_CHANNELS).eval(),
         transformer=denoiser,
         scheduler=DPMSolverMultistepScheduler(**networks.SCHEDULER),
     )

@@ -45,7 +45,6 @@ def run(name: str, images: int, work: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "num_inference_steps": twin.num_inference_steps,
         "guidance_scale": twin.guidance_scale,
-        "call": dict(twin.call),
     }
     arms, errors = [Arm(FULL_PRECISION, denoiser_of(pipe))], {}
     for label, text in SPECS.items():

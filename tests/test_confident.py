@@ -1,6 +1,7 @@
 """The guard: steps on whose stretch the calibration prompts do not agree are left alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from evenkeel.calibration import calibrate
 from evenkeel.corrections import SelfConsistent
 from evenkeel.corrections.confident import NOTE, Confident, resampled_factors
 from evenkeel.corrections.covariance_drift import CovarianceDrift
+from evenkeel.corrections.dns import DNS
+from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.q_drift import QDrift
 from evenkeel.errors import CalibrationError, Incompatible
 from evenkeel.hosts.correcting import Corrector
@@ -93,9 +96,10 @@ def test_one_channel_may_be_sure_where_another_is_not():
     assert (plan.outputs[changed, :, 1] == 0).all() and (plan.samples[changed, :, 1] == 0).all()
 
 
-def test_variances_alone_leave_no_doubt_about_the_sign():
+@pytest.mark.parametrize("rule", [partial(QDrift, conditional=False), ExactDrift, DNS])
+def test_variances_alone_leave_no_doubt_about_the_sign(rule):
     law = probe_scheduler(euler(STEPS))
-    correction = QDrift(of_prompts(law, np.zeros(4)), conditional=False)
+    correction = rule(of_prompts(law, np.zeros(4)))
     plan, plain = Confident(correction).plan(law), correction.plan(law)
     assert (plain.factor > 1).any() and torch.equal(plan.factor, plain.factor)
     assert (resampled_factors(correction, law, 20) >= 1).all()

@@ -136,19 +136,10 @@ def sampling_of(options: argparse.Namespace) -> tuple[int | None, float | None]:
     return steps, guidance
 
 
-def call_of(options: argparse.Namespace, pipeline: Any) -> dict[str, Any]:
-    """Further pipeline arguments: the twin's, then those of ``--call``."""
-    from evenkeel import zoo
-    from evenkeel.sources import parse_call
-
-    own = zoo.twin(options.pipeline[4:]).call if options.pipeline.startswith("zoo:") else {}
-    return {**own, **parse_call(options.call, pipeline)}
-
-
 def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
     from evenkeel.errors import EvenkeelError
-    from evenkeel.sources import load_denoiser, load_pipeline
+    from evenkeel.sources import load_denoiser, load_pipeline, parse_call
 
     steps, guidance = sampling_of(options)
     if steps is None:
@@ -161,6 +152,6 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     settings = {
         "num_inference_steps": steps,
         "guidance_scale": guidance,
-        "call": call_of(options, pipeline),
+        "call": parse_call(options.call, pipeline),
     }
     return pipeline, quantized, settings

@@ -10,7 +10,6 @@ from typing import Any
 from evenkeel.cli.options import (
     DTYPES,
     PIPELINE,
-    call_of,
     command,
     positive,
     sampling_of,
@@ -64,7 +63,7 @@ def add_quantize(commands: Any) -> None:
 def _run_quantize(options: argparse.Namespace) -> None:
     from evenkeel.quantization import quantize
     from evenkeel.quantizers.methods import method_named
-    from evenkeel.sources import load_pipeline, load_prompts
+    from evenkeel.sources import load_pipeline, load_prompts, parse_call
 
     kind = method_named(options.method)
     chosen = parse_options(options.set)
@@ -85,7 +84,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
         calibration_steps=options.calibration_steps,
         batch_size=options.batch_size,
         seed=options.seed,
-        call=call_of(options, pipeline),
+        call=parse_call(options.call, pipeline),
         out=options.out,
         progress=not options.json,
     )

@@ -23,7 +23,7 @@ class Confident:
     Prompts, not pixels, are drawn again: pixels of one image share its content. Per step and channel,
     where the interval of the factor 1 + c includes 1, the sampler's own result is kept.
 
-    For rules in which c is a sum of variances times positive weights (Q-Drift, exact drift) it is
+    For rules in which c is a sum of variances times positive weights (Q-Drift, exact drift, DNS) it is
     positive in every resample and nothing is left alone, however few the prompts; the guard means
     something where c has a sign, as in covariance-aware drift.
 

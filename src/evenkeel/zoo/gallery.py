@@ -39,7 +39,7 @@ def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
     options: dict[str, Any] = {
         "num_inference_steps": twin.num_inference_steps,
         "guidance_scale": twin.guidance_scale,
-        "call": dict(twin.call),
+        "call": {},
     }
     denoisers = {FULL_PRECISION: denoiser_of(pipeline)}
     for label, text in QUANTIZED.items():

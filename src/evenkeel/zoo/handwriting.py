@@ -146,20 +146,8 @@ def render(
     )
     shear = table(placement.slants, "slant") + jitter(placement.slant_jitter)
 
-    # Output pixel -> scan coordinate, both in [-1, 1]: undo the shift, the scale and the shear.
-    scale, zero = IMAGE_SIZE / box, torch.zeros(n)
-    shift_x, shift_y = 2 * centre_x / IMAGE_SIZE, 2 * centre_y / IMAGE_SIZE
-    theta = torch.stack(
-        [
-            torch.stack([scale, scale * shear, -scale * (shift_x + shear * shift_y)], -1),
-            torch.stack([zero, scale, -scale * shift_y], -1),
-        ],
-        1,
-    )
-    grid = F.affine_grid(theta, [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-    ink = F.grid_sample(scans[:, None], grid, mode="bicubic", align_corners=False)
-    ink = ((ink - 0.2) / 0.5).clamp(0, 1)  # crisper strokes than the 8x8 grey levels give
-
+    centre = torch.stack([centre_x, centre_y], 1)
+    ink = place_scans(scans, box, centre, shear)
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
     def paint(key: str) -> Tensor:
@@ -167,6 +155,26 @@ def render(
         return (palette[attributes[key]] + torch.from_numpy(noise)).clamp(0, 1)[..., None, None]
 
     return ink * paint("colour") + (1 - ink) * paint("background")
+
+
+def place_scans(scans: Tensor, box: Tensor, centre: Tensor, shear: Tensor) -> Tensor:
+    """How much ink there is: scans (n, 8, 8) in boxes (n,) of pixels around centres (n, 2), sheared.
+
+    Returns (n, 1, 32, 32) in [0, 1].
+    """
+    scale, zero = IMAGE_SIZE / box, torch.zeros(len(box))
+    x, y = (2 * centre / IMAGE_SIZE).unbind(1)
+    # Output pixel -> scan coordinate, both in [-1, 1]: undo the shift, the scale and the shear.
+    theta = torch.stack(
+        [
+            torch.stack([scale, scale * shear, -scale * (x + shear * y)], -1),
+            torch.stack([zero, scale, -scale * y], -1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta, [len(box), 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+    ink = F.grid_sample(scans[:, None], grid, mode="bicubic", align_corners=False)
+    return ((ink - 0.2) / 0.5).clamp(0, 1)  # crisper strokes than the 8x8 grey levels give
 
 
 def draw_scans(digits: Tensor, scans: Scans, rng: Generator) -> Tensor:

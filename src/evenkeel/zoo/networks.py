@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import string
 from typing import Any
 
 from torch import Tensor, nn
 
-from evenkeel.zoo.captions import vocabulary
+from evenkeel.zoo import objectives
 from evenkeel.zoo.handwriting import ATTRIBUTES, IMAGE_SIZE
 
 CAPTION_TOKENS = 24
@@ -15,69 +14,13 @@ CAPTION_WIDTH = 96
 LATENT_CHANNELS = 4
 LATENT_SIZE = IMAGE_SIZE // 4
 
-# Noise-to-signal ends at 14.6 (PixArt-Sigma's linear schedule: 157). A small network's error in eps is
-# multiplied by that number in its guess of the clean latent; at 157 colours are lost.
 SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+    **objectives.BETAS,
     "prediction_type": "epsilon",
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
 }
-
-
-def build_tokenizer() -> Any:
-    """A T5 tokenizer whose pieces are the grammar's words, with single characters as fallback."""
-    from transformers import T5Tokenizer
-
-    characters = string.ascii_lowercase + string.digits + string.punctuation
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    words = vocabulary()
-    pieces += [("▁" + w, -1.0) for w in words]
-    pieces += [(c, -8.0) for c in characters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=CAPTION_TOKENS)
-
-
-def build_text_encoder(vocab_size: int) -> Any:
-    """A two-layer T5 encoder."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocab_size,
-            d_model=CAPTION_WIDTH,
-            d_kv=24,
-            d_ff=192,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            is_encoder_decoder=False,
-            use_cache=False,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
-
-
-def build_autoencoder() -> Any:
-    """Latents (4, 8, 8) for pictures (3, 32, 32)."""
-    from diffusers import AutoencoderKL
-
-    channels = (24, 48, 64)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * len(channels),
-        up_block_types=["UpDecoderBlock2D"] * len(channels),
-        block_out_channels=channels,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        mid_block_add_attention=False,
-    )
 
 
 def build_denoiser() -> Any:

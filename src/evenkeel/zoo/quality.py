@@ -50,7 +50,7 @@ def measure(
     options: dict[str, Any] = {
         "num_inference_steps": twin.num_inference_steps,
         "guidance_scale": twin.guidance_scale,
-        "call": dict(twin.call),
+        "call": {},
     }
     arm = Arm("samples", denoiser_of(pipeline))
     samples, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, folder, lambda: None)

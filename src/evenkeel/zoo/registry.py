@@ -35,7 +35,6 @@ class Twin:
         num_inference_steps, guidance_scale: of the original's default inference; a pipeline without
             guidance has None.
         schedulers: the original's samplers by their short names, the pipeline's own first.
-        call: further arguments of the pipeline.
 
     """
 
@@ -46,7 +45,6 @@ class Twin:
     num_inference_steps: int
     guidance_scale: float | None
     schedulers: Mapping[str, Sampler]
-    call: Mapping[str, Any] = field(default_factory=dict)
 
     def sampler(self, name: str) -> Sampler:
         """The sampler of that short name.

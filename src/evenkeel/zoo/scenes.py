@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from evenkeel.zoo.handwriting import (
     UNSPECIFIED,
     draw_scans,
     load_scans,
+    place_scans,
 )
 
 # How the digits stand. The first is the left or the upper one; "alone" has no second.
@@ -93,26 +93,6 @@ def render_scenes(
             ink = ink * ~alone[:, None, None, None]
         picture = ink * paint(name) + (1 - ink) * picture
     return picture
-
-
-def place_scans(scans: Tensor, box: Tensor, centre: Tensor, shear: Tensor) -> Tensor:
-    """How much ink there is: scans (n, 8, 8) in boxes (n,) of pixels around centres (n, 2), sheared.
-
-    Returns (n, 1, 32, 32) in [0, 1].
-    """
-    scale, zero = IMAGE_SIZE / box, torch.zeros(len(box))
-    x, y = (2 * centre / IMAGE_SIZE).unbind(1)
-    # Output pixel -> scan coordinate, both in [-1, 1]: undo the shift, the scale and the shear.
-    theta = torch.stack(
-        [
-            torch.stack([scale, scale * shear, -scale * (x + shear * y)], -1),
-            torch.stack([zero, scale, -scale * y], -1),
-        ],
-        1,
-    )
-    grid = F.affine_grid(theta, [len(box), 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-    ink = F.grid_sample(scans[:, None], grid, mode="bicubic", align_corners=False)
-    return ((ink - 0.2) / 0.5).clamp(0, 1)  # crisper strokes than the 8x8 grey levels give
 
 
 def sample_scene_pictures(

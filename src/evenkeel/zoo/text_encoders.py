@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 def build(name: str) -> tuple[Any, Any]:
     """Tokenizer and encoder, not trained."""
     if name == "t5":
-        return _t5()
+        return build_t5(vocabulary(), TOKENS, WIDTHS["t5"], layers=3)
     return _gemma() if name == "gemma" else _clip(name)
 
 
@@ -52,15 +53,26 @@ def train(name: str, work: Path) -> tuple[Any, Any]:
         captions, mentions = sample_captions(BATCH, rng)
         device = next(module.parameters()).device
         read = _summary(name, encoder, tokenizer, captions, device)
-        # UNSPECIFIED is -1: the class after the last.
-        losses = [
-            F.cross_entropy(head(read), (mentions[k] % (len(SCENE[k]) + 1)).to(device))
-            for k, head in heads.items()
-        ]
-        return torch.stack(losses).sum()
+        return reading_loss({k: head(read) for k, head in heads.items()}, mentions)
 
     fit(both, loss, recipe, work / name)
     return tokenizer, encoder.eval().cpu()
+
+
+def reading_loss(scores: Mapping[str, Tensor], mentions: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of what captions mention.
+
+    Args:
+        scores: attribute -> (n, number of its values + 1); the last is for "not mentioned".
+        mentions: attribute -> (n,) value indices, UNSPECIFIED where not mentioned.
+
+    """
+    losses = [
+        # UNSPECIFIED is -1: the class after the last.
+        F.cross_entropy(s, (mentions[name] % s.shape[1]).to(s.device))
+        for name, s in scores.items()
+    ]
+    return torch.stack(losses).sum()
 
 
 def sample_captions(n: int, rng: np.random.Generator) -> tuple[list[str], dict[str, Tensor]]:
@@ -79,12 +91,12 @@ def caption_scenes(
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (n, TOKENS), padded on the right, as the pipelines do."""
+    """Token ids and mask, padded on the right to the tokenizer's length, as the pipelines do."""
     tokenizer.padding_side = "right"
     tokens = tokenizer(
         captions,
         padding="max_length",
-        max_length=TOKENS,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
@@ -116,7 +128,12 @@ def _merges(words: list[str], end: str | None) -> list[tuple[str, str]]:
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    options: dict[str, Any] = {} if end is None else {"end_of_word_suffix": end}
+    options: dict[str, Any] = {}
+    if end is not None:
+        # Ties are broken by the numbers of the pieces, and last letters get theirs in the order of a hash
+        # table, another one in every process, unless they are given.
+        last = list(dict.fromkeys(word[-1] + end for word in words))
+        options = {"end_of_word_suffix": end, "special_tokens": last}
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, min_frequency=1, show_progress=False, **options
     )
@@ -153,19 +170,20 @@ def _clip(name: str) -> tuple[Any, Any]:
     return tokenizer, kind(config)
 
 
-def _t5() -> tuple[Any, Any]:
+def build_t5(words: Sequence[str], tokens: int, width: int, layers: int) -> tuple[Any, Any]:
+    """A T5 tokenizer with a piece for each word, and for each character otherwise; an encoder."""
     import transformers as tf
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + w, -1.0) for w in vocabulary()]
+    pieces += [("▁" + w, -1.0) for w in words]
     pieces += [(c, -8.0) for c in _CHARACTERS]
-    tokenizer = tf.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+    tokenizer = tf.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=tokens)
     config = tf.T5Config(
         vocab_size=len(tokenizer),
-        d_model=WIDTHS["t5"],
+        d_model=width,
         d_kv=24,
         d_ff=192,
-        num_layers=3,
+        num_layers=layers,
         num_heads=4,
         dropout_rate=0.0,
         is_encoder_decoder=False,

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.zoo import networks, objectives
-from evenkeel.zoo.autoencoders import encode, fit_autoencoder
-from evenkeel.zoo.captions import sample_mentions, write_caption
+from evenkeel.zoo import networks, objectives, text_encoders
+from evenkeel.zoo.autoencoders import build_kl, encode, fit_autoencoder
+from evenkeel.zoo.captions import sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.handwriting import ATTRIBUTES, WIDE, sample_attributes, sample_pictures
 from evenkeel.zoo.pools import Pool, drop_captions
+from evenkeel.zoo.scene_evaluation import as_decoded
+from evenkeel.zoo.text_encoders import tokenize
 from evenkeel.zoo.training import Recipe, fit
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
@@ -77,23 +79,12 @@ def mention(
     return captions, {k: torch.tensor([r[k] for r in rows]) for k in ATTRIBUTES}
 
 
-def tokenize(tokenizer: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """As PixArtSigmaPipeline.encode_prompt does: padded to the maximum length."""
-    tokens = tokenizer(
-        captions,
-        padding="max_length",
-        max_length=networks.CAPTION_TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return tokens.input_ids, tokens.attention_mask
-
-
 def train_text_encoder(work: Path) -> tuple[Any, Any]:
     """T5 encoder that makes the mentioned attributes linearly readable from its mean token."""
-    tokenizer = networks.build_tokenizer()
     torch.manual_seed(TEXT_ENCODER.seed)
-    encoder = networks.build_text_encoder(len(tokenizer))
+    tokenizer, encoder = text_encoders.build_t5(
+        vocabulary(), networks.CAPTION_TOKENS, networks.CAPTION_WIDTH, layers=2
+    )
     heads = nn.ModuleDict(
         {k: nn.Linear(networks.CAPTION_WIDTH, len(v) + 1) for k, v in ATTRIBUTES.items()}
     )
@@ -106,11 +97,8 @@ def train_text_encoder(work: Path) -> tuple[Any, Any]:
         ids, mask = ids.to(device), mask.to(device)
         hidden = encoder(ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        losses = [
-            F.cross_entropy(head(pooled), (mentions[k] % (len(ATTRIBUTES[k]) + 1)).to(device))
-            for k, head in heads.items()
-        ]
-        return torch.stack(losses).sum()
+        scores = {k: head(pooled) for k, head in heads.items()}
+        return text_encoders.reading_loss(scores, mentions)
 
     fit(both, loss, TEXT_ENCODER, work / "text_encoder")
     return tokenizer, encoder.eval().cpu()
@@ -123,9 +111,8 @@ def train_autoencoder(work: Path) -> Any:
     def pictures(n: int, rng: np.random.Generator) -> Tensor:
         return sample_pictures(n, rng, placement=WIDE)[0]
 
-    return fit_autoencoder(
-        networks.build_autoencoder(), pictures, AUTOENCODER, work / "autoencoder"
-    )
+    vae = build_kl(networks.LATENT_CHANNELS)
+    return fit_autoencoder(vae, pictures, AUTOENCODER, work / "autoencoder")
 
 
 def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
@@ -136,12 +123,7 @@ def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
         device = next(module.parameters()).device
         pictures, attributes = sample_pictures(BATCH, rng)
-        # Slight blur and noise on half of the pictures: decoders produce both.
-        blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        weight = torch.from_numpy(rng.uniform(0, 0.7, (BATCH, 1, 1, 1)).astype(np.float32))
-        weight *= torch.from_numpy((rng.random((BATCH, 1, 1, 1)) < 0.5).astype(np.float32))
-        pictures = pictures.lerp(blurred, weight) + 0.02 * weight * torch.randn(pictures.shape)
-        scores = module(pictures.to(device))
+        scores = module(as_decoded(pictures, rng).to(device))
         losses = [
             F.cross_entropy(scores[k], attributes[k].to(device), label_smoothing=0.05)
             for k in ATTRIBUTES
