@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,25 @@ def test_an_unconditional_card_speaks_of_recognisable_samples():
     text = card(zoo.twin("ddim-cifar"), {"unet": ("UNet2DModel", 5)}, ["F16"], training, quality)
     assert "| recognisable | 80.0 ± 1.0 % | 95.0 ± 1.0 % |" in text
     assert "no guidance" in text and "Asked for" not in text
+
+
+def test_a_distilled_twin_is_measured_beside_its_teacher():
+    # The embedded twin as its own teacher: what the teacher shows in as many steps is what it shows.
+    student = replace(zoo.twin("pixart-sigma"), teacher="pixart-sigma", num_inference_steps=3)
+    quality, _ = measure(student, 100)
+    teacher = quality["teacher"]
+    assert teacher["shown"] == quality["shown_by_samples"]
+    assert teacher["frechet_to_held_out"] == quality["frechet_samples_to_held_out"]
+    assert teacher["settings"] == quality["settings"]
+    training = {"command": "train it", "machine": "a machine", "torch": "2"}
+    text = card(student, {}, ["F32"], training, quality)
+    head = next(line for line in text.splitlines() if "held-out scans |" in line)
+    assert head == "|  | samples | held-out scans | pixart-sigma in 3 steps |"
+    rows = [r for r in text.splitlines() if r.startswith(("| digit |", "| Fréchet"))]
+    assert len(rows) == 2
+    for row in rows:
+        _, _, samples, _, taught, _ = row.split("|")
+        assert samples == taught
 
 
 def test_noise_is_not_recognisable():

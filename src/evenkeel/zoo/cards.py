@@ -102,7 +102,7 @@ def card(
         + "\n".join(f"- {line};" for line in DIFFERENCES[twin.name])[:-1]
         + ".",
         _quality_text(quality),
-        _table(("", "samples", "held-out scans"), _quality_rows(quality)),
+        _table(_quality_head(quality), _quality_rows(quality)),
         _speed(quality),
         f"![samples](samples.png)\n\n{_samples_text(quality)}",
     ]
@@ -164,11 +164,21 @@ def _quality_text(quality: Mapping[str, Any]) -> str:
     )
 
 
+def _quality_head(quality: Mapping[str, Any]) -> tuple[str, ...]:
+    head = ("", "samples", "held-out scans")
+    if "teacher" not in quality:
+        return head
+    teacher, settings = quality["teacher"]["name"], quality["teacher"]["settings"]
+    return (*head, f"{teacher} in {settings['num_inference_steps']} steps")
+
+
 def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
+    teacher = quality.get("teacher")
     if "shown_by_samples" in quality:
-        for name, share in quality["shown_by_samples"].items():
-            rows.append((name, _percent(share), _percent(quality["shown_by_held_out_scans"][name])))
+        shown = [quality["shown_by_samples"], quality["shown_by_held_out_scans"]]
+        shown += [teacher["shown"]] if teacher else []
+        rows += [(name, *(_percent(by[name]) for by in shown)) for name in shown[0]]
     else:
         both = quality["recognisable_samples"], quality["recognisable_held_out_scans"]
         rows.append(("recognisable", *map(_percent, both)))
@@ -177,6 +187,7 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "Fréchet distance to held-out scans",
             value_text(quality["frechet_samples_to_held_out"]),
             value_text(quality["frechet_held_out_to_held_out"]),
+            *([value_text(teacher["frechet_to_held_out"])] if teacher else []),
         )
     )
     return rows

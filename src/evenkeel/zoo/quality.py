@@ -31,8 +31,11 @@ def measure(
     held-out pictures, and pictures of the training scans to held-out ones (what a twin would get that
     draws its training scans and nothing else). Each set of pictures is drawn for the same prompts.
 
+    A distilled twin's teacher is run with as few steps, its own sampler and guidance, for the same
+    prompts from the same noise.
+
     Args:
-        twin: its weights must be there.
+        twin: its weights must be there, and its teacher's.
         images: how many samples.
         folder: where finished batches are kept; None keeps nothing.
 
@@ -45,40 +48,60 @@ def measure(
             f"expected at least 100 images to measure {twin.name} with, got {images}."
         )
     pictures = KINDS[twin.pictures]
-    pipeline, evaluator = zoo.load(twin.name), pictures.evaluator(zoo.path_of(twin.name))
+    evaluator = pictures.evaluator(zoo.path_of(twin.name))
     prompts = pictures.prompts(images, SEED)
-    options: dict[str, Any] = {
-        "num_inference_steps": twin.num_inference_steps,
-        "guidance_scale": twin.guidance_scale,
-        "call": {},
-    }
-    arm = Arm("samples", denoiser_of(pipeline))
-    samples, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, folder, lambda: None)
+    steps = twin.num_inference_steps
+    samples, seconds, settings = _sample(twin, prompts, steps, folder)
     sets = {
         "samples": samples,
         "held_out": pictures.references(prompts, SEED),
         "held_out_again": pictures.references(prompts, SEED + 1),
         "training": pictures.references(prompts, SEED + 2, held_out=False),
     }
+    taught: dict[str, Any] = {}
+    if twin.teacher is not None:
+        sets["teacher"], _, how = _sample(zoo.twin(twin.teacher), prompts, steps, folder)
+        taught["teacher"] = {"name": twin.teacher, "settings": how}
     features = {k: _features(evaluator, v) for k, v in sets.items()}
     real = features["held_out"]
-    per_step = torch.tensor(seconds, dtype=torch.float64) / twin.num_inference_steps
+    if taught:
+        taught["teacher"] |= {
+            "shown": _shares(pictures, evaluator, sets["teacher"], prompts),
+            "frechet_to_held_out": frechet_distance(features["teacher"], real).as_dict(),
+        }
+    per_step = torch.tensor(seconds, dtype=torch.float64) / steps
     return {
         "command": f"python -m evenkeel.zoo.card {twin.name} --images {images}",
         "images": images,
         "seed": SEED,
-        "settings": {**options, "scheduler": type(pipeline.scheduler).__name__},
+        "settings": settings,
         **_shown(pictures, evaluator, sets, prompts),
         "frechet_samples_to_held_out": frechet_distance(features["samples"], real).as_dict(),
         "frechet_held_out_to_held_out": frechet_distance(
             features["held_out_again"], real
         ).as_dict(),
         "frechet_training_to_held_out": frechet_distance(features["training"], real).as_dict(),
+        **taught,
         "seconds_per_image": sum(seconds) / len(seconds),
         "seconds_per_image_and_step": mean_estimate(per_step).as_dict()
         | {"fastest": float(per_step.min()), "slowest": float(per_step.max()), "batch": BATCH},
         "first_prompts": [str(p) for p in prompts[:60]],
     }, samples
+
+
+def _sample(
+    twin: zoo.Twin, prompts: list[Any], steps: int, folder: Path | None
+) -> tuple[Tensor, list[float], dict[str, Any]]:
+    """Pictures, seconds per picture of every batch, and the settings."""
+    pipeline = zoo.load(twin.name)
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": twin.guidance_scale,
+        "call": {},
+    }
+    arm = Arm(twin.name, denoiser_of(pipeline))
+    made, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, folder, lambda: None)
+    return made, seconds, {**options, "scheduler": type(pipeline.scheduler).__name__}
 
 
 def _shown(
@@ -98,12 +121,19 @@ def _shown(
             "recognisable_threshold": threshold,
         }
 
-    def shares(name: str) -> dict[str, Any]:
-        matches = evaluator.matches(sets[name].float() / 255, prompts)
-        columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
-        return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
+    return {
+        "shown_by_samples": _shares(pictures, evaluator, sets["samples"], prompts),
+        "shown_by_held_out_scans": _shares(pictures, evaluator, sets["held_out"], prompts),
+    }
 
-    return {"shown_by_samples": shares("samples"), "shown_by_held_out_scans": shares("held_out")}
+
+def _shares(
+    pictures: Pictures, evaluator: Any, images: Tensor, prompts: list[Any]
+) -> dict[str, Any]:
+    """Attribute -> share of the images that show it as asked, where it was asked for."""
+    matches = evaluator.matches(images.float() / 255, prompts)
+    columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
+    return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
 
 
 @torch.no_grad()

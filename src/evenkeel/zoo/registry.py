@@ -35,6 +35,7 @@ class Twin:
         num_inference_steps, guidance_scale: of the original's default inference; a pipeline without
             guidance has None.
         schedulers: the original's samplers by their short names, the pipeline's own first.
+        teacher: the twin it is distilled from.
 
     """
 
@@ -45,6 +46,7 @@ class Twin:
     num_inference_steps: int
     guidance_scale: float | None
     schedulers: Mapping[str, Sampler]
+    teacher: str | None = None
 
     def sampler(self, name: str) -> Sampler:
         """The sampler of that short name.
@@ -88,6 +90,7 @@ _ALL = (
         num_inference_steps=4,
         guidance_scale=0.0,
         schedulers={"euler": _FLOW},
+        teacher="flux-dev",
     ),
     Twin(
         "sdxl",
@@ -111,6 +114,7 @@ _ALL = (
         num_inference_steps=4,
         guidance_scale=0.0,
         schedulers={"euler-ancestral": _ANCESTRAL, "euler": _EULER},
+        teacher="sdxl",
     ),
     Twin(
         "pixart-sigma",

@@ -20,17 +20,17 @@ import torch
 from evenkeel import zoo
 from evenkeel.zoo.scene_evaluation import train_evaluator
 
-# Module below evenkeel.zoo.twins, function, the networks it shares with others, its teacher.
-TRAINERS: dict[str, tuple[str, str, tuple[str, ...], str | None]] = {
-    "pixart-sigma": ("pixart_sigma", "train", (), None),
-    "flux-dev": ("flux", "train_dev", ("kl-16", "clip-l", "t5"), None),
-    "flux-schnell": ("flux", "train_schnell", ("kl-16", "clip-l", "t5"), "flux-dev"),
-    "sdxl": ("sdxl", "train", ("kl-4", "clip-l", "clip-g"), None),
-    "sdxl-turbo": ("sdxl", "train_turbo", ("kl-4", "clip-l", "clip-g"), "sdxl"),
-    "sana": ("sana", "train", ("dc-32", "gemma"), None),
-    "sd-v1.4": ("sd", "train", ("kl-4", "clip-l"), None),
-    "dit-xl": ("dit_xl", "train", (), None),
-    "ddim-cifar": ("ddim_cifar", "train", (), None),
+# Module below evenkeel.zoo.twins, function, the networks it shares with others.
+TRAINERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "pixart-sigma": ("pixart_sigma", "train", ()),
+    "flux-dev": ("flux", "train_dev", ("kl-16", "clip-l", "t5")),
+    "flux-schnell": ("flux", "train_schnell", ("kl-16", "clip-l", "t5")),
+    "sdxl": ("sdxl", "train", ("kl-4", "clip-l", "clip-g")),
+    "sdxl-turbo": ("sdxl", "train_turbo", ("kl-4", "clip-l", "clip-g")),
+    "sana": ("sana", "train", ("dc-32", "gemma")),
+    "sd-v1.4": ("sd", "train", ("kl-4", "clip-l")),
+    "dit-xl": ("dit_xl", "train", ()),
+    "ddim-cifar": ("ddim_cifar", "train", ()),
 }
 SHARED, EMBEDDED = "shared", "pixart-sigma"
 
@@ -43,7 +43,8 @@ def train(name: str, work: Path) -> Path:
         work: folder of all runs; this twin's are in ``work / name``.
 
     """
-    module, function, shared, teacher = TRAINERS[name]
+    module, function, shared = TRAINERS[name]
+    teacher = zoo.twin(name).teacher
     place, out = work / name, work / name / "pipeline"
     place.mkdir(parents=True, exist_ok=True)
     trainer = getattr(importlib.import_module(f"evenkeel.zoo.twins.{module}"), function)
