@@ -102,7 +102,8 @@ def card(
         + "\n".join(f"- {line};" for line in DIFFERENCES[twin.name])[:-1]
         + ".",
         _quality_text(quality),
-        _table(_quality_head(quality), _quality_rows(quality)),
+        _table(("", "samples", "held-out scans"), _quality_rows(quality)),
+        _few_steps(twin.name, quality),
         _speed(quality),
         f"![samples](samples.png)\n\n{_samples_text(quality)}",
     ]
@@ -164,21 +165,11 @@ def _quality_text(quality: Mapping[str, Any]) -> str:
     )
 
 
-def _quality_head(quality: Mapping[str, Any]) -> tuple[str, ...]:
-    head = ("", "samples", "held-out scans")
-    if "teacher" not in quality:
-        return head
-    teacher, settings = quality["teacher"]["name"], quality["teacher"]["settings"]
-    return (*head, f"{teacher} in {settings['num_inference_steps']} steps")
-
-
 def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    teacher = quality.get("teacher")
     if "shown_by_samples" in quality:
-        shown = [quality["shown_by_samples"], quality["shown_by_held_out_scans"]]
-        shown += [teacher["shown"]] if teacher else []
-        rows += [(name, *(_percent(by[name]) for by in shown)) for name in shown[0]]
+        for name, share in quality["shown_by_samples"].items():
+            rows.append((name, _percent(share), _percent(quality["shown_by_held_out_scans"][name])))
     else:
         both = quality["recognisable_samples"], quality["recognisable_held_out_scans"]
         rows.append(("recognisable", *map(_percent, both)))
@@ -187,10 +178,35 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "Fréchet distance to held-out scans",
             value_text(quality["frechet_samples_to_held_out"]),
             value_text(quality["frechet_held_out_to_held_out"]),
-            *([value_text(teacher["frechet_to_held_out"])] if teacher else []),
         )
     )
     return rows
+
+
+def _few_steps(name: str, quality: Mapping[str, Any]) -> str:
+    """A distilled twin beside its teacher."""
+    if "few_steps" not in quality:
+        return ""
+    teacher = quality["teacher"]
+    rows = []
+    for row in quality["few_steps"]:
+        both = row["student"], row["teacher"]
+        aligned = [_percent(b["alignment"]) for b in both]
+        distances = [value_text(b["frechet_to_held_out"]) for b in both]
+        rows.append((str(row["steps"]), *aligned, *distances))
+    about = (
+        f"**Distilled from {teacher}.** With the same few steps, prompts and noise, each with its own "
+        "sampler and guidance: share of what the prompts ask for that the samples show, and Fréchet "
+        "distance to held-out scans."
+    )
+    head = (
+        "steps",
+        f"{name} shows",
+        f"{teacher} shows",
+        f"{name}, distance",
+        f"{teacher}, distance",
+    )
+    return f"{about}\n\n{_table(head, rows)}"
 
 
 def _percent(share: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from evenkeel.zoo.pictures import KINDS, Pictures
 
 SEED = 31
 BATCH = 50
+FEWER = (2, 1)  # steps with which a distilled twin and its teacher are also compared
 SURE = 0.05  # quantile of real pictures' scores from which on a sample counts as recognisable
 
 
@@ -31,8 +32,8 @@ def measure(
     held-out pictures, and pictures of the training scans to held-out ones (what a twin would get that
     draws its training scans and nothing else). Each set of pictures is drawn for the same prompts.
 
-    A distilled twin's teacher is run with as few steps, its own sampler and guidance, for the same
-    prompts from the same noise.
+    A distilled twin and its teacher are also measured side by side with as few steps and fewer, each
+    with its own sampler and guidance, for the same prompts from the same noise.
 
     Args:
         twin: its weights must be there, and its teacher's.
@@ -58,17 +59,19 @@ def measure(
         "held_out_again": pictures.references(prompts, SEED + 1),
         "training": pictures.references(prompts, SEED + 2, held_out=False),
     }
-    taught: dict[str, Any] = {}
-    if twin.teacher is not None:
-        sets["teacher"], _, how = _sample(zoo.twin(twin.teacher), prompts, steps, folder)
-        taught["teacher"] = {"name": twin.teacher, "settings": how}
     features = {k: _features(evaluator, v) for k, v in sets.items()}
     real = features["held_out"]
-    if taught:
-        taught["teacher"] |= {
-            "shown": _shares(pictures, evaluator, sets["teacher"], prompts),
-            "frechet_to_held_out": frechet_distance(features["teacher"], real).as_dict(),
-        }
+    taught: dict[str, Any] = {}
+    if twin.teacher is not None:
+        taught["teacher"] = twin.teacher
+        taught["few_steps"] = [
+            {
+                "steps": few,
+                "student": _at(twin, few, prompts, folder, evaluator, real),
+                "teacher": _at(zoo.twin(twin.teacher), few, prompts, folder, evaluator, real),
+            }
+            for few in (steps, *(f for f in FEWER if f < steps))
+        ]
     per_step = torch.tensor(seconds, dtype=torch.float64) / steps
     return {
         "command": f"python -m evenkeel.zoo.card {twin.name} --images {images}",
@@ -104,6 +107,25 @@ def _sample(
     return made, seconds, {**options, "scheduler": type(pipeline.scheduler).__name__}
 
 
+def _at(
+    twin: zoo.Twin,
+    steps: int,
+    prompts: list[Any],
+    folder: Path | None,
+    evaluator: Any,
+    real: Tensor,
+) -> dict[str, Any]:
+    """Alignment with the prompts, and distance to held-out scans, with so many steps."""
+    at = None if folder is None else folder / f"{steps} steps"
+    images, _, settings = _sample(twin, prompts, steps, at)
+    each = evaluator.matches(images.float() / 255, prompts).nanmean(1)
+    return {
+        "settings": settings,
+        "alignment": mean_estimate(each[~each.isnan()]).as_dict(),
+        "frechet_to_held_out": frechet_distance(_features(evaluator, images), real).as_dict(),
+    }
+
+
 def _shown(
     pictures: Pictures, evaluator: Any, sets: dict[str, Tensor], prompts: list[Any]
 ) -> dict[str, Any]:
@@ -121,19 +143,12 @@ def _shown(
             "recognisable_threshold": threshold,
         }
 
-    return {
-        "shown_by_samples": _shares(pictures, evaluator, sets["samples"], prompts),
-        "shown_by_held_out_scans": _shares(pictures, evaluator, sets["held_out"], prompts),
-    }
+    def shares(name: str) -> dict[str, Any]:
+        matches = evaluator.matches(sets[name].float() / 255, prompts)
+        columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
+        return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
 
-
-def _shares(
-    pictures: Pictures, evaluator: Any, images: Tensor, prompts: list[Any]
-) -> dict[str, Any]:
-    """Attribute -> share of the images that show it as asked, where it was asked for."""
-    matches = evaluator.matches(images.float() / 255, prompts)
-    columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
-    return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
+    return {"shown_by_samples": shares("samples"), "shown_by_held_out_scans": shares("held_out")}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from evenkeel.zoo.training import Recipe, fit
 
 PLAIN = Recipe(steps=11_000, learning_rate=1.5e-3, seed=314)
 GUIDED = Recipe(steps=2000, learning_rate=5e-4, seed=316)
-STRAIGHT = Recipe(steps=6000, learning_rate=7e-4, seed=317)
+STRAIGHT = Recipe(steps=3000, learning_rate=7e-4, seed=317)
 BATCH = 64
 PICTURES, PAIRS = 40_000, 20_000
 DROP_CAPTION = 0.1

@@ -18,7 +18,7 @@ from evenkeel.zoo import autoencoders, objectives, text_encoders
 from evenkeel.zoo.pools import Pool, scene_pool
 from evenkeel.zoo.training import Recipe, fit
 
-DENOISER = Recipe(steps=9_000, learning_rate=1e-3, seed=514)
+DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=514)
 STUDENT = Recipe(steps=5000, learning_rate=5e-4, seed=516)
 BATCH = 64
 PICTURES, STARTS = 40_000, 20_000
