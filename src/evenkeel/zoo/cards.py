@@ -103,6 +103,7 @@ def card(
         + ".",
         _quality_text(quality),
         _table(("", "samples", "held-out scans"), _quality_rows(quality)),
+        _samplers(quality),
         _few_steps(twin.name, quality),
         _speed(quality),
         f"![samples](samples.png)\n\n{_samples_text(quality)}",
@@ -181,6 +182,20 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
     )
     return rows
+
+
+def _samplers(quality: Mapping[str, Any]) -> str:
+    """The original's other samplers."""
+    found = quality["samplers"]
+    if not found:
+        return ""
+    measured = "what prompts ask for" if "shown_by_samples" in quality else "recognisable samples"
+    shares = [f"{name} {_percent(each['alignment'])}" for name, each in found.items()]
+    count = next(iter(found.values()))["alignment"]["n"]
+    return (
+        f"**The original's other samplers**, same steps and guidance, share of {measured} "
+        f"({count} images): {', '.join(shares)}."
+    )
 
 
 def _few_steps(name: str, quality: Mapping[str, Any]) -> str:

@@ -38,6 +38,8 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         _PICTURES,
         "two levels of resolution (four); text tokens of the last of three layers",
         _WEIGHTED,
+        "DDIM is the pipeline's own sampler: the original's, PLMS, swings at guidance 7.5 on pictures as "
+        "simple as these",
         "no safety checker",
     ),
     "dit-xl": (

@@ -12,13 +12,14 @@ from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
 from evenkeel.generation import Arm, generate
 from evenkeel.hosts.pipelines import denoiser_of
-from evenkeel.metrics import frechet_distance, mean_estimate
-from evenkeel.zoo.pictures import KINDS, Pictures
+from evenkeel.metrics import mean_estimate
+from evenkeel.zoo.judging import Judge
+from evenkeel.zoo.pictures import KINDS
 
 SEED = 31
 BATCH = 50
 FEWER = (2, 1)  # steps with which a distilled twin and its teacher are also compared
-SURE = 0.05  # quantile of real pictures' scores from which on a sample counts as recognisable
+OTHER_SAMPLERS = 5  # the original's other samplers are measured with so many times fewer images
 
 
 def measure(
@@ -32,8 +33,9 @@ def measure(
     held-out pictures, and pictures of the training scans to held-out ones (what a twin would get that
     draws its training scans and nothing else). Each set of pictures is drawn for the same prompts.
 
-    A distilled twin and its teacher are also measured side by side with as few steps and fewer, each
-    with its own sampler and guidance, for the same prompts from the same noise.
+    The original's other samplers follow, on a fifth of the prompts. A distilled twin and its teacher are
+    also measured side by side with as few steps and fewer, each with its own sampler and guidance,
+    for the same prompts from the same noise.
 
     Args:
         twin: its weights must be there, and its teacher's.
@@ -49,42 +51,35 @@ def measure(
             f"expected at least 100 images to measure {twin.name} with, got {images}."
         )
     pictures = KINDS[twin.pictures]
-    evaluator = pictures.evaluator(zoo.path_of(twin.name))
-    prompts = pictures.prompts(images, SEED)
-    steps = twin.num_inference_steps
-    samples, seconds, settings = _sample(twin, prompts, steps, folder)
-    sets = {
-        "samples": samples,
-        "held_out": pictures.references(prompts, SEED),
-        "held_out_again": pictures.references(prompts, SEED + 1),
-        "training": pictures.references(prompts, SEED + 2, held_out=False),
-    }
-    features = {k: _features(evaluator, v) for k, v in sets.items()}
-    real = features["held_out"]
-    taught: dict[str, Any] = {}
-    if twin.teacher is not None:
-        taught["teacher"] = twin.teacher
-        taught["few_steps"] = [
-            {
-                "steps": few,
-                "student": _at(twin, few, prompts, folder, evaluator, real),
-                "teacher": _at(zoo.twin(twin.teacher), few, prompts, folder, evaluator, real),
-            }
-            for few in (steps, *(f for f in FEWER if f < steps))
-        ]
+    prompts, steps = pictures.prompts(images, SEED), twin.num_inference_steps
+    held_out = pictures.references(prompts, SEED)
+    held_out_again = pictures.references(prompts, SEED + 1)
+    training = pictures.references(prompts, SEED + 2, held_out=False)
+    judge = Judge(pictures, zoo.path_of(twin.name), held_out)
+    samples, seconds, settings = _sample(twin, prompts, folder)
+    if pictures.attributes:
+        shown: dict[str, Any] = {
+            "shown_by_samples": judge.attributes(samples, prompts),
+            "shown_by_held_out_scans": judge.attributes(held_out, prompts),
+        }
+    else:
+        shown = {
+            "recognisable_samples": judge.alignment(samples, prompts),
+            "recognisable_held_out_scans": judge.alignment(held_out_again, prompts),
+            "recognisable_threshold": judge.threshold,
+        }
     per_step = torch.tensor(seconds, dtype=torch.float64) / steps
     return {
         "command": f"python -m evenkeel.zoo.card {twin.name} --images {images}",
         "images": images,
         "seed": SEED,
         "settings": settings,
-        **_shown(pictures, evaluator, sets, prompts),
-        "frechet_samples_to_held_out": frechet_distance(features["samples"], real).as_dict(),
-        "frechet_held_out_to_held_out": frechet_distance(
-            features["held_out_again"], real
-        ).as_dict(),
-        "frechet_training_to_held_out": frechet_distance(features["training"], real).as_dict(),
-        **taught,
+        **shown,
+        "frechet_samples_to_held_out": judge.distance(samples),
+        "frechet_held_out_to_held_out": judge.distance(held_out_again),
+        "frechet_training_to_held_out": judge.distance(training),
+        "samplers": _other_samplers(twin, judge, prompts[: images // OTHER_SAMPLERS], folder),
+        **_few_steps(twin, judge, prompts, folder),
         "seconds_per_image": sum(seconds) / len(seconds),
         "seconds_per_image_and_step": mean_estimate(per_step).as_dict()
         | {"fastest": float(per_step.min()), "slowest": float(per_step.max()), "batch": BATCH},
@@ -92,73 +87,57 @@ def measure(
     }, samples
 
 
+def _other_samplers(
+    twin: zoo.Twin, judge: Judge, prompts: list[Any], folder: Path | None
+) -> dict[str, Any]:
+    """Short name -> alignment with the original's number of steps and guidance."""
+    found = {}
+    for name in list(twin.schedulers)[1:]:
+        images, _, settings = _sample(twin, prompts, folder, scheduler=name)
+        found[name] = {"settings": settings, "alignment": judge.alignment(images, prompts)}
+    return found
+
+
+def _few_steps(
+    twin: zoo.Twin, judge: Judge, prompts: list[Any], folder: Path | None
+) -> dict[str, Any]:
+    """A distilled twin beside its teacher, with as few steps and fewer."""
+    if twin.teacher is None:
+        return {}
+
+    def at(name: str, steps: int) -> dict[str, Any]:
+        images, _, settings = _sample(zoo.twin(name), prompts, folder, steps=steps)
+        return {
+            "settings": settings,
+            "alignment": judge.alignment(images, prompts),
+            "frechet_to_held_out": judge.distance(images),
+        }
+
+    own = twin.num_inference_steps
+    rows = [
+        {"steps": few, "student": at(twin.name, few), "teacher": at(twin.teacher, few)}
+        for few in (own, *(f for f in FEWER if f < own))
+    ]
+    return {"teacher": twin.teacher, "few_steps": rows}
+
+
 def _sample(
-    twin: zoo.Twin, prompts: list[Any], steps: int, folder: Path | None
+    twin: zoo.Twin,
+    prompts: list[Any],
+    folder: Path | None,
+    *,
+    steps: int | None = None,
+    scheduler: str | None = None,
 ) -> tuple[Tensor, list[float], dict[str, Any]]:
     """Pictures, seconds per picture of every batch, and the settings."""
-    pipeline = zoo.load(twin.name)
+    pipeline = zoo.load(twin.name, scheduler)
+    steps = steps or twin.num_inference_steps
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "guidance_scale": twin.guidance_scale,
         "call": {},
     }
+    kept = None if folder is None else folder / f"{scheduler or 'own'}-{steps}"
     arm = Arm(twin.name, denoiser_of(pipeline))
-    made, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, folder, lambda: None)
+    made, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, kept, lambda: None)
     return made, seconds, {**options, "scheduler": type(pipeline.scheduler).__name__}
-
-
-def _at(
-    twin: zoo.Twin,
-    steps: int,
-    prompts: list[Any],
-    folder: Path | None,
-    evaluator: Any,
-    real: Tensor,
-) -> dict[str, Any]:
-    """Alignment with the prompts, and distance to held-out scans, with so many steps."""
-    at = None if folder is None else folder / f"{steps} steps"
-    images, _, settings = _sample(twin, prompts, steps, at)
-    each = evaluator.matches(images.float() / 255, prompts).nanmean(1)
-    return {
-        "settings": settings,
-        "alignment": mean_estimate(each[~each.isnan()]).as_dict(),
-        "frechet_to_held_out": frechet_distance(_features(evaluator, images), real).as_dict(),
-    }
-
-
-def _shown(
-    pictures: Pictures, evaluator: Any, sets: dict[str, Tensor], prompts: list[Any]
-) -> dict[str, Any]:
-    """Shares of samples and of held-out pictures that show what was asked, or are recognisable."""
-    if not pictures.attributes:
-        certain = {k: _certainty(evaluator, v) for k, v in sets.items()}
-        threshold = float(certain["held_out"].quantile(SURE))
-
-        def sure(name: str) -> dict[str, Any]:
-            return mean_estimate((certain[name] >= threshold).double()).as_dict()
-
-        return {
-            "recognisable_samples": sure("samples"),
-            "recognisable_held_out_scans": sure("held_out_again"),
-            "recognisable_threshold": threshold,
-        }
-
-    def shares(name: str) -> dict[str, Any]:
-        matches = evaluator.matches(sets[name].float() / 255, prompts)
-        columns = dict(zip(pictures.attributes, matches.unbind(1), strict=True))
-        return {k: mean_estimate(v[~v.isnan()]).as_dict() for k, v in columns.items()}
-
-    return {"shown_by_samples": shares("samples"), "shown_by_held_out_scans": shares("held_out")}
-
-
-@torch.no_grad()
-def _features(evaluator: Any, images: Tensor) -> Tensor:
-    parts = [evaluator.features(p.float() / 255) for p in torch.split(images, 256)]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def _certainty(evaluator: Any, images: Tensor) -> Tensor:
-    """Probability (n,) that the evaluator gives to the digit that it sees."""
-    parts = [evaluator.network(p.float() / 255)["digit"] for p in torch.split(images, 256)]
-    return torch.cat(parts).softmax(1).amax(1).double()

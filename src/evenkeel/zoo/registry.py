@@ -146,7 +146,7 @@ _ALL = (
         "scenes",
         num_inference_steps=50,
         guidance_scale=7.5,
-        schedulers={"plms": _PLMS, "ddim": _DDIM, "dpm-solver++": _DPM},
+        schedulers={"ddim": _DDIM, "plms": _PLMS, "dpm-solver++": _DPM},
     ),
     Twin(
         "dit-xl",

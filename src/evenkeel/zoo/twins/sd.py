@@ -39,7 +39,7 @@ def build_denoiser() -> Any:
 
 def train(work: Path, out: Path) -> None:
     """Train everything and save the pipeline."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     shared = work.parent / "shared"
     vae = autoencoders.train("kl-4", shared)
@@ -50,8 +50,8 @@ def train(work: Path, out: Path) -> None:
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=denoiser.eval(),
-        scheduler=PNDMScheduler(
-            **objectives.BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        scheduler=DDIMScheduler(
+            **objectives.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         safety_checker=None,
         feature_extractor=None,
