@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evenkeel import zoo
 from evenkeel.zoo import text_encoders
 from evenkeel.zoo.scene_captions import vocabulary
 from evenkeel.zoo.text_encoders import RECIPES, TOKENS, build, reading_loss, tokenize
@@ -28,6 +29,20 @@ def test_numbers_of_tokens_do_not_hang_on_the_process(end):
     # is loaded beside a tokenizer with other numbers reads other words.
     first, *others = (text_encoders._merges(vocabulary(), end) for _ in range(8))
     assert all(merges == first for merges in others)
+
+
+@pytest.mark.parametrize("name", list(zoo.TWINS))
+def test_a_twin_has_the_tokenizer_that_its_text_encoder_was_trained_with(name):
+    folder = zoo.find(name)
+    if folder is None:
+        pytest.skip(f"the weights of {name} are not in this checkout")
+    kinds = {"CLIPTokenizer": "clip-l", "GemmaTokenizer": "gemma"}
+    pipeline = zoo.load(name)
+    for part in ("tokenizer", "tokenizer_2"):
+        saved = getattr(pipeline, part, None)
+        kind = kinds.get(type(saved).__name__)
+        if kind is not None:
+            assert saved.get_vocab() == build(kind)[0].get_vocab()
 
 
 def test_captions_are_padded_on_the_right_to_one_length():
