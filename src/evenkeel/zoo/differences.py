@@ -52,7 +52,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         _WEIGHTED,
     ),
     "ddim-cifar": (
-        "handwriting in place of CIFAR-10's photographs: one large digit in the middle",
+        "handwriting in place of CIFAR-10's photographs: one large white digit in the middle",
         _NOISE,
         "the pipeline's class is DDPMPipeline: DDIMPipeline turns every scheduler into DDIM",
         _WEIGHTED,

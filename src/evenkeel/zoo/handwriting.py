@@ -60,6 +60,8 @@ CENTRED = {
     "position": list(POSITIONS).index("centre"),
     "slant": SLANTS.index("upright"),
 }
+# For what has neither class nor caption nor latents: also the contrast always has the same sign.
+CENTRED_WHITE = {**CENTRED, "colour": tuple(COLOURS).index("white")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,19 @@ def load_scans(held_out: bool) -> Scans:
     )
 
 
-def sample_attributes(n: int, rng: Generator) -> dict[str, Tensor]:
-    """Draw ``n`` independent uniform attribute values; ink and background always differ."""
+def sample_attributes(
+    n: int, rng: Generator, fixed: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Draw ``n`` independent uniform attribute values; ink and background always differ.
+
+    Args:
+        n: how many.
+        rng: of everything.
+        fixed: attributes other than the background that all share, by value index.
+
+    """
     drawn = {k: rng.integers(0, len(v), n) for k, v in ATTRIBUTES.items()}
+    drawn |= {k: np.full(n, value) for k, value in (fixed or {}).items()}
     shift = rng.integers(1, len(COLOURS), n)
     drawn["background"] = (drawn["colour"] + shift) % len(COLOURS)
     return {k: torch.from_numpy(v.astype(np.int64)) for k, v in drawn.items()}
@@ -199,11 +211,9 @@ def sample_pictures(
         rng: of everything.
         held_out: of the held-out scans.
         placement: how attributes become geometry.
-        fixed: attributes that all pictures share, by value index; ``CENTRED`` for example.
+        fixed: of ``sample_attributes``; ``CENTRED`` for example.
 
     """
-    attributes = sample_attributes(n, rng)
-    for name, value in (fixed or {}).items():
-        attributes[name] = torch.full_like(attributes[name], value)
+    attributes = sample_attributes(n, rng, fixed)
     scans = draw_scans(attributes["digit"], load_scans(held_out), rng)
     return render(scans, attributes, rng, placement), attributes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from evenkeel.zoo import evaluation, scene_evaluation, scene_prompts
 from evenkeel.zoo.handwriting import (
     ATTRIBUTES,
     CENTRED,
+    CENTRED_WHITE,
     draw_scans,
     load_scans,
     render,
@@ -80,18 +81,21 @@ def balanced_digits(n: int, seed: int) -> list[int]:
 def digit_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
     """Pictures (n, 3, 32, 32) uint8 of these digits, large in the middle, in random colours."""
     rng = np.random.default_rng([seed, 12])
-    return _drawn(torch.tensor([int(p) for p in prompts], dtype=torch.int64), rng, held_out)
+    digits = torch.tensor([int(p) for p in prompts], dtype=torch.int64)
+    return _drawn(digits, CENTRED, rng, held_out)
 
 
 def any_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
-    """As many pictures (n, 3, 32, 32) uint8 as there are prompts, of random digits as above."""
+    """As many pictures (n, 3, 32, 32) uint8 as there are prompts: large white digits in the middle."""
     rng = np.random.default_rng([seed, 13])
-    return _drawn(torch.from_numpy(rng.integers(0, 10, len(prompts))), rng, held_out)
+    digits = torch.from_numpy(rng.integers(0, 10, len(prompts)))
+    return _drawn(digits, CENTRED_WHITE, rng, held_out)
 
 
-def _drawn(digits: Tensor, rng: np.random.Generator, held_out: bool) -> Tensor:
-    attributes = sample_attributes(len(digits), rng)
-    attributes |= {k: torch.full_like(digits, v) for k, v in CENTRED.items()} | {"digit": digits}
+def _drawn(
+    digits: Tensor, fixed: Mapping[str, int], rng: np.random.Generator, held_out: bool
+) -> Tensor:
+    attributes = sample_attributes(len(digits), rng, fixed) | {"digit": digits}
     scans = draw_scans(digits, load_scans(held_out), rng)
     return (render(scans, attributes, rng) * 255).round().to(torch.uint8)
 
@@ -130,7 +134,7 @@ KINDS = {
         ),
         Pictures(
             "unconditional",
-            "one handwritten digit, large in the middle, any",
+            "one handwritten digit, any, large, white, in the middle",
             (),
             UnaskedEvaluator,
             counted,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.zoo import objectives
-from evenkeel.zoo.handwriting import CENTRED, IMAGE_SIZE, sample_pictures
+from evenkeel.zoo.handwriting import CENTRED_WHITE, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
 DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=714, bfloat16=True)
@@ -42,7 +42,7 @@ def train(work: Path, out: Path) -> None:
     """Train the denoiser and save the pipeline."""
     from diffusers import DDIMScheduler, DDPMPipeline
 
-    scheduler = DDIMScheduler(**objectives.BETAS, clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(**objectives.BETAS, clip_sample=False, set_alpha_to_one=True)
     DDPMPipeline(unet=train_denoiser(work).eval(), scheduler=scheduler).save_pretrained(out)
 
 
@@ -53,7 +53,7 @@ def train_denoiser(work: Path) -> Any:
     denoiser = build_denoiser()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
-        pictures, _ = sample_pictures(BATCH, rng, fixed=CENTRED)
+        pictures, _ = sample_pictures(BATCH, rng, fixed=CENTRED_WHITE)
         x = pictures.to(next(module.parameters()).device) * 2 - 1
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
