@@ -1,7 +1,7 @@
 """``python -m evenkeel.zoo.gallery``: each twin at full precision and quantized, from the same noise.
 
-Writes ``gallery.html``, which needs nothing else, and ``gallery.png``: for each twin three rows of
-pictures (full precision, W4A4, W3A4), a column for each prompt.
+For each twin three rows of pictures (full precision, W4A4, W3A4), a column for each prompt. Writes
+``gallery.html``, which needs nothing else and has the prompts, and ``gallery.png``, with fewer columns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from evenkeel.zoo.pictures import KINDS
 
 FULL_PRECISION = "full precision"
 QUANTIZED = {"W4A4": "w4a4-g32-r16", "W3A4": "w3a4-g32-r16"}
-SEED, COLUMNS, SCALE = 51, 12, 2
+SEED, COLUMNS = 51, 12
+# Of the PNG: pictures of a twin, twins beside each other, and lengths in pixels.
+SHOWN, ABREAST, SCALE = 7, 2, 2
+LABEL, HEADING, GAP, DPI = 100, 30, 14, 100
 
 
 def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -52,31 +55,37 @@ def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def mosaic(twins: Mapping[str, Mapping[str, Tensor]]) -> bytes:
-    """PNG: twins below each other, in each a row for every arm and a column for every prompt."""
+    """PNG: twins in two columns; each has a row for every arm and a column for every prompt."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    dpi, label, gap = 100, 215, 14
     arms = [FULL_PRECISION, *QUANTIZED]
     high, wide = (SCALE * side for side in next(iter(twins.values()))[arms[0]].shape[-2:])
-    width, height = label + COLUMNS * wide + gap, len(twins) * (len(arms) * high + gap) + gap
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    block_width, block_height = LABEL + SHOWN * wide + GAP, HEADING + len(arms) * high
+    width = min(len(twins), ABREAST) * block_width
+    height = -(-len(twins) // ABREAST) * block_height + GAP
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
     for i, (name, made) in enumerate(twins.items()):
+        left, top = i % ABREAST * block_width, i // ABREAST * block_height + HEADING
+        figure.text(
+            (left + LABEL) / width, 1 - (top - 5) / height, name, fontsize=10, weight="bold"
+        )
         for j, arm in enumerate(arms):
-            top = gap + i * (len(arms) * high + gap) + j * high
-            row = torch.cat(list(made[arm][:COLUMNS]), 2)
+            row = torch.cat(list(made[arm][:SHOWN]), 2)
             large = row.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
-            figure.figimage(
-                large.permute(1, 2, 0).numpy(), label, height - top - high, origin="upper"
+            bottom = height - top - (j + 1) * high
+            figure.figimage(large.permute(1, 2, 0).numpy(), left + LABEL, bottom, origin="upper")
+            figure.text(
+                (left + LABEL - 8) / width,
+                (bottom + high / 2) / height,
+                arm,
+                fontsize=9,
+                ha="right",
+                va="center",
             )
-            middle = 1 - (top + high / 2) / height
-            edge = (label - 8) / width
-            figure.text(edge, middle, arm, fontsize=9, ha="right", va="center")
-            if j == 0:
-                figure.text(8 / width, middle, name, fontsize=10, va="center", weight="bold")
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    figure.savefig(out, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return out.getvalue()
 
 
