@@ -20,8 +20,8 @@ from evenkeel.zoo.quality import measure
 
 GRID = (6, 10)
 _DATA = """\
-scikit-learn's 1,797 handwriting scans (UCI optical recognition of handwritten digits) in 7 colours on 7
-backgrounds; 25 % of the scans are held out and train nothing. Pictures show {shows}."""
+scikit-learn's 1,797 handwriting scans (UCI optical recognition of handwritten digits); 25 % of them are
+held out and train nothing. Pictures show {shows}."""
 
 
 def write_card(name: str, images: int = 1000, work: Path | None = None) -> Path:

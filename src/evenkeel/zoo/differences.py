@@ -7,7 +7,14 @@ _WEIGHTED = "loss weighted as an error of v, so that every noise level counts ab
 _PICTURES = "pictures of 32x32; latents of 8x8, four times smaller instead of eight times"
 
 DIFFERENCES: dict[str, tuple[str, ...]] = {
-    "pixart-sigma": (_NOISE, "no learned sigma, no resolution conditions", _WEIGHTED),
+    "pixart-sigma": (
+        _PICTURES,
+        "8 blocks of width 96 (28 of 1152), two layers of T5",
+        _NOISE,
+        "no learned sigma, no resolution conditions; a call needs use_resolution_binning=False, "
+        "clean_caption=False and max_sequence_length=24, which evenkeel fills in by itself",
+        _WEIGHTED,
+    ),
     "flux-dev": (
         _PICTURES,
         "2 double and 6 single blocks (19 and 38)",

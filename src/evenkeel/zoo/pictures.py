@@ -110,7 +110,7 @@ KINDS = {
     for kind in (
         Pictures(
             "captions",
-            "one handwritten digit, described by a caption",
+            "one handwritten digit in one of 7 colours on another, described by a caption",
             tuple(ATTRIBUTES),
             evaluation.HandwritingEvaluator,
             evaluation.sample_prompts,
@@ -118,7 +118,8 @@ KINDS = {
         ),
         Pictures(
             "scenes",
-            "one or two handwritten digits and how they stand to each other, described by a caption",
+            "one or two handwritten digits in any of 7 colours on a background of another, side by side or "
+            "stacked, described by a caption",
             scene_evaluation.MATCHES,
             scene_evaluation.SceneEvaluator,
             scene_prompts.sample_prompts,
@@ -126,7 +127,8 @@ KINDS = {
         ),
         Pictures(
             "digits",
-            "one handwritten digit, large in the middle, asked for by its class",
+            "one handwritten digit, large in the middle, in one of 7 colours on another, asked for by its "
+            "class",
             ("digit",),
             DigitEvaluator,
             balanced_digits,
@@ -134,7 +136,7 @@ KINDS = {
         ),
         Pictures(
             "unconditional",
-            "one handwritten digit, any, large, white, in the middle",
+            "one handwritten digit, any, large in the middle, in white on one of 6 colours",
             (),
             UnaskedEvaluator,
             counted,

@@ -17,7 +17,10 @@ from evenkeel.zoo import objectives
 from evenkeel.zoo.handwriting import CENTRED_WHITE, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.training import Recipe, fit
 
-DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=714, bfloat16=True)
+RECIPES = (
+    Recipe(steps=7000, learning_rate=1e-3, seed=714, bfloat16=True),
+    Recipe(steps=4000, learning_rate=7e-4, seed=715, bfloat16=True),
+)
 BATCH = 64
 
 
@@ -49,7 +52,7 @@ def train(work: Path, out: Path) -> None:
 def train_denoiser(work: Path) -> Any:
     """Predict the noise in pictures from -1 to 1."""
     signal = objectives.alphas_cumprod()
-    torch.manual_seed(DENOISER.seed)
+    torch.manual_seed(RECIPES[0].seed)
     denoiser = build_denoiser()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
@@ -62,4 +65,6 @@ def train_denoiser(work: Path) -> Any:
 
         return objectives.epsilon_loss(predict, x, rng, signal)
 
-    return fit(denoiser, loss, DENOISER, work / "denoiser").cpu()
+    for index, recipe in enumerate(RECIPES):
+        denoiser = fit(denoiser, loss, recipe, work / f"denoiser-{index}")
+    return denoiser.cpu()
