@@ -100,7 +100,7 @@ def error_structure(
 
 def write_table() -> None:
     """ZOO.md from the results on disk."""
-    lines = ["# The zoo, quantized", "", *(__doc__ or "").splitlines()[2:7], ""]
+    lines = ["# The zoo, quantized", "", *(__doc__ or "").splitlines()[2:5], ""]
     lines += ["`python experiments/zoo.py`", ""]
     found = {n: RESULTS / f"{n}.json" for n in zoo.TWINS}
     results = {n: json.loads(p.read_text()) for n, p in found.items() if p.exists()}
