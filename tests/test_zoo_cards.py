@@ -34,6 +34,29 @@ def test_every_twin_says_how_it_differs():
     assert all(DIFFERENCES.values())
 
 
+@pytest.mark.parametrize("name", list(zoo.TWINS))
+def test_the_card_in_the_zoo_is_what_its_measurements_say(name):
+    twin, folder = zoo.twin(name), zoo.path_of(name)
+    quality = json.loads((folder / "quality.json").read_text())
+    text = card(
+        twin, parameters(zoo.load(name)), saved_dtypes(folder), training_of(folder), quality
+    )
+    assert (folder / "README.md").read_text() == text
+    assert quality["images"] == 1000
+    assert list(quality["samplers"]) == list(twin.schedulers)[1:]
+
+
+@pytest.mark.parametrize("name", list(zoo.TWINS))
+def test_a_twin_draws_digits_that_can_be_recognised(name):
+    quality = json.loads((zoo.path_of(name) / "quality.json").read_text())
+    if KINDS[zoo.twin(name).pictures].attributes:
+        shown = quality["shown_by_samples"]
+        digits = [v["value"] for k, v in shown.items() if k.endswith("digit")]
+        assert digits and min(digits) > 0.9
+    else:
+        assert quality["recognisable_samples"]["value"] > 0.8
+
+
 @pytest.mark.slow
 def test_a_card_says_what_was_measured(copied):
     training = {"recipe": {"steps": 10, "learning_rate": 1e-3, "seed": 5}, "last": {"seconds": 90}}

@@ -1,4 +1,4 @@
-"""Every twin of the zoo whose weights are here: plain, small, and everything works on it."""
+"""Every twin of the zoo: plain, small, and everything works on it."""
 
 import json
 from pathlib import Path
@@ -18,13 +18,6 @@ from evenkeel.zoo.folders import bytes_in, denoiser_weights
 from evenkeel.zoo.pictures import KINDS
 
 STEPS, PROMPTS = 3, 2
-
-
-def here(name):
-    folder = zoo.find(name)
-    if folder is None:
-        pytest.skip(f"the weights of {name} are not in this checkout")
-    return folder
 
 
 def asked(twin):
@@ -52,14 +45,17 @@ def test_the_package_carries_the_embedded_twin_alone():
     assert 'packages = ["src/evenkeel"]' in packages
 
 
+def test_all_twins_together_are_small():
+    assert sum(bytes_in(zoo.path_of(name)) for name in zoo.TWINS) <= 120e6
+
+
 @pytest.fixture(params=list(zoo.TWINS))
 def twin(request):
-    here(request.param)
     return zoo.twin(request.param)
 
 
 def test_a_twin_is_a_plain_small_diffusers_folder(twin):
-    folder = here(twin.name)
+    folder = zoo.path_of(twin.name)
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipeline).__name__ == twin.pipeline
     assert bytes_in(folder) <= 16e6
@@ -75,7 +71,7 @@ def test_the_denoiser_has_1_to_3_million_parameters(twin):
     parameters = sum(p.numel() for p in denoiser.parameters())
     assert 1e6 <= parameters - tables <= 3e6
     # Buffers are stored as well, but are next to nothing.
-    assert parameters <= denoiser_weights(here(twin.name)) <= 1.01 * parameters
+    assert parameters <= denoiser_weights(zoo.path_of(twin.name)) <= 1.01 * parameters
 
 
 def test_networks_are_loaded_in_the_precision_asked_for(twin):
@@ -100,7 +96,6 @@ SAMPLERS = [(t.name, s) for t in zoo.TWINS.values() for s in t.schedulers]
 
 @pytest.mark.parametrize(("name", "scheduler"), SAMPLERS, ids=["-".join(s) for s in SAMPLERS])
 def test_every_scheduler_of_the_original_runs_and_has_a_law(name, scheduler):
-    here(name)
     twin = zoo.twin(name)
     pipeline = zoo.load(name, scheduler)
     assert type(pipeline.scheduler).__name__ == twin.schedulers[scheduler].scheduler
