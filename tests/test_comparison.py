@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+import evenkeel
 from evenkeel.comparison import Arm, Comparison, compare, standard_arms
-from evenkeel.corrections import Identity
-from evenkeel.errors import MetricError
+from evenkeel.corrections import Identity, QDrift
+from evenkeel.errors import EvenkeelError, MetricError
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from tiny_pipelines import ALL
 
@@ -97,3 +98,23 @@ def test_unequal_numbers_are_refused(tiny, quantized):
 def test_arms_must_differ(tiny, quantized, names):
     with pytest.raises(MetricError, match="different names"):
         compare(tiny.pipe, [Arm(n, quantized) for n in names], prompts=["a"], num_inference_steps=2)
+
+
+def test_a_correction_for_another_denoiser_is_refused_before_anything_is_generated(
+    tiny, quantized, tmp_path
+):
+    prompts = ["one", "two"]
+    settings = {"num_inference_steps": 3, "guidance_scale": tiny.guidance_scale}
+    record = evenkeel.calibrate(
+        tiny.pipe,
+        quantized=quantized,
+        prompts=prompts,
+        call={k: v for k, v in tiny.call.items() if k != "output_type"},
+        progress=False,
+        **settings,
+    )
+    other, _ = quantize_module(tiny.model, QuantizerSpec.parse("w3a8-g8"))
+    arms = standard_arms(tiny.pipe, other, [QDrift(record.evidence)])
+    with pytest.raises(EvenkeelError, match="not the one the record was made for"):
+        compare(tiny.pipe, arms, prompts=prompts, folder=tmp_path, progress=False, **settings)
+    assert not list(tmp_path.iterdir())

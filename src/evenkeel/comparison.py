@@ -15,7 +15,7 @@ from evenkeel.corrections.plan import Correction
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
 from evenkeel.generation import Arm as Arm
-from evenkeel.generation import generate
+from evenkeel.generation import check_corrections, generate
 from evenkeel.hosts.pipelines import Prompt, denoiser_of
 from evenkeel.metrics import (
     alignment,
@@ -127,6 +127,7 @@ def compare(
 
     Raises:
         MetricError: unequal numbers of images, or no arms.
+        EvenkeelError: a correction was not made for this pipeline; nothing has been generated then.
 
     """
     if len(arms) < 2 or len({a.name for a in arms}) != len(arms):
@@ -144,6 +145,7 @@ def compare(
         "guidance_scale": guidance_scale,
         "call": dict(call or {}),
     }
+    check_corrections(pipeline, arms, guidance_scale)
     images: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
     total = -(-len(prompts) // batch_size) * len(arms)

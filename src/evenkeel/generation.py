@@ -130,6 +130,18 @@ def corrected(pipeline: Any, arm: Arm, guidance_scale: float | None) -> Abstract
     return applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance_scale)
 
 
+def check_corrections(pipeline: Any, arms: Sequence[Arm], guidance_scale: float | None) -> None:
+    """Apply every arm's correction once: what is refused is refused before anything is generated.
+
+    Raises:
+        EvenkeelError: a correction was made for another denoiser, scheduler or guidance scale.
+
+    """
+    for arm in arms:
+        with denoiser_swapped(pipeline, arm.denoiser), corrected(pipeline, arm, guidance_scale):
+            pass
+
+
 def _pictures(pipeline: Any, batch: list[Prompt], seed: int, options: Mapping[str, Any]) -> Tensor:
     seeds = range(seed, seed + len(batch))
     # DiTPipeline hands its generators to no scheduler: DDPM draws from the global one.
