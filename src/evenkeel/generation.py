@@ -133,6 +133,8 @@ def corrected(pipeline: Any, arm: Arm, guidance_scale: float | None) -> Abstract
 def check_corrections(pipeline: Any, arms: Sequence[Arm], guidance_scale: float | None) -> None:
     """Apply every arm's correction once: what is refused is refused before anything is generated.
 
+    Costs a fingerprint of the denoiser for each arm; plans are only made when the pipeline runs.
+
     Raises:
         EvenkeelError: a correction was made for another denoiser, scheduler or guidance scale.
 
