@@ -20,7 +20,7 @@ import torch
 from timing import Spread, interleaved, report
 
 import evenkeel
-from evenkeel.calibration import calibrate
+from evenkeel.fitting import calibrate
 from evenkeel.statistics.error_structure import radial_spectrum, step_gram
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel import Arm, QDrift, calibrate, fit_readout, zoo
-from evenkeel.comparison import ArmResult, measure
+from evenkeel.comparing.comparison import ArmResult, measure
+from evenkeel.comparing.generation import corrected, generate
 from evenkeel.corrections.plan import Correction
-from evenkeel.generation import corrected, generate
-from evenkeel.hosts.backends import backend_text
-from evenkeel.hosts.backends_tensors import bytes_of
-from evenkeel.hosts.pipelines import denoiser_swapped, quiet, run_pipeline
+from evenkeel.hosts.backends.catalogue import backend_text
+from evenkeel.hosts.backends.tensors import bytes_of
+from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, quiet, run_pipeline
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

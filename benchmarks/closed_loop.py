@@ -10,10 +10,10 @@ from timing import Spread, interleaved, ratio, report
 
 import evenkeel
 from evenkeel import zoo
-from evenkeel.calibration.tac import fit_tac
 from evenkeel.corrections.tac import TAC
-from evenkeel.hosts.pipelines import quiet, run_pipeline
-from evenkeel.quantizers.spec import QuantizerSpec
+from evenkeel.fitting.closed_loop.fit_tac import fit_tac
+from evenkeel.hosts.pipeline.pipelines import quiet, run_pipeline
+from evenkeel.quantizers.methods.spec import QuantizerSpec
 
 STEPS, PROMPTS, BATCH, GUIDANCE, REPEATS = 20, 32, 8, 4.5, 9
 LIMIT = 1.05

@@ -21,10 +21,10 @@ from timing import Spread, interleaved, ratio, report
 from evenkeel.corrections import DCNC, DNS, Composite, Identity, QDrift, applicable
 from evenkeel.corrections.catalogue import from_evidence
 from evenkeel.corrections.plan import Correction
-from evenkeel.hosts.correcting import Corrector
-from evenkeel.hosts.interception import install
-from evenkeel.hosts.layouts import LatentLayout
-from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.hosts.pipeline.layouts import LatentLayout
+from evenkeel.hosts.scheduler.interception import install
+from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.evidence import Evidence

@@ -19,11 +19,11 @@ from timing import Spread, interleaved, ratio, report
 from torch import nn
 
 from evenkeel.corrections.head_table import HeadTable
-from evenkeel.hosts.head_switch import HeadSwitch
-from evenkeel.hosts.interception import install
-from evenkeel.hosts.probing import probe_scheduler
-from evenkeel.quantizers.layers import QuantizedLinear
-from evenkeel.quantizers.spec import QuantizerSpec
+from evenkeel.hosts.actuators.head_switch import HeadSwitch
+from evenkeel.hosts.scheduler.interception import install
+from evenkeel.hosts.scheduler.probing import probe_scheduler
+from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
+from evenkeel.quantizers.methods.spec import QuantizerSpec
 
 STEPS, TOKENS, TEXT = 20, 1024, 16
 CALL_REPEATS, SELECT_REPEATS = {"PixArt": 15, "FLUX": 9}, 40

@@ -25,11 +25,11 @@ from torch import Tensor
 
 import evenkeel
 from evenkeel import zoo
-from evenkeel.calibration.head_fit import CallFit, new_folds, take_in, units_of
-from evenkeel.calibration.readout import fit_readout
 from evenkeel.corrections.head_table import HeadTable
-from evenkeel.hosts.pipelines import quiet, run_pipeline
-from evenkeel.quantizers.spec import QuantizerSpec
+from evenkeel.fitting.readout.fit_readout import fit_readout
+from evenkeel.fitting.readout.solve import CallFit, new_folds, take_in, units_of
+from evenkeel.hosts.pipeline.pipelines import quiet, run_pipeline
+from evenkeel.quantizers.methods.spec import QuantizerSpec
 from evenkeel.record import Provenance
 from evenkeel.record.readout import HeadFit, Readout
 from evenkeel.statistics.evidence import Evidence

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from timing import Spread, interleaved, report
 
-from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.hosts.scheduler.probing import probe_scheduler
 
 REPEATS = 40
 SCHEDULERS: dict[str, Callable[[], Any]] = {

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from evenkeel import Record, calibrate, zoo
-from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
+from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
 from evenkeel.corrections import CNC, DCNC, DNS, TAC, Composite, QDrift
 from evenkeel.corrections.dcnc import diluted_kurtosis, uniform_variance
-from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.statistics.residual import ResidualShape
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
@@ -196,9 +196,9 @@ def correlations() -> None:
 
 def _shuffled_correlation(quantizer: str) -> np.ndarray:
     """The same with the prompts permuted at every step: what is left is not the image's own."""
-    from evenkeel.hosts.interception import install, uninstall
-    from evenkeel.hosts.pipelines import denoiser_swapped, run_pipeline
-    from evenkeel.hosts.tape import Recorder, Replayer, Tape
+    from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, run_pipeline
+    from evenkeel.hosts.scheduler.interception import install, uninstall
+    from evenkeel.hosts.scheduler.tape import Recorder, Replayer, Tape
 
     pipe, quantized = twins(quantizer)
     prompts, tape = sample_prompts(32, 0), Tape()

@@ -24,8 +24,8 @@ import diffusers
 import torch
 
 from evenkeel import zoo
-from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
-from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
@@ -104,11 +104,11 @@ def common(job: Job, pipe: Any, quantized: Any) -> dict[str, Any]:
 
 def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """Every correction by name, and the seconds that its measurement took."""
-    from evenkeel.calibration import calibrate
-    from evenkeel.calibration.stepbaq import fit_stepbaq
-    from evenkeel.calibration.tac import fit_tac
     from evenkeel.corrections import CNC, Composite, ExactDrift
     from evenkeel.corrections.catalogue import from_evidence
+    from evenkeel.fitting import calibrate
+    from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
+    from evenkeel.fitting.closed_loop.fit_tac import fit_tac
 
     asked = common(job, pipe, quantized)
     seconds = {}
@@ -135,11 +135,11 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
 
 
 def run(job: Job, work: Path) -> None:
-    from evenkeel.checking import marginal_check
+    from evenkeel.comparing.marginal_check import marginal_check
     from evenkeel.corrections import applicable
-    from evenkeel.hosts.interception import install, uninstall
-    from evenkeel.hosts.pipelines import run_pipeline
-    from evenkeel.hosts.tape import Recorder, Tape
+    from evenkeel.hosts.pipeline.pipelines import run_pipeline
+    from evenkeel.hosts.scheduler.interception import install, uninstall
+    from evenkeel.hosts.scheduler.tape import Recorder, Tape
 
     setting = SETTINGS[job.setting]
     pipe = pipeline_for(setting)

@@ -17,12 +17,12 @@ import shutil
 from pathlib import Path
 
 from evenkeel import zoo
-from evenkeel.calibration import calibrate
-from evenkeel.comparison import FULL_PRECISION, compare, standard_arms
+from evenkeel.comparing.comparison import FULL_PRECISION, compare, standard_arms
 from evenkeel.corrections import ExactDrift, QDrift
+from evenkeel.fitting import calibrate
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports import markdown_table
-from evenkeel.results import save_results
+from evenkeel.reports.save import save_results
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
 HERE = Path(__file__).parent

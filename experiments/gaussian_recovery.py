@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from evenkeel.corrections import ExactDrift, QDrift
 from test_gaussian_marginals import SAMPLERS, recovered
+
+from evenkeel.corrections import ExactDrift, QDrift
 
 
 def main() -> None:

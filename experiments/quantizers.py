@@ -32,14 +32,14 @@ from typing import Any
 import torch
 
 from evenkeel import zoo
-from evenkeel.calibration import calibrate, fit_readout, refit_branches
-from evenkeel.checking import marginal_check
-from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
+from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
+from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import applicable
 from evenkeel.corrections.catalogue import from_evidence
-from evenkeel.quantization import quantize
+from evenkeel.fitting import calibrate, fit_readout, refit_branches
+from evenkeel.fitting.quantize import quantize
 from evenkeel.quantizers import DEFAULT_SKIP, RoundToNearest, load_quantized
-from evenkeel.quantizers.methods import method_from
+from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
 HERE = Path(__file__).parent

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from evenkeel import zoo
-from evenkeel.calibration import calibrate, fit_readout, refit_branches
-from evenkeel.calibration.tac import fit_tac
-from evenkeel.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
+from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
 from evenkeel.corrections import ExactDrift, QDrift
+from evenkeel.fitting import calibrate, fit_readout, refit_branches
+from evenkeel.fitting.closed_loop.fit_tac import fit_tac
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel import zoo
-from evenkeel.calibration import fit_readout
-from evenkeel.comparison import Arm, compare, standard_arms
+from evenkeel.comparing.comparison import Arm, compare, standard_arms
 from evenkeel.errors import OutOfRange
-from evenkeel.hosts.probing import probe_scheduler
+from evenkeel.fitting import fit_readout
+from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 

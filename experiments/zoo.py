@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from evenkeel import zoo
-from evenkeel.calibration import calibrate
-from evenkeel.comparison import FULL_PRECISION, Arm, compare
-from evenkeel.hosts.pipelines import denoiser_of
-from evenkeel.inspection import describe
+from evenkeel.comparing.comparison import FULL_PRECISION, Arm, compare
+from evenkeel.fitting import calibrate
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.record.describe import describe
 from evenkeel.zoo.pictures import KINDS
 
 HERE = Path(__file__).parent

@@ -11,24 +11,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evenkeel.application import applied as applied
-    from evenkeel.application import apply as apply
-    from evenkeel.application import remove as remove
-    from evenkeel.application import summary as summary
-    from evenkeel.calibration import calibrate as calibrate
-    from evenkeel.calibration import fit_readout as fit_readout
-    from evenkeel.calibration import fit_stepbaq as fit_stepbaq
-    from evenkeel.calibration import fit_tac as fit_tac
-    from evenkeel.calibration import refit_branches as refit_branches
-    from evenkeel.checking import marginal_check as marginal_check
-    from evenkeel.comparison import compare as compare
+    from evenkeel.applying import applied as applied
+    from evenkeel.applying import apply as apply
+    from evenkeel.applying import remove as remove
+    from evenkeel.applying import summary as summary
+    from evenkeel.comparing.comparison import compare as compare
+    from evenkeel.comparing.generation import Arm as Arm
+    from evenkeel.comparing.marginal_check import marginal_check as marginal_check
     from evenkeel.corrections import ExactDrift as ExactDrift
     from evenkeel.corrections import Identity as Identity
     from evenkeel.corrections import QDrift as QDrift
     from evenkeel.estimate import Estimate as Estimate
-    from evenkeel.generation import Arm as Arm
-    from evenkeel.hosts.probing import probe_scheduler as probe_scheduler
-    from evenkeel.quantization import quantize as quantize
+    from evenkeel.fitting import calibrate as calibrate
+    from evenkeel.fitting import fit_readout as fit_readout
+    from evenkeel.fitting import fit_stepbaq as fit_stepbaq
+    from evenkeel.fitting import fit_tac as fit_tac
+    from evenkeel.fitting import refit_branches as refit_branches
+    from evenkeel.fitting.quantize import quantize as quantize
+    from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
     from evenkeel.record import Readout as Readout
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Arm": "generation",
+    "Arm": "comparing.generation",
     "Estimate": "estimate",
     "ExactDrift": "corrections",
     "Identity": "corrections",
@@ -45,20 +45,20 @@ _HOME = {
     "QuantizerSpec": "quantizers",
     "Readout": "record",
     "Record": "record",
-    "applied": "application",
-    "apply": "application",
-    "calibrate": "calibration",
-    "compare": "comparison",
-    "fit_readout": "calibration",
-    "fit_stepbaq": "calibration",
-    "fit_tac": "calibration",
-    "marginal_check": "checking",
-    "probe_scheduler": "hosts.probing",
-    "quantize": "quantization",
+    "applied": "applying",
+    "apply": "applying",
+    "calibrate": "fitting",
+    "compare": "comparing.comparison",
+    "fit_readout": "fitting",
+    "fit_stepbaq": "fitting",
+    "fit_tac": "fitting",
+    "marginal_check": "comparing.marginal_check",
+    "probe_scheduler": "hosts.scheduler.probing",
+    "quantize": "fitting.quantize",
     "quantize_module": "quantizers",
-    "refit_branches": "calibration",
-    "remove": "application",
-    "summary": "application",
+    "refit_branches": "fitting",
+    "remove": "applying",
+    "summary": "applying",
 }
 __all__ = sorted(_HOME)
 

@@ -18,7 +18,7 @@ def _prompts(parser: argparse.ArgumentParser) -> None:
 
 def _asked(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and what every measurement and fit is asked for."""
-    from evenkeel.sources import load_prompts
+    from evenkeel.cli.sources import load_prompts
 
     pipeline, quantized, settings = loaded(options)
     return pipeline, {
@@ -61,9 +61,9 @@ def add_calibrate(commands: Any) -> None:
 
 
 def _run_calibrate(options: argparse.Namespace) -> None:
-    from evenkeel.calibration import calibrate
-    from evenkeel.inspection import describe, text
-    from evenkeel.reports.check import check_text
+    from evenkeel.fitting import calibrate
+    from evenkeel.record.describe import describe, text
+    from evenkeel.reports.verdicts import check_text
 
     pipeline, asked = _asked(options)
     record = calibrate(
@@ -91,10 +91,10 @@ def _checked(options: argparse.Namespace, pipeline: Any, record: Any, asked: dic
     """Every correction of the record on a few other prompts."""
     from dataclasses import replace
 
-    from evenkeel.checking import marginal_check
-    from evenkeel.comparison import standard_arms
+    from evenkeel.cli.sources import load_prompts
+    from evenkeel.comparing.comparison import standard_arms
+    from evenkeel.comparing.marginal_check import marginal_check
     from evenkeel.corrections import applicable
-    from evenkeel.sources import load_prompts
 
     made, reasons = record.corrections()
     found, others = applicable(made, record.law)
@@ -128,8 +128,8 @@ def add_readout(commands: Any) -> None:
 
 
 def _run_readout(options: argparse.Namespace) -> None:
-    from evenkeel.calibration import fit_readout
-    from evenkeel.inspection import describe_readout
+    from evenkeel.fitting import fit_readout
+    from evenkeel.record.describe import describe_readout
 
     pipeline, asked = _asked(options)
     readout = fit_readout(
@@ -159,8 +159,8 @@ def add_refit(commands: Any) -> None:
 
 
 def _run_refit(options: argparse.Namespace) -> None:
-    from evenkeel.calibration import refit_branches
-    from evenkeel.sources import save_denoiser
+    from evenkeel.cli.sources import save_denoiser
+    from evenkeel.fitting import refit_branches
 
     pipeline, asked = _asked(options)
     refitted, report = refit_branches(
@@ -191,11 +191,11 @@ def add_fold(commands: Any) -> None:
 
 
 def _run_fold(options: argparse.Namespace) -> None:
+    from evenkeel.cli.sources import load_denoiser, load_pipeline, save_denoiser
     from evenkeel.errors import Incompatible
-    from evenkeel.hosts.head_switch import fold
-    from evenkeel.hosts.pipelines import fingerprint
+    from evenkeel.hosts.actuators.head_switch import fold
+    from evenkeel.hosts.pipeline.pipelines import fingerprint
     from evenkeel.record import Readout
-    from evenkeel.sources import load_denoiser, load_pipeline, save_denoiser
 
     readout = Readout.load(options.record)
     quantized = load_denoiser(options.quantized, load_pipeline(options.pipeline, options.dtype))
@@ -217,8 +217,8 @@ def add_inspect(commands: Any) -> None:
 
 
 def _run_inspect(options: argparse.Namespace) -> None:
-    from evenkeel.inspection import describe, describe_readout, text
     from evenkeel.record import Record, load
+    from evenkeel.record.describe import describe, describe_readout, text
 
     found = load(options.record)
     if isinstance(found, Record):

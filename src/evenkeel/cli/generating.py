@@ -27,7 +27,7 @@ def add_demo(commands: Any) -> None:
 
 
 def _run_demo(options: argparse.Namespace) -> None:
-    from evenkeel.demo import demo
+    from evenkeel.cli.demo import demo
 
     results = demo(
         images=options.images,
@@ -64,9 +64,9 @@ def _run_sample(options: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
+    from evenkeel.cli.sources import load_prompts
+    from evenkeel.comparing.generation import Arm, generate
     from evenkeel.errors import EvenkeelError
-    from evenkeel.generation import Arm, generate
-    from evenkeel.sources import load_prompts
 
     if (options.correction is None) != (not options.record):
         raise EvenkeelError("--correction and --record belong together: give both, or neither.")
@@ -109,13 +109,13 @@ def add_compare(commands: Any) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    from evenkeel.comparison import compare, standard_arms
+    from evenkeel.cli.sources import evaluator_for, load_prompts, references_for
+    from evenkeel.comparing.comparison import compare, standard_arms
+    from evenkeel.comparing.generation import law_of_run
     from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
-    from evenkeel.generation import law_of_run
     from evenkeel.reports import text_table
-    from evenkeel.results import save_results
-    from evenkeel.sources import evaluator_for, load_prompts, references_for
+    from evenkeel.reports.save import save_results
 
     if not options.record:
         raise EvenkeelError(

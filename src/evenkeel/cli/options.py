@@ -138,8 +138,8 @@ def sampling_of(options: argparse.Namespace) -> tuple[int | None, float | None]:
 
 def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
+    from evenkeel.cli.sources import load_denoiser, load_pipeline, parse_call
     from evenkeel.errors import EvenkeelError
-    from evenkeel.sources import load_denoiser, load_pipeline, parse_call
 
     steps, guidance = sampling_of(options)
     if steps is None:

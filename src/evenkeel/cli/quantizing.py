@@ -61,9 +61,9 @@ def add_quantize(commands: Any) -> None:
 
 
 def _run_quantize(options: argparse.Namespace) -> None:
-    from evenkeel.quantization import quantize
-    from evenkeel.quantizers.methods import method_named
-    from evenkeel.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.cli.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.fitting.quantize import quantize
+    from evenkeel.quantizers.methods.catalogue import method_named
 
     kind = method_named(options.method)
     chosen = parse_options(options.set)

@@ -64,7 +64,7 @@ def applicable(
 ) -> tuple[dict[str, Correction], dict[str, str]]:
     """Those that change something in a run of this law, and for the others the reason why not.
 
-    >>> from evenkeel.hosts.probing import probe_scheduler
+    >>> from evenkeel.hosts.scheduler.probing import probe_scheduler
     >>> from diffusers import DDIMScheduler
     >>> scheduler = DDIMScheduler(clip_sample=False)
     >>> scheduler.set_timesteps(4)

@@ -74,7 +74,7 @@ class StepbaQ:
     Raises:
         CalibrationError: shapes that do not match, or values that are not finite or out of range.
 
-    >>> from evenkeel.hosts.probing import probe_scheduler
+    >>> from evenkeel.hosts.scheduler.probing import probe_scheduler
     >>> from diffusers import DDIMScheduler
     >>> scheduler = DDIMScheduler(clip_sample=False)
     >>> scheduler.set_timesteps(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evenkeel.metrics.alignment import alignment as alignment
 from evenkeel.metrics.alignment import per_image_alignment as per_image_alignment
+from evenkeel.metrics.feature_moments import Gaussian as Gaussian
 from evenkeel.metrics.frechet import frechet_between as frechet_between
 from evenkeel.metrics.frechet import frechet_difference as frechet_difference
 from evenkeel.metrics.frechet import frechet_distance as frechet_distance
@@ -13,7 +14,6 @@ from evenkeel.metrics.kernel_distance import kernel_difference as kernel_differe
 from evenkeel.metrics.kernel_distance import kernel_distance as kernel_distance
 from evenkeel.metrics.mean import mean_difference as mean_difference
 from evenkeel.metrics.mean import mean_estimate as mean_estimate
-from evenkeel.metrics.moments import Gaussian as Gaussian
 from evenkeel.metrics.psnr import per_image_psnr as per_image_psnr
 from evenkeel.metrics.psnr import psnr as psnr
 from evenkeel.metrics.ssim import per_image_ssim as per_image_ssim

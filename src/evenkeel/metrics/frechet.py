@@ -7,9 +7,9 @@ from torch import Tensor
 
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
+from evenkeel.metrics.feature_moments import Gaussian, GroupMoments, root_of_eigenvalues
 from evenkeel.metrics.inputs import check_paired, check_same_width, checked_features
 from evenkeel.metrics.jackknife import group_count, jackknife_estimate
-from evenkeel.metrics.moments import Gaussian, GroupMoments, root_of_eigenvalues
 
 
 def frechet_between(first: Gaussian, second: Gaussian) -> float:

@@ -39,10 +39,10 @@ import scipy.stats
 
 from evenkeel.errors import CalibrationError, MetricError
 from evenkeel.estimate import Estimate
+from evenkeel.metrics.feature_moments import GroupMoments
 from evenkeel.metrics.frechet import frechet_between
 from evenkeel.metrics.interval import student_interval
 from evenkeel.metrics.jackknife import jackknife
-from evenkeel.metrics.moments import GroupMoments
 from evenkeel.statistics.marginals import (
     PairedStates,
     Statistic,

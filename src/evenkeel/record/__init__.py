@@ -1,8 +1,6 @@
 """The record: one small, safe file that holds what a calibration measured and what it was made for."""
 
 from evenkeel.record.load import load as load
-from evenkeel.record.provenance import Provenance as Provenance
-from evenkeel.record.provenance import differences as differences
 from evenkeel.record.readout import HeadFit as HeadFit
 from evenkeel.record.readout import Readout as Readout
 from evenkeel.record.record import SCHEMA_VERSION as SCHEMA_VERSION
@@ -10,3 +8,5 @@ from evenkeel.record.record import Record as Record
 from evenkeel.record.record import canonical_order as canonical_order
 from evenkeel.record.record import fixed_point_spectrum as fixed_point_spectrum
 from evenkeel.record.record import prompt_key as prompt_key
+from evenkeel.statistics.provenance import Provenance as Provenance
+from evenkeel.statistics.provenance import differences as differences

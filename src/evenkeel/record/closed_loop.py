@@ -13,7 +13,7 @@ from evenkeel.corrections.plan import Correction
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.corrections.stepbaq import StepbaQ
 from evenkeel.corrections.tac import TAC
-from evenkeel.record.provenance import Provenance
+from evenkeel.statistics.provenance import Provenance
 
 PREFIX = "closed_loop."
 

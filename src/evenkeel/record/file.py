@@ -11,9 +11,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from evenkeel.atomic import write_atomically
 from evenkeel.errors import RecordError
-from evenkeel.record.layout import digest, read_metadata
+from evenkeel.record.schema import digest, read_metadata
+from evenkeel.storage import write_atomically
 
 
 def write_file(

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from evenkeel.errors import RecordError
-from evenkeel.record.layout import read_metadata
 from evenkeel.record.readout import KIND, Readout
 from evenkeel.record.record import Record
+from evenkeel.record.schema import read_metadata
 
 
 def load(path: str | os.PathLike[str]) -> Record | Readout:

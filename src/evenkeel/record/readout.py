@@ -18,11 +18,11 @@ from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.plan import Correction, Identity, SamplerPlan, digest_of, text_of
 from evenkeel.errors import CalibrationError, RecordError
 from evenkeel.record.file import read_file, write_file
-from evenkeel.record.layout import MOMENTS
-from evenkeel.record.provenance import Provenance
+from evenkeel.record.schema import MOMENTS
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import ORDERS, PairedMoments
+from evenkeel.statistics.provenance import Provenance
 
 KIND, SCHEMA_VERSION = "readout", 1
 FORMS = ("per-step", "shared", "hierarchical")

@@ -22,13 +22,13 @@ from evenkeel.corrections.plan import Correction
 from evenkeel.errors import Incompatible, RecordError
 from evenkeel.record.closed_loop import PREFIX, ClosedLoop
 from evenkeel.record.file import read_file, write_file
-from evenkeel.record.layout import FRAME, LAW, MOMENTS, refuse_malformed
-from evenkeel.record.provenance import Provenance, differences
+from evenkeel.record.schema import FRAME, LAW, MOMENTS, refuse_malformed
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.provenance import Provenance, differences
 from evenkeel.statistics.residual import ResidualHistogram
 
 SCHEMA_VERSION = 2

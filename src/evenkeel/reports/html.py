@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from evenkeel.atomic import write_atomically
 from evenkeel.reports.measures import ABSENT, MEASURES
 from evenkeel.reports.plots import (
     correlation_plot,
@@ -32,6 +31,7 @@ from evenkeel.reports.table import (
     arms_of,
     difference_rows,
 )
+from evenkeel.storage import write_atomically
 
 PICTURE_WIDTH = 96  # small pictures are enlarged to about this many pixels
 

@@ -62,7 +62,7 @@ def load(name: str, scheduler: str | None = None, dtype: Any = None) -> Any:
         EvenkeelError: no such twin or scheduler, or no weights.
 
     """
-    from evenkeel.hosts.schedulers import change_scheduler
+    from evenkeel.hosts.scheduler.schedulers import change_scheduler
 
     chosen = None if scheduler is None else twin(name).sampler(scheduler)
     pipeline = load_folder(path_of(name), dtype)
@@ -75,6 +75,6 @@ def load_folder(folder: Path, dtype: Any = None) -> Any:
     """The pipeline in a twin's folder, its networks in ``dtype`` (float32 without)."""
     import torch
 
-    from evenkeel.hosts.pipelines import load as load_pipeline
+    from evenkeel.hosts.pipeline.pipelines import load as load_pipeline
 
     return load_pipeline(folder, local_files_only=True, torch_dtype=dtype or torch.float32)

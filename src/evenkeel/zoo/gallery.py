@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from evenkeel import zoo
-from evenkeel.atomic import write_atomically
-from evenkeel.generation import Arm, generate
-from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.comparing.generation import Arm, generate
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports.plots import image_grid
 from evenkeel.reports.style import CSS
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.pictures import KINDS
 
 FULL_PRECISION = "full precision"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from evenkeel.atomic import write_atomically
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.scenes import sample_scene_pictures
 from evenkeel.zoo.text_encoders import caption_scenes
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from evenkeel import zoo
+from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import EvenkeelError
-from evenkeel.generation import Arm, generate
-from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.metrics import mean_estimate
 from evenkeel.zoo.judging import Judge
 from evenkeel.zoo.pictures import KINDS

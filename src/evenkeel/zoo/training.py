@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.atomic import write_atomically
+from evenkeel.storage import write_atomically
 
 # (network, generator of this step) -> scalar loss
 Loss = Callable[[nn.Module, np.random.Generator], Tensor]

@@ -1,0 +1,286 @@
+"""Apply a correction to a pipeline, take it off again, and say what it does."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from evenkeel.corrections.plan import Correction, SamplerPlan
+from evenkeel.errors import EvenkeelError, Incompatible
+from evenkeel.hosts.actuators.correcting import ON_DENOISER, Corrector, interceptors_of
+from evenkeel.hosts.pipeline.layouts import LatentLayout
+from evenkeel.hosts.pipeline.pipelines import denoiser_of, fingerprint
+from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
+from evenkeel.record import Provenance, Readout
+from evenkeel.storage import json_safe
+
+ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
+_GUARD, _SWITCHES = "_evenkeel_guard", "_evenkeel_switches"
+
+
+def apply(
+    pipeline: Any,
+    correction: Correction,
+    *,
+    allow: Collection[str] = (),
+    guidance_scale: float | None = None,
+    layout: LatentLayout | None = None,
+) -> None:
+    """Let ``correction`` change how this pipeline samples, until ``remove``.
+
+    The scheduler instance is given a subclass of its own class; nothing else of the pipeline
+    changes, and what ``save_pretrained`` writes is plain diffusers. A ``Readout`` also exchanges the
+    weights of the denoiser's output head from step to step; between runs it has its own. Applying
+    again replaces the correction before.
+
+    Args:
+        pipeline: with the *quantized* denoiser in place.
+        correction: for example ``QDrift(record.evidence)``.
+        allow: mismatches with the record to accept, by name: ``denoiser``, ``scheduler``,
+            ``guidance``, and ``range`` (leave steps outside the calibrated noise levels alone).
+        guidance_scale: what you are going to sample with, if the pipeline does not tell (most tell
+            while they run; PixArt does not).
+        layout: where the latent's channels are; found by itself for known pipelines.
+
+    Raises:
+        Incompatible: the evidence was measured on another denoiser, scheduler or guidance scale.
+        EvenkeelError: an unknown name in ``allow``.
+
+    Example: see ``examples/three_lines.py``.
+
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
+    provenance = _made_for(correction)
+    if isinstance(correction, Readout) and correction.then is None:
+        allow = {*allow, "guidance"}  # a head acts before guidance
+    if provenance is not None:
+        with _heads_at_rest(pipeline):
+            _refuse_mismatch(pipeline, provenance, allow, guidance_scale)
+        layout = layout or LatentLayout(**provenance.layout)
+
+    def check(running: Any) -> None:
+        if provenance is not None and "guidance" not in allow:
+            _check_guidance(provenance, getattr(running, "_guidance_scale", None))
+
+    interceptors = interceptors_of(
+        correction,
+        pipeline,
+        denoiser_of(pipeline),
+        layout=layout,
+        allow_range="range" in allow,
+        check=check,
+    )
+    remove(pipeline)
+    _put(pipeline, interceptors)
+
+
+def remove(pipeline: Any) -> None:
+    """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
+    for switch in installed(pipeline.scheduler):  # put there by a pipeline that shares it
+        if isinstance(switch, ON_DENOISER):
+            switch.detach()
+    uninstall(pipeline.scheduler)
+    # Kept with the pipeline: its scheduler or denoiser may have been exchanged meanwhile.
+    for switch in pipeline.__dict__.pop(_SWITCHES, ()):
+        switch.detach()
+    handle = pipeline.__dict__.pop(_GUARD, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
+    install(pipeline.scheduler, *interceptors)
+    pipeline.__dict__[_SWITCHES] = [i for i in interceptors if isinstance(i, ON_DENOISER)]
+    for switch in pipeline.__dict__[_SWITCHES]:
+        switch.attach()
+    # The denoiser warns when the scheduler is replaced.
+    guard = _SwapGuard(pipeline)
+    pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
+
+
+@contextmanager
+def _heads_at_rest(pipeline: Any) -> Iterator[None]:
+    """Inside, the denoiser has its own head, so that it can be recognised."""
+    switches = pipeline.__dict__.get(_SWITCHES, ())
+    for switch in switches:
+        switch.detach()
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.attach()
+
+
+@contextmanager
+def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[Any]:
+    """``with evenkeel.applied(pipe, correction): ...``; afterwards what was there before is back.
+
+    Args:
+        pipeline: as for ``apply``.
+        correction: as for ``apply``.
+        **options: ``allow``, ``guidance_scale``, ``layout``, as for ``apply``.
+
+    """
+    before = installed(pipeline.scheduler)
+    apply(pipeline, correction, **options)
+    try:
+        yield pipeline
+    finally:
+        remove(pipeline)
+        if before:
+            _put(pipeline, before)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is applied to a pipeline.
+
+    Attributes:
+        correction: its name, or None.
+        references: papers and equations.
+        scheduler: class name.
+        plan: the numbers of the latest run; None before the first one.
+        heads: how each step's output head was refitted, as text; "" where it is not changed.
+
+    """
+
+    correction: str | None
+    references: tuple[str, ...]
+    scheduler: str
+    plan: SamplerPlan | None
+    heads: str = ""
+
+    def __str__(self) -> str:
+        if self.correction is None:
+            return f"no correction is applied to {self.scheduler}"
+        lines = [f"{self.correction} on {self.scheduler} ({'; '.join(self.references)})"]
+        if self.heads:
+            lines.append(self.heads)
+        if self.plan is None:
+            lines.append("the factors are computed at the first step of the next run")
+            return "\n".join(lines)
+        for k, note in enumerate(self.plan.explanations):
+            factors = " ".join(f"{f:.6f}" for f in self.plan.factor[k])
+            lines.append(
+                f"step {k:3d}  t={self.plan.law.timesteps[k]:8.2f}  {factors}{_changes(self.plan, k)}  "
+                f"{note}"
+            )
+        return "\n".join(lines)
+
+
+def _changes(plan: SamplerPlan, k: int) -> str:
+    """What a step has beside its factor, as text."""
+    parts = []
+    if plan.edit is not None and bool(plan.edit.active[k]):
+        parts.append("output x " + " ".join(f"{g:.4f}" for g in plan.edit.gain[k]))
+    if bool((plan.noise[k] != 1).any()):
+        parts.append("noise x " + " ".join(f"{n:.4f}" for n in plan.noise[k]))
+    if plan.relabel is not None and bool(plan.relabel.active[k]):
+        parts.append(f"told t={float(plan.relabel.timestep[k]):.2f}")
+    if plan.shift is not None and bool(plan.shift[k].any()):
+        parts.append(
+            f"state shifted by {float(plan.shift[k].double().pow(2).mean().sqrt()):.4f} rms"
+        )
+    return "".join(f"  {part}" for part in parts)
+
+
+def summary(pipeline: Any) -> Summary:
+    """Which correction is applied, and its factors per step once it has run."""
+    scheduler = type(pipeline.scheduler).__name__
+    for interceptor in installed(pipeline.scheduler):
+        if isinstance(interceptor, Corrector):
+            correction = interceptor.correction
+            heads = str(correction) if isinstance(correction, Readout) else ""
+            plan = interceptor.plan
+            return Summary(correction.name, correction.references, scheduler, plan, heads)
+    return Summary(None, (), scheduler, None)
+
+
+def _made_for(correction: Correction) -> Provenance | None:
+    if isinstance(correction, Readout):
+        return correction.provenance
+    source = getattr(getattr(correction, "evidence", correction), "source", None)
+    return source if isinstance(source, Provenance) else None
+
+
+def _refuse_mismatch(
+    pipeline: Any, made_for: Provenance, allow: Collection[str], guidance_scale: float | None
+) -> None:
+    if "denoiser" not in allow:
+        found = fingerprint(denoiser_of(pipeline))
+        if found == made_for.reference:
+            raise Incompatible(
+                f"the pipeline's {made_for.denoiser} is the full-precision one; put the quantized one "
+                f"in first: pipe.{made_for.denoiser} = quantized."
+            )
+        if found != made_for.quantized:
+            raise Incompatible(
+                f"the pipeline's {made_for.denoiser} ({found}) is not the one the record was made for "
+                f"({made_for.quantized}, {made_for.quantizer}). Calibrate with this one, or pass "
+                f"allow=('denoiser',)."
+            )
+    if "scheduler" not in allow:
+        scheduler = pipeline.scheduler
+        found_class = type(scheduler).__name__
+        config = made_for.scheduler_config
+        now = json_safe(dict(scheduler.config))
+        changed = [k for k, v in config.items() if now.get(k) != v]
+        if found_class != made_for.scheduler_class or changed:
+            details = "; ".join(
+                f"{k}: calibrated {config[k]!r}, now {now.get(k)!r}" for k in changed
+            )
+            raise Incompatible(
+                f"the record was made for {made_for.scheduler_class}, the pipeline has {found_class}"
+                f"{': ' + details if details else ''}. Calibrate with this scheduler, or pass "
+                f"allow=('scheduler',)."
+            )
+    if "guidance" not in allow:
+        _check_guidance(made_for, guidance_scale)
+
+
+def _check_guidance(made_for: Provenance, guidance_scale: Any) -> None:
+    calibrated = made_for.guidance_scale
+    if guidance_scale is None or calibrated is None or guidance_scale == calibrated:
+        return
+    raise Incompatible(
+        f"the record was calibrated at guidance_scale={calibrated}, this run uses {guidance_scale}; the "
+        f"error after guidance grows with it. Calibrate at this scale, or pass allow=('guidance',)."
+    )
+
+
+class _SwapGuard:
+    """Warns, at the next denoiser call, when the scheduler was replaced and the correction lost."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._scheduler = weakref.ref(pipeline.scheduler)
+        self._warned = False
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        if pipeline is None or self._warned:
+            return
+        replaced = pipeline.scheduler is not self._scheduler()
+        if replaced and not installed(pipeline.scheduler):
+            self._warned = True
+            for switch in pipeline.__dict__.get(_SWITCHES, ()):
+                switch.detach()  # a run that was interrupted left a step's head in place
+            warnings.warn(
+                f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
+                f"(Scheduler.from_config makes a new object): the correction is gone and this run is "
+                f"uncorrected. Call evenkeel.apply again, or evenkeel.remove first to silence this.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be copied or pickled; a copied denoiser is no longer guarded.
+        return {"_pipeline": None, "_scheduler": None, "_warned": False}

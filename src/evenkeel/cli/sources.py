@@ -1,0 +1,257 @@
+"""From words on a command line to pipelines, quantized denoisers, prompts and evaluators."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from evenkeel import zoo
+from evenkeel.errors import EvenkeelError, UnsupportedPipeline
+from evenkeel.hosts.pipeline.pipelines import Prompt, call_parameters, denoiser_of, load
+from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
+from evenkeel.quantizers import (
+    QuantizationReport,
+    QuantizerSpec,
+    load_quantized,
+    quantize_module,
+    save_quantized,
+)
+from evenkeel.zoo.pictures import KINDS, Pictures
+
+
+def load_pipeline(source: str, dtype: str = "float32", scheduler: str | None = None) -> Any:
+    """``zoo:NAME``, a local diffusers folder, or a hub id.
+
+    Args:
+        source: one of these.
+        dtype: of all networks, whatever they were saved in.
+        scheduler: to sample with instead of the pipeline's own: a twin's short name for one, or a class
+            of diffusers.
+
+    Raises:
+        UnsupportedPipeline: nothing there that diffusers can load.
+        EvenkeelError: no such scheduler; lists those there are.
+
+    """
+    import torch
+
+    twin = zoo.twin(source[4:]) if source.startswith("zoo:") else None
+    chosen = None if scheduler is None else _sampler(scheduler, twin)
+    local = twin is not None or Path(source).exists()
+    place = source if twin is None else zoo.path_of(twin.name)
+    try:
+        pipeline = load(place, local_files_only=local, torch_dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as e:
+        raise UnsupportedPipeline(
+            f"{source!r} is not a pipeline that diffusers can load: {_first_line(e)}. Give zoo:NAME, a "
+            f"folder with a model_index.json, or the id of a pipeline on the hub."
+        ) from e
+    if chosen is not None:
+        change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
+    return pipeline
+
+
+def _sampler(name: str, twin: zoo.Twin | None) -> zoo.Sampler:
+    if twin is not None and name in twin.schedulers:
+        return twin.schedulers[name]
+    known = scheduler_names()
+    if name in known:
+        return zoo.Sampler(name)
+    own = "" if twin is None else f"{', '.join(twin.schedulers)} (as {twin.original}), or "
+    raise EvenkeelError(
+        f"no scheduler called {name!r}; expected {own}a class of diffusers: {', '.join(known)}."
+    )
+
+
+def save_denoiser(module: nn.Module, like: nn.Module, folder: Path) -> None:
+    """Write a denoiser where ``load_denoiser`` finds it again.
+
+    Args:
+        module: to be written.
+        like: the denoiser that ``load_denoiser`` gave; it remembers its quantization report.
+        folder: place to write to.
+
+    """
+    report = getattr(like, _REPORT, None)
+    if report is not None:
+        save_quantized(module, report, folder)
+    else:
+        saver: Any = module
+        saver.save_pretrained(folder)
+
+
+def load_denoiser(source: str, pipeline: Any) -> nn.Module:
+    """A quantizer specification (``w3a4-g32-r16``), a saved quantized denoiser, a folder or hub id.
+
+    A folder or hub id may hold weights of any backend that diffusers loads, and the file of GGUF
+    weights (``.gguf``) is taken alone.
+
+    Raises:
+        EvenkeelError: none of these, or their backend is not installed.
+
+    """
+    place = Path(source)
+    if (place / "quantized.json").is_file():
+        return _remembering(*load_quantized(place))
+    reference = denoiser_of(pipeline)
+    if not place.exists() and "/" not in source and place.suffix != ".gguf":
+        return _remembering(*quantize_module(reference, QuantizerSpec.parse(source)))
+    try:
+        model: nn.Module = _loaded(source, place, reference).eval()
+    except (ImportError, NotImplementedError) as e:
+        raise UnsupportedPipeline(
+            f"{source!r} was quantized by a backend that is not installed: {_first_line(e)}. Install "
+            f"it, for example with pip install 'evenkeel[backends]'; docs/backends.md lists all."
+        ) from e
+    except (OSError, ValueError, TypeError, RuntimeError) as e:  # no GPU, no such setting
+        raise UnsupportedPipeline(
+            f"{source!r} is not a {type(reference).__name__} that diffusers can load: "
+            f"{_first_line(e)}. Give a specification such as w3a4-g32-r16, a folder, a .gguf file, or "
+            f"a hub id."
+        ) from e
+    return model
+
+
+def _loaded(source: str, place: Path, reference: nn.Module) -> nn.Module:
+    """What diffusers loads: a folder or hub id, or the weights of a ``.gguf`` file.
+
+    Such a file holds no configuration; it gets that of the reference.
+    """
+    loader: Any = type(reference)
+    dtype = next(reference.parameters()).dtype
+    if place.suffix != ".gguf":
+        model: nn.Module = loader.from_pretrained(
+            source, local_files_only=place.exists(), torch_dtype=dtype
+        )
+        return model
+    if not place.is_file():
+        raise OSError("there is no such file")
+    if not hasattr(loader, "from_single_file"):
+        raise ValueError(f"diffusers loads no single files into a {loader.__name__}")
+    from diffusers import GGUFQuantizationConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        like: Any = reference
+        like.save_config(folder)
+        model = loader.from_single_file(
+            str(place),
+            config=folder,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            torch_dtype=dtype,
+            local_files_only=True,
+        )
+    return model
+
+
+_REPORT = "_evenkeel_report"
+
+
+def _remembering(module: nn.Module, report: QuantizationReport) -> nn.Module:
+    module.__dict__[_REPORT] = report
+    return module
+
+
+def twin_of(pipeline: Any) -> tuple[Path, Pictures] | None:
+    """The folder of a twin's pipeline and the kind of its pictures; None for pipelines from elsewhere.
+
+    Raises:
+        EvenkeelError: the ``twin.json`` in the pipeline's folder names no kind of picture.
+
+    """
+    folder = Path(str(pipeline.config.get("_name_or_path", "")))
+    file = folder / zoo.TWIN_FILE
+    if not file.is_file():
+        return None
+    try:
+        return folder, KINDS[json.loads(file.read_text(encoding="utf-8"))["pictures"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise EvenkeelError(
+            f'{file} is not of the form {{"name": ..., "pictures": one of {", ".join(KINDS)}}}: {e!r}.'
+        ) from e
+
+
+def evaluator_for(pipeline: Any) -> Any:
+    """The evaluator of a twin's pictures; None for pipelines from elsewhere."""
+    found = twin_of(pipeline)
+    return None if found is None else found[1].evaluator(found[0])
+
+
+def references_for(pipeline: Any, prompts: list[Prompt], seed: int) -> Tensor | None:
+    """Held-out real images that show the prompts, where the pipeline is a twin."""
+    found = twin_of(pipeline)
+    return None if found is None else found[1].references(prompts, seed)
+
+
+def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> list[Prompt]:
+    """Prompts from a text file, one per line (``-`` for standard input), or the twin's own.
+
+    Where the pipeline takes class labels, lines are numbers.
+
+    Raises:
+        EvenkeelError: no file and no twin, an unreadable file, fewer lines than asked for, or a line
+            that is no class label.
+
+    """
+    if source is None:
+        found = twin_of(pipeline)
+        if found is None:
+            raise EvenkeelError(
+                "this pipeline brings no prompts of its own: pass --prompts FILE, one prompt per line."
+            )
+        return found[1].prompts(n or 32, seed)
+    try:
+        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise EvenkeelError(f"the prompts file {source!r} cannot be read: {_first_line(e)}.") from e
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
+    if n is not None and len(lines) < n:
+        raise EvenkeelError(f"{source} holds {len(lines)} prompts, {n} were asked for.")
+    if not lines:
+        raise EvenkeelError(f"{source} holds no prompts; expected one per line.")
+    kept = lines if n is None else lines[:n]
+    return [_label(line, source) for line in kept] if _takes_labels(pipeline) else [*kept]
+
+
+def _takes_labels(pipeline: Any) -> bool:
+    return "prompt" not in (known := call_parameters(pipeline)) and "class_labels" in known
+
+
+def _label(line: str, source: str) -> int:
+    try:
+        return int(line)
+    except ValueError:
+        raise EvenkeelError(
+            f"{source} holds {line!r}; this pipeline takes class labels: expected one number per line."
+        ) from None
+
+
+def parse_call(pairs: list[str], pipeline: Any) -> dict[str, Any]:
+    """``["height=512", "negative_prompt=blurry"]`` to pipeline arguments, values read as JSON if they are.
+
+    Raises:
+        EvenkeelError: not KEY=VALUE, or an argument that the pipeline does not take.
+
+    """
+    known = call_parameters(pipeline)
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or key not in known:
+            raise EvenkeelError(
+                f"--call {pair!r}: expected NAME=VALUE with a name that {type(pipeline).__name__} takes: "
+                f"{', '.join(k for k in known if k != 'self')}."
+            )
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)

@@ -1,0 +1,1 @@
+"""Generate with several arms and measure how near each comes."""

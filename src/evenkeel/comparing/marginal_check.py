@@ -1,0 +1,279 @@
+"""Prediction before generation: a few dozen prompts say which corrections are worth 2,000 images.
+
+Every arm starts from the same noise and takes the same per-step noise, so that whatever its states
+differ by from the full-precision ones is the arm's doing. Nothing is decoded; batch by batch only
+sums per prompt are kept, and the error of the final states. Scores, verdicts and their confidence are
+explained in ``metrics.state_scores``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from evenkeel.applying import applied
+from evenkeel.comparing.generation import Arm
+from evenkeel.corrections.plan import Identity
+from evenkeel.errors import CalibrationError, EvenkeelError
+from evenkeel.estimate import Estimate
+from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
+from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_swapped, quiet, run_pipeline
+from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
+from evenkeel.metrics.mean import mean_difference
+from evenkeel.metrics.state_scores import PRACTICAL, Verdict, scores_of, verdict_of
+from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
+
+
+@dataclass(frozen=True)
+class ArmCheck:
+    """What the check says about one correction.
+
+    Attributes:
+        name: of the arm.
+        verdict: by the rule of ``metrics.state_scores``.
+        confidence: in the verdict, 0 to 1, see there.
+        scores: by the names in ``metrics.state_scores.SCORES``.
+        curves: the arm's states against full precision, per step.
+        extra_seconds: per prompt and step, more than the quantized arm takes; None for one step.
+
+    """
+
+    name: str
+    verdict: Verdict
+    confidence: float
+    scores: dict[str, Estimate]
+    curves: Curves
+    extra_seconds: Estimate | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "confidence": self.confidence,
+            "scores": {k: v.as_dict() for k, v in self.scores.items()},
+            "curves": self.curves.as_dict(),
+            "extra_seconds_per_step": self.extra_seconds and self.extra_seconds.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class MarginalCheck:
+    """Verdicts on all corrections, in the order of the arms.
+
+    Attributes:
+        prompts: how many.
+        num_inference_steps: of the sampler.
+        quantized: the quantized arm's states against full precision, per step.
+        arms: one per correction that could be applied.
+        not_applicable: for the others, by name, the reason.
+
+    """
+
+    prompts: int
+    num_inference_steps: int
+    quantized: Curves
+    arms: list[ArmCheck]
+    not_applicable: dict[str, str]
+
+    def __getitem__(self, name: str) -> ArmCheck:
+        return next(a for a in self.arms if a.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "prompts": self.prompts,
+            "num_inference_steps": self.num_inference_steps,
+            "practical_size": PRACTICAL,
+            "quantized": self.quantized.as_dict(),
+            "arms": [a.as_dict() for a in self.arms],
+            "not_applicable": dict(self.not_applicable),
+        }
+
+
+def marginal_check(
+    pipeline: Any,
+    arms: Sequence[Arm],
+    *,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 2_000_000,
+    batch_size: int = 8,
+    call: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> MarginalCheck:
+    """Run a few dozen prompts through every arm and predict which corrections help.
+
+    Args:
+        pipeline: any diffusers pipeline; whatever is applied to it is set aside meanwhile.
+        arms: full precision first, then the quantized one, then corrections; as of ``standard_arms``.
+            One that cannot be carried out is listed with the reason; the rest goes on.
+        prompts: 32 to 64, other than those of the calibration.
+        num_inference_steps: as passed to the pipeline.
+        guidance_scale: as passed to the pipeline.
+        seed: of the first prompt's noise; prompt i uses ``seed + i``. The default is far from those
+            of calibration and of ``compare``.
+        batch_size: prompts per call. The full-precision states of one batch are kept on the CPU.
+        call: further pipeline arguments.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError: fewer than two arms, doubled names, a corrected first arm, fewer than 3
+            prompts, or corrections of a sampler that ends where the full-precision one does.
+        EvenkeelError: the full-precision or the quantized arm cannot be run.
+
+    """
+    _check_request(arms, prompts, batch_size)
+    options: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "call": dict(call or {}),
+    }
+    parts: dict[str, list[PairedStates]] = {arm.name: [] for arm in arms[1:]}
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms[1:]}
+    reasons: dict[str, str] = {}
+    total = -(-len(prompts) // batch_size) * len(arms)
+    with (
+        applied(pipeline, Identity()),  # sets aside what is applied, and brings it back
+        quiet(pipeline),
+        tqdm(total=total, desc="check", unit="batch", disable=not progress) as bar,
+    ):
+        uninstall(pipeline.scheduler)
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            origin = _Watch(pipeline, len(batch), None)
+            for index, arm in enumerate(arms):
+                bar.set_postfix_str(arm.name)
+                watch = _Watch(pipeline, len(batch), origin.states) if index else origin
+                try:
+                    if arm.name not in reasons:
+                        _run(pipeline, arm, watch, batch, seed + start, start > 0, options)
+                        if index:
+                            parts[arm.name].append(watch.result())
+                            seconds[arm.name].append(watch.seconds_per_step / len(batch))
+                except EvenkeelError as error:
+                    if index < 2:
+                        raise
+                    reasons[arm.name] = str(error)
+                bar.update()
+    resolution = torch.finfo(origin.states[-1].dtype).eps
+    states = {n: PairedStates.joined(p) for n, p in parts.items() if n not in reasons}
+    base = arms[1].name
+    found = []
+    for name in (n for n in states if n != base):
+        scores = scores_of(states[name], states[base], resolution)
+        extra = _extra(seconds[name], seconds[base])
+        found.append(ArmCheck(name, *verdict_of(scores), scores, states[name].curves(), extra))
+    return MarginalCheck(len(prompts), num_inference_steps, states[base].curves(), found, reasons)
+
+
+def _check_request(arms: Sequence[Arm], prompts: Sequence[Prompt], batch_size: int) -> None:
+    names = [arm.name for arm in arms]
+    if len(arms) < 2 or len(set(names)) < len(names) or arms[0].correction is not None:
+        raise CalibrationError(
+            f"expected arms with different names, the full-precision one without a correction first "
+            f"and the quantized one second; got {names}."
+        )
+    if isinstance(prompts, str) or len(prompts) < 3 or batch_size < 1:
+        raise CalibrationError(
+            f"expected at least 3 prompts (32 to 64 for verdicts worth having) in batches of at "
+            f"least 1; got {prompts!r:.80} in batches of {batch_size}."
+        )
+
+
+def _run(
+    pipeline: Any,
+    arm: Arm,
+    watch: _Watch,
+    batch: list[Prompt],
+    seed: int,
+    recognised: bool,
+    options: dict[str, Any],
+) -> None:
+    """One batch of one arm; afterwards the pipeline is as before, whatever happened."""
+    with denoiser_swapped(pipeline, arm.denoiser), ExitStack() as stack:
+        if arm.correction is not None:
+            # Recognising the denoiser by its weights takes long and was done for the first batch.
+            allow = {*arm.allow, *(("denoiser", "scheduler") if recognised else ())}
+            scale = options["guidance_scale"]
+            stack.enter_context(
+                applied(pipeline, arm.correction, allow=allow, guidance_scale=scale)
+            )
+        stack.callback(uninstall, pipeline.scheduler)
+        install(pipeline.scheduler, *installed(pipeline.scheduler), watch)
+        seeds = range(seed, seed + len(batch))
+        run_pipeline(pipeline, batch, seeds, output_type="latent", **options)
+
+
+class _Watch(Interceptor):
+    """Keeps the states of one batch, or compares them with those kept of the full-precision arm."""
+
+    def __init__(self, pipeline: Any, prompts: int, reference: list[Tensor] | None) -> None:
+        self.states: list[Tensor] = []
+        self._prompts = prompts
+        self._pipeline, self._reference = pipeline, reference
+        self._layout: LatentLayout | None = None
+        self._run = PairedRun()
+        self._dtype = torch.float32
+        self._steps, self._seconds, self._left = 0, 0.0, math.nan
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of the whole batch, from the second step on: plans are made at the first. NaN for one."""
+        return self._seconds / (self._steps - 1) if self._steps > 1 else math.nan
+
+    def result(self) -> PairedStates:
+        """What was compared."""
+        if self._reference is None or self._steps != len(self._reference):
+            raise CalibrationError(
+                f"this arm took {self._steps} steps and the full-precision one "
+                f"{len(self._reference or ())}; their states cannot be compared step by step."
+            )
+        return self._run.result()
+
+    def before(
+        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Remember what the result will be rounded to."""
+        self._dtype = sample.dtype
+
+    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
+        """Take the state; what that takes is not counted as the arm's time."""
+        state = result.detach().to(self._dtype).to("cpu", copy=True)  # waits for the device
+        if self._steps:
+            self._seconds += time.perf_counter() - self._left
+        self._keep(state)
+        self._steps += 1
+        self._left = time.perf_counter()
+        return result
+
+    def _keep(self, state: Tensor) -> None:
+        n = self._prompts
+        if len(state) == 2 * n and torch.equal(state[:n], state[n:]):
+            state = state[:n]  # class-conditional guidance doubles every row
+        if len(state) != n:
+            raise CalibrationError(
+                f"the scheduler was handed {len(state)} samples for {n} prompts; check with "
+                f"num_images_per_prompt=1."
+            )
+        if self._reference is None:
+            self.states.append(state)
+        elif self._steps < len(self._reference):
+            layout = self._layout = self._layout or find_layout(self._pipeline, state)
+            self._run.add(
+                self._reference[self._steps], state, layout.as_channels, layout.is_spatial
+            )
+
+
+def _extra(mine: list[float], quantized: list[float]) -> Estimate | None:
+    a, q = (torch.tensor(s, dtype=torch.float64) for s in (mine, quantized))
+    return None if bool(torch.isnan(a + q).any()) else mean_difference(a, q)

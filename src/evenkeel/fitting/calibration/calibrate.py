@@ -1,0 +1,180 @@
+"""Calibrate: run the full-precision and the quantized denoiser side by side and keep statistics.
+
+Both see the same states, after guidance and everything else the pipeline does, because the second
+run is led through the states of the first (``hosts.tape``). Raw outputs are dropped as soon as their
+moments are taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from evenkeel.corrections.plan import Correction
+from evenkeel.errors import CalibrationError
+from evenkeel.fitting.calibration.batch import calibrate_batch, with_noise_floor
+from evenkeel.fitting.calibration.parts import (
+    Parts,
+    barrier,
+    claim_folder,
+    part_folder,
+    process,
+    tidy,
+)
+from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
+from evenkeel.fitting.closed_loop.fit_tac import fit_tac
+from evenkeel.fitting.request import TRAJECTORIES, Settings, check_request
+from evenkeel.hosts.pipeline.layouts import LatentLayout
+from evenkeel.hosts.pipeline.pipelines import (
+    Prompt,
+    quiet,
+)
+from evenkeel.hosts.scheduler.interception import install, installed, uninstall
+from evenkeel.record import Record
+from evenkeel.record.closed_loop import ClosedLoop
+
+
+def calibrate(
+    pipeline: Any,
+    *,
+    quantized: nn.Module,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    trajectory: str = "full-precision",
+    correction: Correction | None = None,
+    histograms: bool = True,
+    closed_loop: bool = False,
+    side_by_side: bool = True,
+    call: dict[str, Any] | None = None,
+    layout: LatentLayout | None = None,
+    pilot: Record | None = None,
+    noise_floor_limit: float = 0.05,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Record:
+    """Measure the quantization error of ``quantized`` along ``pipeline``'s own trajectories.
+
+    Prompt i starts from noise of seed ``seed + i``, whatever the batch size. Under torchrun the
+    batches are shared between the processes and every process returns the whole record.
+
+    Args:
+        pipeline: a diffusers pipeline with its full-precision denoiser.
+        quantized: the quantized denoiser, same call signature.
+        prompts: texts, or class labels for class-conditional pipelines.
+        num_inference_steps: as passed to the pipeline.
+        guidance_scale: as passed to the pipeline; None uses the pipeline's default.
+        seed: of the first prompt's initial noise.
+        batch_size: prompts per pipeline call.
+        trajectory: whose outputs advance the sample: ``full-precision`` (as published),
+            ``quantized``, or ``corrected`` (quantized with ``correction`` applied).
+        correction: needed for, and only for, ``corrected``.
+        histograms: also keep error histograms, for trimming.
+        closed_loop: also fit what needs it (TAC, StepbaQ) and keep it in the record; takes as long again
+            for each, with both denoisers in memory.
+        side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
+        call: further arguments of the pipeline call, such as ``{"height": 512}``.
+        layout: where the latent's channels are; found by itself for known pipelines.
+        pilot: a record whose histogram frame to use, so that the two can be merged.
+        noise_floor_limit: how much two runs of the same denoiser may differ, relative to the error.
+        resume: a folder for finished batches. After a kill, the same call continues there and gives
+            the bit-identical record; the folder is removed at the end.
+        progress: show a bar.
+
+    Returns:
+        The record; save it with ``record.save(path)``.
+
+    Raises:
+        CalibrationError: no prompts, identical twins, non-finite outputs, outputs of another shape,
+            a pipeline that is not repeatable, a resume folder of another calibration.
+        UnsupportedPipeline, UnsupportedSampler: see there.
+
+    Example: see ``examples/three_lines.py``.
+
+    """
+    check_request(pipeline, quantized, prompts, batch_size)
+    _check_trajectory(trajectory, correction)
+    if closed_loop and (correction is not None or not side_by_side):
+        raise CalibrationError(
+            "closed_loop=True fits corrections of the plain quantized model with both denoisers in "
+            "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
+        )
+    rank, world = process()
+    starts = range(0, len(prompts), batch_size)
+    batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
+    folder = part_folder(resume, world)
+    settings = Settings.of(
+        pipeline,
+        quantized,
+        num_inference_steps,
+        guidance_scale,
+        call,
+        trajectory=trajectory,
+        correction=correction,
+        layout=layout,
+        histograms=histograms,
+        side_by_side=side_by_side,
+    )
+    if folder is not None:
+        claim_folder(folder, pipeline, settings, batches)
+    before = installed(pipeline.scheduler)
+    parts = Parts(folder)
+    frame = pilot.frame if pilot is not None else None
+    try:
+        with quiet(pipeline):
+            mine = [0, *(i for i in range(1, len(batches)) if i % world == rank)]
+            if rank != 0:
+                barrier(world)  # the first batch makes the frame that all histograms share
+                mine = mine[1:]
+            bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
+            for index in bar:
+                if not parts.has(index):
+                    if frame is None and index != 0:
+                        frame = parts.frame()
+                    batch = batches[index]
+                    part = calibrate_batch(pipeline, quantized, batch, settings, frame)
+                    if index == 0:
+                        part = with_noise_floor(part, pipeline, batch, settings, noise_floor_limit)
+                    parts.put(index, part)
+                if index == 0 and rank == 0:
+                    barrier(world)
+        barrier(world)
+    finally:
+        uninstall(pipeline.scheduler)
+        if before:
+            install(pipeline.scheduler, *before)
+    record = parts.merged(len(batches))
+    barrier(world)
+    if folder is not None and rank == 0:
+        tidy(folder)
+    if closed_loop:
+        asked: dict[str, Any] = dict(
+            quantized=quantized,
+            prompts=prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+            call=call,
+            progress=progress,
+        )
+        fitted = ClosedLoop(fit_tac(pipeline, **asked), fit_stepbaq(pipeline, **asked))
+        record = replace(record, closed_loop=fitted)
+    return record
+
+
+def _check_trajectory(trajectory: str, correction: Correction | None) -> None:
+    if trajectory not in TRAJECTORIES:
+        raise CalibrationError(f"trajectory must be one of {TRAJECTORIES}, got {trajectory!r}.")
+    if (trajectory == "corrected") != (correction is not None):
+        raise CalibrationError(
+            f"trajectory={trajectory!r} with correction={correction!r}: pass a correction for, and "
+            f"only for, trajectory='corrected'."
+        )

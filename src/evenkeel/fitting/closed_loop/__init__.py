@@ -1,0 +1,1 @@
+"""Fits that need the corrected run itself: TAC, StepbaQ."""

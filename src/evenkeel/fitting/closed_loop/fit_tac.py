@@ -1,0 +1,238 @@
+"""Fit TAC-Diffusion in closed loop: each step's gain and bias on the run that the earlier ones left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.corrections.plan import Correction, OutputEdit
+from evenkeel.corrections.reconstruction import GainSums, Reconstruction
+from evenkeel.corrections.tac import TAC, limited
+from evenkeel.errors import CalibrationError
+from evenkeel.fitting.closed_loop.loop import (
+    OutputChange,
+    Pair,
+    Rule,
+    StateChange,
+    run_closed_loop,
+)
+from evenkeel.fitting.request import Settings, check_request
+from evenkeel.hosts.actuators.step_change import Edit
+from evenkeel.hosts.pipeline.layouts import LatentLayout
+from evenkeel.hosts.pipeline.pipelines import Prompt
+from evenkeel.sampling.step_law import StepLaw
+
+
+def fit_tac(
+    pipeline: Any,
+    *,
+    quantized: nn.Module,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    reconstruct: bool = True,
+    input_bias: bool = True,
+    input_bias_per_channel: bool = False,
+    reconstruct_unconditional: bool = False,
+    lambda_1: float = 0.0,
+    lambda_2: float = 1e-3,
+    threshold: float = 0.0,
+    mask: Literal["magnitude", "signed"] = "magnitude",
+    form: Literal["consistent", "published"] = "consistent",
+    correction: Correction | None = None,
+    call: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> TAC:
+    """Gain of every output and mean error of every state, against full-precision runs of the same noise.
+
+    At each step the full-precision output e is taken on the full-precision trajectory and the
+    quantized output q on the corrected quantized one (TAC-Diffusion, ECCV 2024, Alg. 1). K of all
+    prompts is applied, the sampler steps, and the mean over all prompts of the state error that is
+    left is taken off at once. Costs two denoiser evaluations per step and batch; memory does not
+    grow with the number of steps.
+
+    Args:
+        pipeline: a diffusers pipeline with its full-precision denoiser.
+        quantized: the quantized denoiser.
+        prompts: texts, or class labels; published with 64 to 256.
+        num_inference_steps: as passed to the pipeline.
+        guidance_scale: as passed to the pipeline; None uses the pipeline's default.
+        seed: of the first prompt's initial noise.
+        batch_size: prompts per pipeline call; the result is that of all prompts together.
+        reconstruct: fit K (NER).
+        input_bias: fit B (IBC).
+        input_bias_per_channel: one B per channel instead of one per element; of fewer than about a
+            hundred prompts the latter adds more noise than it takes away.
+        reconstruct_unconditional: K acts on the unconditional branch, before guidance, as published
+            for text-to-image models.
+        lambda_1: weight of the relative error, see ``Reconstruction``.
+        lambda_2: weight of (K - 1)^2.
+        threshold: only elements beyond this many times the mean |e| count for K.
+        mask: of |e|, or of e itself as printed.
+        form: weigh the relative error as Eq. 12 means or as Eqs. 13 to 19 print.
+        correction: applied below it, such as a ``Readout``.
+        call: further arguments of the pipeline call.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError: nothing to fit, no prompts, identical twins, outputs that are not finite,
+            options that do not go together, or no unconditional branch where one is asked for.
+
+    """
+    check_request(pipeline, quantized, prompts, batch_size)
+    if not (reconstruct or input_bias) or (reconstruct_unconditional and not reconstruct):
+        raise CalibrationError(
+            f"reconstruct={reconstruct}, input_bias={input_bias}, "
+            f"reconstruct_unconditional={reconstruct_unconditional}: at least one part must be "
+            f"fitted, and the unconditional branch only with reconstruct=True."
+        )
+    settings = Settings.of(
+        pipeline, quantized, num_inference_steps, guidance_scale, call, correction=correction
+    )
+    how = Reconstruction(lambda_1, lambda_2, threshold, mask, form=form)
+    rule = _Fit(
+        how if reconstruct else None, input_bias, input_bias_per_channel, reconstruct_unconditional
+    )
+    result = run_closed_loop(
+        pipeline,
+        quantized,
+        prompts,
+        rule,
+        settings=settings,
+        seed=seed,
+        batch_size=batch_size,
+        correction=correction,
+        progress=progress,
+    )
+    made_for = result.provenance(pipeline, settings)
+    return TAC(
+        *made_for.levels,
+        gain=torch.stack(rule.gains) if reconstruct else None,
+        bias=torch.stack(rule.biases) if input_bias else None,
+        branch=rule.chosen_branch() if reconstruct_unconditional else None,
+        reconstruction=how if reconstruct else None,
+        source=made_for,
+    )
+
+
+class _Fit(Rule):
+    """Collects K and B, and goes on with what they leave."""
+
+    def __init__(
+        self,
+        how: Reconstruction | None,
+        input_bias: bool,
+        per_channel: bool,
+        unconditional: bool,
+    ) -> None:
+        self.how, self.input_bias = how, input_bias
+        self.per_channel, self.unconditional = per_channel, unconditional
+        self.gains: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self._branch: int | None = None
+
+    def output(
+        self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
+    ) -> OutputChange | None:
+        """Fit K of this step, multiply."""
+        if self.how is None:
+            return None
+        if not self.unconditional:
+            gain = self._fit(self.how, [(p.reference_output, p.output) for p in pairs], layout)
+            edit = _edit(gain, layout, pairs[0].output.device)
+            return lambda output, sample, pair: edit(output, sample, None)
+        branch = self._unconditional(step, pairs)
+        if branch is None:
+            self.gains.append(torch.ones(layout.channels, dtype=torch.float64))
+            return None
+        both = [(p.reference_branches[branch], p.branches[branch]) for p in pairs]
+        gain = self._fit(self.how, both, layout)
+        change = _edit(gain - 1, layout, pairs[0].output.device)
+
+        def guided(output: Tensor, sample: Tensor, pair: Pair) -> Tensor:
+            """Guidance is linear: what is added to a branch arrives with the branch's share."""
+            assert pair.shares is not None
+            added = change(pair.branches[branch].to(output), sample, None)
+            return output + float(pair.shares[branch]) * added
+
+        return guided
+
+    def state(
+        self, step: int, results: list[tuple[Tensor, Tensor]], layout: LatentLayout, law: StepLaw
+    ) -> tuple[StateChange | None, bool]:
+        """Measure B after this step, subtract."""
+        if not self.input_bias:
+            return None, False
+        bias = self._mean_error(results, layout)
+        if law.intermediate[step]:
+            bias = torch.zeros_like(bias)
+        self.biases.append(bias[0].cpu())
+        if law.intermediate[step]:
+            return None, False
+        return lambda result: result - bias, False
+
+    def chosen_branch(self) -> int:
+        """Which branch K acted on."""
+        if self._branch is None:
+            raise CalibrationError(
+                "the denoiser has one guidance branch at every step, so none is unconditional. Fit "
+                "with guidance, or with reconstruct_unconditional=False."
+            )
+        return self._branch
+
+    def _fit(
+        self,
+        how: Reconstruction,
+        outputs: list[tuple[Tensor, Tensor]],
+        layout: LatentLayout,
+    ) -> Tensor:
+        """K over all batches, as it is applied."""
+        sums: GainSums = reduce(
+            add, (how.sums(layout.as_channels(e), layout.as_channels(q)) for e, q in outputs)
+        )
+        self.gains.append(how.gain(sums))
+        return limited(self.gains[-1])
+
+    def _unconditional(self, step: int, pairs: list[Pair]) -> int | None:
+        """The branch with the smallest share, the same at every step; None where there is only one."""
+        counts = {len(p.branches) for p in pairs}
+        shares = [p.shares for p in pairs]
+        if counts == {1}:
+            return None
+        if counts != {2} or any(s is None for s in shares):
+            raise CalibrationError(
+                f"at step {step} guidance is not a linear combination of two branches of the denoiser, "
+                f"so its unconditional branch cannot be corrected before guidance. Fit with "
+                f"reconstruct_unconditional=False."
+            )
+        found = {int(s.argmin()) for s in shares if s is not None}
+        if len(found) > 1 or self._branch not in (None, *found):
+            raise CalibrationError(
+                f"at step {step} the branch with the smallest share of guidance is another than "
+                f"before: it cannot be told which one is unconditional. Fit with "
+                f"reconstruct_unconditional=False."
+            )
+        self._branch = found.pop()
+        return self._branch
+
+    def _mean_error(self, results: list[tuple[Tensor, Tensor]], layout: LatentLayout) -> Tensor:
+        """Over all prompts, (1, *sample) float32; over all elements of a channel too if so asked."""
+        prompts = sum(len(q) for _, q in results)
+        total = sum((q.double() - e.double()).sum(0, keepdim=True) for e, q in results)
+        assert isinstance(total, Tensor)
+        mean = total / prompts
+        if self.per_channel:
+            mean = layout.broadcast(layout.as_channels(mean).mean((0, 2)))
+        return mean.float()
+
+
+def _edit(gain: Tensor, layout: LatentLayout, device: torch.device) -> Edit:
+    """Multiplication by ``gain`` exactly as it will happen at sampling time."""
+    return Edit.of(OutputEdit.of(gain[None]), 0, layout, device)

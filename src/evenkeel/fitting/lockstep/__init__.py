@@ -1,0 +1,1 @@
+"""Several pipeline calls advanced together, step by step."""

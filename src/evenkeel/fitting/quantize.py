@@ -1,0 +1,194 @@
+"""Quantize a pipeline's denoiser with a method of the literature, on calls of the pipeline itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from evenkeel.errors import QuantizationError
+from evenkeel.hosts.pipeline.pipelines import (
+    Prompt,
+    denoiser_of,
+    denoiser_swapped,
+    fingerprint,
+    quiet,
+    run_pipeline,
+)
+from evenkeel.quantizers.methods.base import Method
+from evenkeel.quantizers.saved.folder import save_quantized
+from evenkeel.quantizers.saved.report import QuantizationReport
+from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
+from evenkeel.quantizers.workspace.workspace import Workspace
+
+PARTIAL = "partial"
+
+
+def quantize(
+    pipeline: Any,
+    method: Method,
+    *,
+    prompts: Sequence[Prompt] = (),
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    calibration_steps: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    call: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, QuantizationReport]:
+    """A quantized copy of a pipeline's denoiser, and a report on every layer.
+
+    The pipeline runs in full precision on a few prompts; some of the denoiser's calls, evenly spaced
+    over the steps, are what the method calibrates on. The pipeline is not changed. In memory are the
+    pipeline, the copy, and what passes through one block at a time.
+
+    Args:
+        pipeline: any diffusers pipeline with one denoiser.
+        method: an element of :mod:`evenkeel.quantizers.methods.catalogue`.
+        prompts: texts or class labels to calibrate on; not needed where ``method.calibrated`` is
+            False.
+        num_inference_steps: of the pipeline, as it will be deployed.
+        guidance_scale: the same; None is the pipeline's own.
+        calibration_steps: so many of the denoiser's calls per batch are kept.
+        batch_size: prompts per pipeline call, and of a calibration call.
+        seed: of the first prompt's noise.
+        call: further arguments of the pipeline call.
+        out: folder for the result. Finished blocks are kept in it meanwhile, so an interrupted run
+            continues; None writes nothing.
+        progress: show bars.
+
+    Returns:
+        The denoiser (see ``save_quantized`` and ``compare``) and the report.
+
+    Raises:
+        QuantizationError: no prompts for a method that calibrates; ``out`` holds another run;
+            what the method itself refuses.
+
+    """
+    denoiser = denoiser_of(pipeline)
+    calls = None
+    if method.calibrated:
+        if not prompts or num_inference_steps is None:
+            raise QuantizationError(
+                f"{method.name} calibrates on the pipeline's own calls: give prompts (a few dozen) "
+                "and num_inference_steps."
+            )
+        calls = calibration_set(
+            pipeline,
+            prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            calibration_steps=calibration_steps,
+            batch_size=batch_size,
+            seed=seed,
+            call=call,
+            progress=progress,
+        )
+    folder = None if out is None else Path(out)
+    with tqdm(desc=str(method), unit="block", disable=not progress, leave=False) as bar:
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.total, bar.n = total, done  # a method may go through the blocks more than once
+            bar.set_postfix_str(name)
+
+        workspace = Workspace(
+            denoiser,
+            calls,
+            progress=show,
+            folder=None if folder is None else folder / PARTIAL,
+            identity=_identity(denoiser, method, calls),
+        )
+        method.quantize(workspace)
+    quantized, report = workspace.result(method)
+    if folder is not None:
+        save_quantized(quantized, report, folder)
+        for file in (folder / PARTIAL).iterdir():
+            file.unlink()
+        (folder / PARTIAL).rmdir()
+    return quantized, report
+
+
+def calibration_set(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    calibration_steps: int,
+    batch_size: int,
+    seed: int = 0,
+    call: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> CalibrationSet:
+    """Denoiser calls of a full-precision run, evenly spaced over its steps.
+
+    Uniform in time, as Q-Diffusion (arXiv:2302.04304, section 4.2) samples it. Guidance stacks its
+    branches in one call or makes two; both are kept. The first and the last step are always among
+    them where ``calibration_steps`` is at least 2.
+
+    Args:
+        pipeline: any diffusers pipeline with one denoiser.
+        prompts: texts or class labels.
+        num_inference_steps: of the pipeline.
+        guidance_scale: of the pipeline; None is its own.
+        calibration_steps: calls kept of every batch.
+        batch_size: prompts per pipeline call.
+        seed: of the first prompt's noise.
+        call: further arguments of the pipeline call.
+        progress: show a bar.
+
+    Raises:
+        QuantizationError: the pipeline never calls its denoiser, or a call holds NaN.
+
+    """
+    if calibration_steps < 1 or batch_size < 1:
+        raise QuantizationError(
+            "calibration_steps and batch_size must be at least 1, got "
+            f"{calibration_steps} and {batch_size}."
+        )
+    denoiser = denoiser_of(pipeline)
+    chosen: list[Any] = []
+    starts = range(0, len(prompts), batch_size)
+    with quiet(pipeline), denoiser_swapped(pipeline, denoiser):
+        for start in tqdm(starts, desc="calibration calls", disable=not progress, leave=False):
+            batch = list(prompts[start : start + batch_size])
+            seen: list[Any] = []
+            hook = denoiser.register_forward_pre_hook(
+                lambda _, given, named, seen=seen: seen.append((given, dict(named))),
+                with_kwargs=True,
+            )
+            try:
+                run_pipeline(
+                    pipeline,
+                    batch,
+                    range(seed + start, seed + start + len(batch)),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    output_type="latent",
+                    call=call or {},
+                )
+            finally:
+                hook.remove()
+            places = (
+                torch.linspace(0, len(seen) - 1, min(calibration_steps, len(seen))).round().long()
+            )
+            chosen += [seen[i] for i in places.tolist()]
+    if not chosen:
+        raise QuantizationError(f"{type(pipeline).__name__} never called its denoiser.")
+    return kept(chosen)
+
+
+def _identity(denoiser: nn.Module, method: Method, calls: CalibrationSet | None) -> str:
+    """What an interrupted run must agree on to be continued."""
+    asked = json.dumps(method.to_dict(), sort_keys=True)
+    parts = (fingerprint(denoiser), asked, "" if calls is None else calls.digest)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return f"{method}, {digest}"

@@ -1,0 +1,1 @@
+"""Fit the output head of every step."""

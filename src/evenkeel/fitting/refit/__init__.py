@@ -1,0 +1,1 @@
+"""Fit low-rank branches, scales and biases of a quantized denoiser again."""

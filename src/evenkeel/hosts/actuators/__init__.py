@@ -1,0 +1,1 @@
+"""They carry a correction out inside a scheduler or a denoiser."""

@@ -1,0 +1,239 @@
+"""What a plan changes inside the denoiser call: the noise level it is told, and one branch's output."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.corrections.plan import Correction, OutputEdit, SamplerPlan
+from evenkeel.errors import Incompatible, OutOfRange, UnsupportedPipeline, UnsupportedSampler
+from evenkeel.hosts.actuators.told_level import SAMPLE_NAMES, LevelTeller, argument_of
+from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
+from evenkeel.hosts.scheduler.interception import Interceptor, installed
+from evenkeel.hosts.scheduler.probing import probe_scheduler
+from evenkeel.hosts.scheduler.tape import steering, step_index
+
+
+class DenoiserEdit(Interceptor):
+    """Carries out ``relabel`` and a per-branch ``edit`` of a correction's plan.
+
+    ``attach`` before the first run; ``detach`` takes the hooks off. The scheduler tells which step comes
+    next. A step that the plan leaves alone gets and gives its tensors as they are.
+
+    A branch is a half of the denoiser's batch, where its latents are one half twice, and otherwise a
+    call of its own: the first of a step is branch 0.
+
+    Args:
+        correction: whose plan is carried out.
+        pipeline: to find the latents' layout if none is given; held weakly.
+        denoiser: whose calls are changed; held weakly.
+        layout: of the latents.
+        allow_range: as for ``Correction.plan``.
+
+    """
+
+    def __init__(
+        self,
+        correction: Correction,
+        pipeline: Any,
+        denoiser: nn.Module,
+        *,
+        layout: LatentLayout | None = None,
+        allow_range: bool = False,
+    ) -> None:
+        self.correction = correction
+        self.layout = layout
+        self.allow_range = allow_range
+        self.plan: SamplerPlan | None = None
+        self._pipeline, self._denoiser = weakref.ref(pipeline), weakref.ref(denoiser)
+        self._handles: list[Any] = []
+        self._key: tuple[float, ...] = ()
+        self._planned_with: dict[str, Any] = {}
+        self._refusal: OutOfRange | None = None
+        self._index, self._checked = 0, False
+        self._calls, self._halved = 0, False
+        self._teller = LevelTeller()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied scheduler must not take the denoiser along, and a copied denoiser's hooks do nothing.
+        return {**self.__dict__, "_pipeline": None, "_denoiser": None, "_handles": []}
+
+    def attach(self) -> None:
+        """Listen to the denoiser's calls; nothing changes before a run begins."""
+        denoiser = self._denoiser() if self._denoiser is not None else None
+        if denoiser is None or self._handles:
+            return
+        compiled = (getattr(denoiser, name, None) for name in ("_orig_mod", "_compiled_call_impl"))
+        if any(c is not None for c in compiled):
+            torch.compiler.reset()  # compiled graphs do not notice a new hook and would leave it out
+        self._handles = [
+            denoiser.register_forward_pre_hook(self._called, with_kwargs=True),
+            denoiser.register_forward_hook(self._answered),
+        ]
+
+    def detach(self) -> None:
+        """Listen no longer; the denoiser is what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def begin(self, scheduler: Any) -> None:
+        """A new run: plan it and make its first step ready."""
+        if not self._handles:
+            return
+        sigmas = getattr(scheduler, "sigmas", None)
+        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else []
+        key = (*scheduler.timesteps.tolist(), *levels)
+        if key != self._key:
+            self._refusal = None
+            try:
+                self._make_plan(scheduler, {})
+            except OutOfRange as error:  # eta, which only the step knows, may make the levels match
+                self.plan, self._refusal = None, error
+            self._key = key
+        self._teller = LevelTeller()
+        self._index, self._checked = int(getattr(scheduler, "begin_index", None) or 0), False
+        self._select()
+
+    def before(
+        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Check that the denoiser was called as expected."""
+        if not self._handles:
+            return
+        steered = {k: v for k, v in steering(kwargs).items() if v}
+        if not self._checked and steered != self._planned_with:
+            self._make_plan(scheduler, steered)
+        elif not steered and self._refusal is not None:
+            raise self._refusal
+        if self.plan is None:
+            return
+        self._teller.shape = tuple(sample.shape[1:])
+        start = self._index if self._checked else step_index(scheduler, timestep)
+        self._checked = True
+        if start != self._index and not self.plan.is_identity:
+            raise Incompatible(
+                f"this pipeline starts at step {start} of its schedule without telling the scheduler "
+                f"(set_begin_index); the denoiser was called for step {self._index}. Remove "
+                f"{self.correction.name} for this pipeline."
+            )
+        if self._branch_edit() is not None and self._calls != (1 if self._halved else 2):
+            raise Incompatible(
+                f"{self.correction.name} edits one of two guidance branches, but at step {self._index} "
+                f"the denoiser was called {self._calls} times, "
+                f"{'with' if self._halved else 'without'} the same latents in both halves of its batch. "
+                f"Run it with plain classifier-free guidance, or remove the correction."
+            )
+
+    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
+        """Make the next step ready."""
+        self._index += 1
+        self._select()
+        return result
+
+    def _make_plan(self, scheduler: Any, step_kwargs: dict[str, Any]) -> None:
+        self._planned_with = step_kwargs
+        law = probe_scheduler(scheduler, step_kwargs=step_kwargs)
+        self.plan = self.correction.plan(law, allow_range=self.allow_range)
+        _refuse_unusual(self.plan.edit)
+
+    def _select(self) -> None:
+        self._calls, self._halved = 0, False
+        if self._is_idle() or self.plan is None:
+            return
+        self._teller.put_step(self.plan, self._index)
+
+    def _is_idle(self) -> bool:
+        """Whether no run that this plan is for is going on."""
+        if not self._handles or self.plan is None or self._index >= self.plan.law.steps:
+            return True
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        # A scheduler that was exchanged after an interrupted run does not tell us of the next one.
+        return pipeline is not None and all(i is not self for i in installed(pipeline.scheduler))
+
+    def _branch_edit(self) -> OutputEdit | None:
+        edit = None if self._is_idle() or self.plan is None else self.plan.edit
+        if edit is None or edit.branch is None or not bool(edit.active[self._index]):
+            return None
+        return edit
+
+    # Counting calls inside a graph would compile it anew for every step.
+    @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
+    def _called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> Any:
+        if self._is_idle() or self.plan is None:
+            return None
+        if self._branch_edit() is not None:
+            sample = argument_of(denoiser, arguments, keywords, SAMPLE_NAMES)
+            self._halved = self._halved or _is_doubled(sample)
+            if self.layout is None and self._pipeline is not None:
+                self.layout = find_layout(self._pipeline(), sample)
+        if self.plan.relabel is None or not bool(self.plan.relabel.active.any()):
+            return None
+        return self._teller(denoiser, arguments, keywords)
+
+    @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
+    def _answered(self, denoiser: nn.Module, arguments: Any, output: Any) -> Any:
+        edit = self._branch_edit()
+        if edit is None or self.layout is None:
+            return None
+        call = self._calls
+        self._calls += 1
+        found: Tensor = output if isinstance(output, Tensor) else output[0]
+        if self._halved:
+            half = len(found) // 2
+            rows = slice(0, half) if edit.branch == 0 else slice(half, None)
+        elif call == edit.branch:
+            rows = slice(None)
+        else:
+            return None
+        changed = _edited(found, rows, edit, self._index, self.layout)
+        if isinstance(output, Tensor):
+            return changed
+        if isinstance(output, tuple):
+            return (changed, *output[1:])
+        output.sample = changed
+        return output
+
+
+def acts_on_denoiser(correction: Any) -> bool:
+    """Whether a correction, or what follows a readout, needs a ``DenoiserEdit``."""
+    return any(
+        bool(getattr(part, "acts_on_denoiser", False))
+        for part in (correction, getattr(correction, "then", None))
+    )
+
+
+def _is_doubled(sample: Any) -> bool:
+    if not isinstance(sample, Tensor) or len(sample) % 2:
+        return False
+    half = len(sample) // 2
+    return torch.equal(sample[:half], sample[half:])
+
+
+def _edited(output: Tensor, rows: slice, edit: OutputEdit, k: int, layout: LatentLayout) -> Tensor:
+    """``gain m + bias`` on some rows, in float32; channels of a learned variance stay."""
+    features = layout.channels * layout.patch
+    if output.dim() != layout.ndim or output.shape[layout.axis] not in (features, 2 * features):
+        raise UnsupportedPipeline(
+            f"the denoiser gives {tuple(output.shape)} for latents with {features} features on axis "
+            f"{layout.axis}; one of its guidance branches cannot be edited."
+        )
+    gain, bias = (
+        layout.broadcast(values[k]).to(output.device, torch.float32)
+        for values in (edit.gain, edit.bias)
+    )
+    changed = output.clone()
+    part = changed[rows].narrow(layout.axis, 0, features)
+    part.copy_(part * gain + bias)
+    return changed
+
+
+def _refuse_unusual(edit: OutputEdit | None) -> None:
+    if edit is not None and edit.branch is not None and bool(edit.sample.any() or edit.std.any()):
+        raise UnsupportedSampler(
+            "an edit of one guidance branch takes a gain and a bias; this one adds the sample or noise, "
+            "which acts after guidance only (branch=None)."
+        )

@@ -1,0 +1,1 @@
+"""Quantization backends: recognised, described, read."""

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers: their denoiser, its calls, their latents."""

@@ -1,0 +1,269 @@
+"""A diffusers pipeline as calibration sees it: its denoiser, how to call it, what it is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from evenkeel.errors import UnsupportedPipeline
+from evenkeel.hosts.backends.catalogue import backend_settings, backend_text
+from evenkeel.hosts.backends.tensors import stored_tensors
+
+Prompt = str | int
+
+
+def load(place: Any, **options: Any) -> Any:
+    """``DiffusionPipeline.from_pretrained`` without the loading bars of two libraries.
+
+    Without ``torch_dtype`` diffusers' networks come in float32, text encoders as they were saved.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    chatty = [x for x in (diffusers_logging, transformers_logging) if x.is_progress_bar_enabled()]
+    for library in chatty:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Later versions call it dtype; earlier ones know no other name.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return DiffusionPipeline.from_pretrained(place, **options)
+    finally:
+        for library in chatty:
+            library.enable_progress_bar()
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Name of the component that predicts: ``transformer`` or ``unet``.
+
+    Raises:
+        UnsupportedPipeline: none, or two (Wan 2.2 splits the steps between two transformers).
+
+    """
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise UnsupportedPipeline(
+            f"{type(pipeline).__name__} has two denoisers (transformer and transformer_2); only "
+            f"pipelines with one are supported."
+        )
+    for name in ("transformer", "unet"):
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise UnsupportedPipeline(
+        f"{type(pipeline).__name__} has no component called transformer or unet; its components are "
+        f"{sorted(getattr(pipeline, 'components', {}))}."
+    )
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The denoiser itself."""
+    module: nn.Module = getattr(pipeline, denoiser_name(pipeline))
+    return module
+
+
+@contextmanager
+def denoiser_swapped(pipeline: Any, module: nn.Module) -> Iterator[None]:
+    """Inside, the pipeline runs with ``module``; the original is put back whatever happens."""
+    name = denoiser_name(pipeline)
+    original = getattr(pipeline, name)
+    setattr(pipeline, name, module)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, original)
+
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+def call_defaults(pipeline: Any) -> dict[str, Any]:
+    """Arguments without which a call would fail or warn, from what the pipeline itself says.
+
+    - ``max_sequence_length``: not beyond what its tokenizers can hold (T5's where there is one);
+    - ``height`` and ``width``: not beyond the size that the networks were trained for, where the pipeline
+      assumes one whatever they are (FLUX, Sana);
+    - ``use_resolution_binning=False`` where the denoiser's sample size has no list of resolutions;
+    - ``clean_caption=False``: caption cleaning needs packages that may be missing;
+    - ``complex_human_instruction=None`` (Sana): hundreds of instruction tokens in front of every
+      prompt that a tokenizer with a short maximum cannot hold.
+    """
+    parameters = call_parameters(pipeline)
+    defaults: dict[str, Any] = {}
+    tokenizers: list[Any] = [getattr(pipeline, name, None) for name in _TOKENIZERS]
+    longest = max((t.model_max_length for t in tokenizers if t is not None), default=10**9)
+    length = parameters.get("max_sequence_length")
+    if length is not None and isinstance(length.default, int) and longest < length.default:
+        defaults["max_sequence_length"] = int(longest)
+        if "complex_human_instruction" in parameters:
+            defaults["complex_human_instruction"] = None
+    if "use_resolution_binning" in parameters:
+        size = getattr(denoiser_of(pipeline).config, "sample_size", None)
+        defaults["use_resolution_binning"] = size in (32, 64, 128, 256)
+    if "clean_caption" in parameters:
+        defaults["clean_caption"] = False
+    sides = _sides(pipeline, parameters)
+    if sides is not None and sides[1] < sides[0]:
+        defaults |= {"height": sides[1], "width": sides[1]}
+    return defaults
+
+
+def _sides(pipeline: Any, parameters: dict[str, inspect.Parameter]) -> tuple[int, int] | None:
+    """Height that the pipeline assumes, and that its networks say; None where it asks them itself."""
+    if not {"height", "width"} <= set(parameters):
+        return None
+    assumed, scale = parameters["height"].default, getattr(pipeline, "vae_scale_factor", 1)
+    native = getattr(getattr(denoiser_of(pipeline), "config", None), "sample_size", None)
+    if isinstance(assumed, int) and isinstance(native, int):
+        return assumed, native * scale
+    # FLUX: its denoiser knows no size, its autoencoder does.
+    latents = getattr(pipeline, "default_sample_size", None)
+    trained = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "sample_size", None)
+    if native is None and isinstance(latents, int) and isinstance(trained, int):
+        return latents * scale, trained
+    return None
+
+
+def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """Parameters of the pipeline's ``__call__``."""
+    return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def run_pipeline(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    output_type: str,
+    call: dict[str, Any],
+) -> Any:
+    """Call the pipeline on a batch, one seeded CPU generator per prompt; returns its first output.
+
+    Raises:
+        UnsupportedPipeline: an argument that this pipeline does not take, named.
+
+    """
+    parameters = call_parameters(pipeline)
+    given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **call_defaults(pipeline)}
+    if "prompt" in parameters:
+        given["prompt"] = [str(p) for p in prompts]
+    elif "class_labels" in parameters:
+        given["class_labels"] = [int(p) for p in prompts]
+    elif "batch_size" in parameters:
+        given["batch_size"] = len(prompts)
+    if guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale
+    if "output_type" in parameters:
+        given["output_type"] = output_type
+    given |= call
+    unknown = sorted(set(given) - set(parameters))
+    if unknown:
+        raise UnsupportedPipeline(
+            f"{type(pipeline).__name__} does not take {', '.join(unknown)}; its call takes "
+            f"{', '.join(p for p in parameters if p != 'self')}."
+        )
+    given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    pixels = getattr(pipeline, "vae", None) is None
+    with torch.no_grad(), _NumpyOfBfloat16() if pixels else nullcontext():
+        out = pipeline(**given, return_dict=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class _NumpyOfBfloat16(TorchFunctionMode):
+    """Inside, ``Tensor.numpy`` widens bfloat16, which numpy does not know.
+
+    Most pipelines do so themselves; those in pixel space (``DDPMPipeline``) do not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.numpy and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Inside, the pipeline shows no progress bar of its own."""
+    config = dict(getattr(pipeline, "_progress_bar_config", {}))
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        if hasattr(pipeline, "set_progress_bar_config"):
+            pipeline.set_progress_bar_config(**config)
+
+
+_SAMPLED = 65_536
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A digest of class, configuration, quantizer and weights.
+
+    Of large tensors 65,536 evenly spaced entries are hashed: enough to tell any two trained or
+    quantized models apart, and seconds instead of minutes for billions of weights. Quantized weights
+    are hashed as their backend stores them, with their scales; compiled or not, before and after the
+    first call, and saved and loaded again, a network keeps its fingerprint.
+
+    Raises:
+        UnsupportedPipeline: weights are not in memory (meta device under sequential offload), or of
+            a tensor class that does not show what it stores.
+
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile wraps it; the network is the same
+    digest = hashlib.sha256(type(module).__name__.encode())
+    config = {k: v for k, v in dict(getattr(module, "config", {})).items() if k[:1] != "_"}
+    # Its layers tell better: a network quantized in memory has none, the same one loaded does.
+    config.pop("quantization_config", None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(quantizer_text(module).encode())
+    settings = backend_settings(module)
+    if settings:
+        digest.update(json.dumps(settings).encode())
+    for name, tensor in sorted(stored_tensors(module), key=lambda item: item[0]):
+        if tensor.device.type == "meta":
+            raise UnsupportedPipeline(
+                f"{name} of {type(module).__name__} is on the meta device (sequential offload); "
+                f"calibrate and apply before enabling offload, or use enable_model_cpu_offload."
+            )
+        flat = tensor.reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED)
+        sampled = flat[::stride][:_SAMPLED].contiguous().cpu()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(sampled))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    data: bytes = tensor.view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def quantizer_text(module: nn.Module) -> str:
+    """What quantized this module, and how many layers; "none" for a plain one.
+
+    evenkeel's own quantizers leave their specification; of other backends the layers are counted
+    (``torchao:int8 x 46, plain x 7``); of one that is not known, what diffusers noted about it.
+    """
+    module = getattr(module, "_orig_mod", module)
+    own = getattr(module, "evenkeel_quantizer", None)
+    if own is not None:
+        return str(own)
+    text = backend_text(module)
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if text == "none" and config is not None:
+        method = getattr(config, "quant_method", None) or dict(config).get("quant_method", "?")
+        return f"diffusers:{getattr(method, 'value', method)}"
+    return text

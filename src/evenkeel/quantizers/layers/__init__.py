@@ -1,0 +1,1 @@
+"""Layers that hold rounded weights, and what they do with inputs."""

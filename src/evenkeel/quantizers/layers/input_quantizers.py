@@ -1,0 +1,234 @@
+"""What enters a quantized layer, rounded: on scales of its own, or on scales fixed beforehand.
+
+Both work on the last dimension as features, so a convolution hands its channels over last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.numbers.formats import Format, Integer, format_named
+from evenkeel.quantizers.numbers.uniform import fake_quantize
+
+
+class DynamicInput(nn.Module):
+    """Every group of features (or token) is rounded on the scale of its own largest value.
+
+    Signed: x_q = s round(x / s), s = max|x| / largest, where ``largest`` is the format's.
+    Unsigned, with ``shift`` d (one number, or one per feature): x_q = s round((x + d) / s) - d,
+    s = max(x + d) / (2^b - 1), negative x + d clipped to zero (SVDQuant, arXiv:2411.05007, for
+    inputs that an activation function bounds below). Its authors fold -W d into the bias; taking d
+    off the rounded input is the same sum and leaves no error of its own.
+    With ``zero_point``: s = (max - min) / (2^b - 1), min and max widened to contain zero.
+    Values are not checked; NaN spreads over its group.
+
+    Args:
+        format: an element of :mod:`evenkeel.quantizers.numbers.formats`.
+        group: features per scale; None is all features of a token.
+        zero_point: asymmetric codes; the format must be an unsigned integer.
+        shift: added before rounding and taken off after it, one number or (features,); the format
+            must be an unsigned integer.
+        across_batch: one scale for the same token of every sample, as ViDiT-Q's released code has
+            it. The result then depends on what else is in the batch.
+
+    Raises:
+        QuantizationError: options that do not go together.
+
+    >>> DynamicInput(Integer(4))(torch.tensor([[7.0, 2.6], [0.7, 0.26]]))
+    tensor([[7.0000, 3.0000],
+            [0.7000, 0.3000]])
+
+    """
+
+    shift: float | Tensor
+
+    def __init__(
+        self,
+        format: Format,
+        group: int | None = None,
+        *,
+        zero_point: bool = False,
+        shift: float | Tensor = 0.0,
+        across_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        shifted = isinstance(shift, Tensor) or shift != 0
+        if (zero_point or shifted) and not (isinstance(format, Integer) and not format.signed):
+            raise QuantizationError(
+                f"zero_point={zero_point}, shift={shift}: both need an unsigned integer format, "
+                f"got {format.name}."
+            )
+        if zero_point and shifted:
+            raise QuantizationError(
+                f"A zero point shifts by itself; give zero_point or shift={shift}, not both."
+            )
+        if group is not None and group < 1:
+            raise QuantizationError(f"group must be at least 1, or None, got {group!r}.")
+        self.format, self.group, self.zero_point = format, group, zero_point
+        self.across_batch = across_batch
+        if isinstance(shift, Tensor):
+            self.register_buffer("shift", shift.detach().clone())
+        else:
+            self.shift = float(shift)
+
+    @property
+    def bits(self) -> int:
+        """Of one value."""
+        return self.format.bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> the same shape and dtype."""
+        plain = isinstance(self.format, Integer) and self.format.signed
+        if plain and not self.across_batch:
+            return fake_quantize(x, self.format.bits, self.group)
+        width = x.shape[-1]
+        size = min(self.group or width, width)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)) + self.shift
+        # Padding with zeros changes no scale: every range below contains zero.
+        wide = nn.functional.pad(wide, (0, -width % size))
+        wide = wide.reshape(*x.shape[:-1], -1, size)
+        low, high = self._range(wide)
+        if self.zero_point:
+            scale = _safe((high - low) / self.format.largest)
+            zero = (-low / scale).round_()
+            rounded = ((wide / scale).round_() + zero).clamp_(0, self.format.largest)
+            rounded = (rounded - zero) * scale
+        else:
+            scale = _safe(torch.maximum(high, -low) / self.format.largest)
+            rounded = self.format.round(wide / scale) * scale
+        result: Tensor = rounded.flatten(-2)[..., :width] - self.shift
+        return result.to(x.dtype)
+
+    def _range(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [0, -1] if self.across_batch and wide.ndim > 3 else [-1]
+        low = wide.amin(dims, keepdim=True).clamp_(max=0)
+        high = wide.amax(dims, keepdim=True).clamp_(min=0)
+        return (low if self.format.lowest < 0 or self.zero_point else torch.zeros_like(low)), high
+
+    def describe(self) -> dict[str, Any]:
+        """In types that JSON knows; :func:`input_from` is the inverse."""
+        return {
+            "kind": "dynamic",
+            "format": self.format.name,
+            "group": self.group,
+            "zero_point": self.zero_point,
+            "shift": None if isinstance(self.shift, Tensor) else self.shift,
+            "across_batch": self.across_batch,
+        }
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the parentheses."""
+        each = isinstance(self.shift, Tensor)
+        shift = "+shift" if each else f"+{self.shift}" if self.shift else ""
+        marks = ("zero_point" if self.zero_point else "", shift)
+        return ", ".join(filter(None, (f"{self.format.name}/{self.group or 'token'}", *marks)))
+
+
+class StaticInput(nn.Module):
+    """All values are rounded on one scale, fixed beforehand; what lies outside is clipped.
+
+    x_q = (clip(round(x / s) + z, 0, 2^b - 1) - z) s. With ``split`` k the features before k and from
+    k on have scales of their own: the two halves of a concatenated skip connection (Q-Diffusion,
+    arXiv:2302.04304, Eq. 7).
+
+    Args:
+        bits: 2 to 8.
+        scale: (1,), or (2,) with a split; positive, float32.
+        zero: codes of zero, same shape.
+        split: first feature of the second half, or None.
+
+    Raises:
+        QuantizationError: a scale that is not positive and finite, or shapes that do not fit.
+
+    >>> StaticInput(4, torch.tensor([0.5]), torch.tensor([8.0]))(torch.tensor([1.2, -9.0]))
+    tensor([ 1., -4.])
+
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, bits: int, scale: Tensor, zero: Tensor, split: int | None = None) -> None:
+        super().__init__()
+        expected = (1,) if split is None else (2,)
+        if tuple(scale.shape) != expected or tuple(zero.shape) != expected:
+            raise QuantizationError(
+                f"expected scale and zero of shape {expected} with split={split}, got "
+                f"{tuple(scale.shape)} and {tuple(zero.shape)}."
+            )
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise QuantizationError(f"scales must be positive and finite, got {scale.tolist()}.")
+        self.format = Integer(bits, signed=False)
+        self.split = split
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @property
+    def bits(self) -> int:
+        """Of one value."""
+        return self.format.bits
+
+    @property
+    def group(self) -> None:
+        """There is none; the scales do not depend on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> the same shape and dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale, zero = self.scale.to(wide), self.zero.to(wide)
+        if self.split is not None:
+            counts = torch.tensor([self.split, x.shape[-1] - self.split], device=x.device)
+            scale, zero = scale.repeat_interleave(counts), zero.repeat_interleave(counts)
+        codes = ((wide / scale).round_() + zero).clamp_(0, self.format.largest)
+        return ((codes - zero) * scale).to(x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """In types that JSON knows; :func:`input_from` is the inverse, given the tensors."""
+        return {"kind": "static", "bits": self.bits, "split": self.split}
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the parentheses."""
+        return f"{self.format.name}, static" + (f", split={self.split}" if self.split else "")
+
+
+Input = DynamicInput | StaticInput
+
+
+def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input:
+    """The inverse of ``describe``.
+
+    Args:
+        found: what ``describe`` gave.
+        tensors: by name, ``scale`` and ``zero`` of a static one.
+
+    Raises:
+        QuantizationError: no such kind, or fields or tensors that are missing or unknown.
+
+    >>> input_from(DynamicInput(Integer(4), 64).describe(), {})
+    DynamicInput(int4/64)
+
+    """
+    fields = dict(found)
+    kind = fields.pop("kind", None)
+    try:
+        if kind == "dynamic":
+            if fields["shift"] is None:
+                fields["shift"] = tensors["shift"]
+            return DynamicInput(format_named(fields.pop("format")), **fields)
+        if kind == "static":
+            return StaticInput(scale=tensors["scale"], zero=tensors["zero"], **fields)
+    except (KeyError, TypeError) as error:
+        raise QuantizationError(
+            f"{dict(found)} does not describe the rounding of an input: {error}."
+        ) from error
+    raise QuantizationError(f"an input is rounded by a kind 'dynamic' or 'static', found {kind!r}.")
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """One where nothing is to be scaled, as in :func:`evenkeel.quantizers.numbers.uniform.scale_of`."""
+    return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)

@@ -1,0 +1,304 @@
+"""Linear and convolution layers that compute as if their operands were of few bits.
+
+The simulation keeps the dequantized weight in the model's own dtype and rounds activations on the
+fly, so it shows what quantization does to the picture and nothing of what it does to the speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers.input_quantizers import DynamicInput, Input
+from evenkeel.quantizers.methods.spec import QuantizerSpec
+from evenkeel.quantizers.numbers.formats import Integer
+from evenkeel.quantizers.numbers.grids import Grid, Scales, fit, last
+from evenkeel.quantizers.numbers.uniform import quantize_weight
+from evenkeel.quantizers.rounding.low_rank import best_low_rank
+
+Stored = tuple[Grid, Scales]
+
+
+class QuantizedLayer(nn.Module):
+    """What quantized linear and convolution layers have in common. All tensors are buffers.
+
+    ``stored`` tells which grid the weight lies on, so that files hold codes; None where nobody
+    knows, or where the weight was not rounded. It is checked when the layer is written.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    smoothing: Tensor | None
+    activation: Input | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Input | None,
+        smoothing: Tensor | None,
+        stored: Stored | None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("smoothing", smoothing)
+        self.activation = activation
+        self.stored = stored
+
+    @property
+    def activation_bits(self) -> int:
+        """Of a value that enters the product; 16 where it is not rounded."""
+        return 16 if self.activation is None else self.activation.bits
+
+    @property
+    def rank(self) -> int:
+        """Width of the low-rank branch; 0 without one."""
+        return 0
+
+
+class QuantizedLinear(QuantizedLayer):
+    """x -> Q_a(x / s) W_q^T + b + (x / s down^T) up^T, the last term only with a low-rank branch.
+
+    W_q = Q_w(W diag(s) - up down). The branch sees the activation before rounding and stays in the
+    model's dtype. Inference only. Activation values are not checked; NaN spreads.
+
+    Args:
+        weight: (out, in), already dequantized.
+        bias: (out,), or None.
+        down: (rank, in), or None.
+        up: (out, rank), or None.
+        activation: how the input is rounded; None is not at all.
+        smoothing: (in,) s, positive; None is 1.
+        first_token: (out,) what to give for the first token of every sequence, whatever enters
+            (MixDQ, arXiv:2405.17873); None treats all alike.
+        stored: the grid of the weight and its scales.
+
+    >>> layer = nn.Linear(8, 3)
+    >>> QuantizedLinear.of(layer, QuantizerSpec(4, 8, group=4))
+    QuantizedLinear(
+      in_features=8, out_features=3, bias=True, rank=0
+      (activation): DynamicInput(int8/4)
+    )
+
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    first_token: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        *,
+        activation: Input | None = None,
+        smoothing: Tensor | None = None,
+        first_token: Tensor | None = None,
+        stored: Stored | None = None,
+    ) -> None:
+        super().__init__(weight, bias, activation, smoothing, stored)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.register_buffer("first_token", first_token)
+
+    @classmethod
+    def of(cls, layer: nn.Linear, spec: QuantizerSpec, name: str = "linear") -> QuantizedLinear:
+        """Quantize one layer; it is not changed and shares no memory with the result.
+
+        Raises:
+            QuantizationError: NaN or infinity in the weight, or a rank that leaves no residual.
+
+        """
+        weight = layer.weight.detach()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        down = up = None
+        if spec.rank:
+            down, up = branch_of(weight, spec.rank, name)
+            # The factors as they are stored: the residual also absorbs their own rounding.
+            wide = wide - up.to(wide.dtype) @ down.to(wide.dtype)
+        rounded, stored = _rounded(wide, spec, spec.group, name)
+        return cls(
+            rounded.to(weight.dtype, copy=True),
+            copied(layer.bias),
+            down,
+            up,
+            activation=activation_of(spec),
+            stored=stored,
+        )
+
+    @property
+    def rank(self) -> int:
+        """Width of the low-rank branch; 0 without one."""
+        return 0 if self.down is None else self.down.shape[0]
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """What the branch sees: (..., in), the input over ``smoothing``."""
+        return x if self.smoothing is None else x / self.smoothing
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What is multiplied by the weight: (..., in), smoothed and rounded."""
+        x = self.smoothed(x)
+        return x if self.activation is None else self.activation(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = F.linear(self.rounded(x), self.weight, self.bias)
+        if self.down is not None and self.up is not None:
+            y = y + F.linear(F.linear(self.smoothed(x), self.down), self.up)
+        if self.first_token is not None:
+            y = torch.cat([self.first_token.expand_as(y[..., :1, :]), y[..., 1:, :]], dim=-2)
+        return y
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the parentheses."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}"
+        )
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A convolution whose filters are rounded, and whose input is rounded at every pixel.
+
+    The input is divided by ``smoothing`` (in,) per channel and rounded along the channels of one
+    pixel. There is no low-rank branch. Inference only.
+
+    Args:
+        like: the layer whose geometry (stride, padding, dilation, groups) is taken over.
+        weight: (out, in / groups, height, width), already dequantized.
+        bias: (out,), or None.
+        activation: how the input is rounded, channels last; None is not at all.
+        smoothing: (in,), positive; None is 1.
+        stored: the grid of the weight and its scales.
+
+    >>> layer = nn.Conv2d(4, 6, 3, padding=1)
+    >>> QuantizedConv2d.of(layer, QuantizerSpec(4, 8))(torch.zeros(1, 4, 5, 5)).shape
+    torch.Size([1, 6, 5, 5])
+
+    """
+
+    def __init__(
+        self,
+        like: nn.Conv2d,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: Input | None = None,
+        smoothing: Tensor | None = None,
+        stored: Stored | None = None,
+    ) -> None:
+        super().__init__(weight, bias, activation, smoothing, stored)
+        self.in_channels, self.out_channels = like.in_channels, like.out_channels
+        self.kernel_size, self.stride = like.kernel_size, like.stride
+        self.padding, self.dilation = like.padding, like.dilation
+        self.groups, self.padding_mode = like.groups, like.padding_mode
+        # F.pad's order, last dimension first; used by the modes that F.conv2d does not know.
+        self._reversed_padding_repeated_twice = list(like._reversed_padding_repeated_twice)
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, spec: QuantizerSpec, name: str = "conv2d") -> QuantizedConv2d:
+        """Quantize one layer; it is not changed and shares no memory with the result.
+
+        Raises:
+            QuantizationError: NaN or infinity in the weight.
+
+        """
+        weight = layer.weight.detach()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        rounded, stored = _rounded(wide, spec, weight_group(layer, spec.group), name)
+        return cls(
+            layer,
+            rounded.to(weight.dtype, copy=True),
+            copied(layer.bias),
+            activation=activation_of(spec),
+            stored=stored,
+        )
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What is convolved with the weight: (N, in, height, width), smoothed and rounded."""
+        if self.activation is None and self.smoothing is None:
+            return x
+        last = x.movedim(-3, -1)
+        if self.smoothing is not None:
+            last = last / self.smoothing
+        if self.activation is not None:
+            last = self.activation(last)
+        return last.movedim(-1, -3).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, height, width) -> (N, out, height', width'); the batch may be missing."""
+        x, padding = self.rounded(x), self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows between the parentheses."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+Quantized = QuantizedLinear | QuantizedConv2d
+
+
+def weight_group(layer: nn.Module, group: int | None) -> int | None:
+    """Weights per scale in this layer; grouped convolutions have one scale per output channel.
+
+    A depthwise filter sees one channel: groups of one weight would store more scales than codes.
+
+    >>> weight_group(nn.Conv2d(4, 4, 3, groups=4), 64) is None
+    True
+    """
+    return None if isinstance(layer, nn.Conv2d) and layer.groups > 1 else group
+
+
+def activation_of(spec: QuantizerSpec) -> DynamicInput | None:
+    """How inputs are rounded under this specification."""
+    if spec.activation_bits == 16:
+        return None
+    return DynamicInput(Integer(spec.activation_bits), spec.activation_group)
+
+
+def branch_of(weight: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """Down (rank, in) and up (out, rank) of the best low-rank part, in the weight's dtype.
+
+    Raises:
+        QuantizationError: the rank leaves nothing to quantize.
+
+    """
+    if rank >= min(weight.shape):
+        raise QuantizationError(
+            f"The weight of {name!r} is {tuple(weight.shape)}: a branch of rank {rank} would carry "
+            "all of it and leave nothing to quantize. Lower the rank, or add the layer to `skip`."
+        )
+    try:
+        left, right = best_low_rank(weight, rank)
+    except QuantizationError as error:
+        raise QuantizationError(f"The weight of {name!r}: {error}") from error
+    return right.to(weight.dtype), left.to(weight.dtype)
+
+
+def copied(bias: Tensor | None) -> Tensor | None:
+    """A bias that shares no memory with the original's."""
+    return None if bias is None else bias.detach().clone()
+
+
+def _rounded(
+    wide: Tensor, spec: QuantizerSpec, group: int | None, name: str
+) -> tuple[Tensor, Stored | None]:
+    rounded = quantize_weight(wide, spec.weight_bits, group, f"The weight of {name!r}")
+    if spec.weight_bits == 16:
+        return rounded, None
+    grid = Grid(Integer(spec.weight_bits), group)
+    # Codes know one zero: with two, what comes back from a file would not be the same bits.
+    return rounded + 0.0, (grid, fit(last(wide, grid), grid))

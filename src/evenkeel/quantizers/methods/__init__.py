@@ -1,0 +1,1 @@
+"""Quantization methods of the literature, one file each."""

@@ -1,0 +1,1 @@
+"""Number formats, grids, packed codes."""

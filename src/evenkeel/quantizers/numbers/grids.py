@@ -1,0 +1,466 @@
+"""How a tensor is laid on a number format: which values share a scale, and how it is chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.numbers.formats import (
+    Float,
+    Format,
+    Integer,
+    format_named,
+    power_of_two_below,
+)
+
+Range = Literal["absmax", "mse", "percentile"]
+ScaleFormat = Literal["float32", "fp8_e4m3", "e8m0"]
+
+SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # Q-Diffusion: 1.00 .. 0.21
+CLIPS = (0.999, 0.9999, 0.99999)  # PTQ4DiT
+
+_E4M3 = Float(4, 3)
+_ALIASES = {"nvfp4": "fp4_e2m1-g16-scale_fp8_e4m3", "mxfp4": "fp4_e2m1-g32-scale_e8m0"}
+_GRAMMAR = (
+    "<format>[-g<size>|-tensor][-zero][-mse[<exponent>]|-percentile][-scale_fp8_e4m3|-scale_e8m0], "
+    "for example int4-g64, uint8-tensor-zero-mse2.4, nf4-g64, or nvfp4, mxfp4"
+)
+_TEXT = re.compile(
+    r"([a-z0-9_]+)(?:-(?:g(\d+)|(tensor)))?(-zero)?(?:-(?:(mse)(\d+(?:\.\d+)?)?|(percentile)))?"
+    r"(?:-scale_(fp8_e4m3|e8m0))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A number format, which values share a scale, and how the scale is chosen and stored.
+
+    ``group``: values of the last dimension per scale; None is all of them. ``per_tensor``: one
+    scale for everything. ``zero_point``: codes 0 .. 2^b - 1 shifted by a whole number, integer
+    formats only; a signed format stands for the unsigned one of as many bits. ``range``: what the
+    largest code stands for: the largest magnitude (for ``zero_point``, minimum and maximum), the
+    shrunk range of least sum |x - Q(x)|^``exponent``, or the best of three percentiles by squared
+    error. ``scale``: how scales are stored; ``fp8_e4m3`` relative to one float32 number per
+    tensor (NVFP4), ``e8m0`` as powers of two (OCP MX).
+
+    Raises:
+        QuantizationError: a field outside its range, or fields that do not go together.
+
+    >>> str(Grid(Integer(4), group=64)), Grid.parse("mxfp4").scale
+    ('int4-g64', 'e8m0')
+
+    """
+
+    format: Format
+    group: int | None = None
+    per_tensor: bool = False
+    zero_point: bool = False
+    range: Range = "absmax"
+    exponent: float = 2.0
+    scale: ScaleFormat = "float32"
+
+    def __post_init__(self) -> None:
+        if self.group is not None and (type(self.group) is not int or self.group < 1):
+            _refuse(f"group must be an integer of at least 1, or None, got {self.group!r}")
+        if self.group is not None and self.per_tensor:
+            _refuse(f"per_tensor means one scale, but there is also a group of {self.group}")
+        if self.range not in ("absmax", "mse", "percentile"):
+            _refuse(f"range must be 'absmax', 'mse' or 'percentile', got {self.range!r}")
+        if not self.exponent > 0 or (self.range != "mse" and self.exponent != 2.0):
+            _refuse(f"exponent is a positive number for range 'mse' only, got {self.exponent!r}")
+        if self.scale not in ("float32", "fp8_e4m3", "e8m0"):
+            _refuse(f"scale must be 'float32', 'fp8_e4m3' or 'e8m0', got {self.scale!r}")
+        if self.zero_point and self.scale != "float32":
+            _refuse(f"a grid with a zero point has float32 scales, got {self.scale!r}")
+        if self.zero_point and not isinstance(self.format, Integer):
+            _refuse(f"a zero point needs an integer format, got {self.format.name}")
+        if self.zero_point:  # one spelling, so that equal grids are equal
+            object.__setattr__(self, "format", Integer(self.format.bits, signed=False))
+
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Read the text form; what it leaves out has the default value.
+
+        Raises:
+            QuantizationError: not of the grammar (which the message shows), or out of range.
+
+        >>> Grid.parse("uint8-zero-mse2.4").exponent
+        2.4
+
+        """
+        found = _TEXT.fullmatch(_ALIASES.get(text, text))
+        if found is None:
+            _refuse(f"{text!r} is not a grid; the grammar is {_GRAMMAR}")
+        name, group, tensor, zero, mse, exponent, percentile, scale = found.groups()
+        return cls(
+            format=format_named(name),
+            group=int(group) if group else None,
+            per_tensor=bool(tensor),
+            zero_point=bool(zero),
+            range=cast(Range, mse or percentile or "absmax"),
+            exponent=float(exponent or 2.0),
+            scale=cast(ScaleFormat, scale or "float32"),
+        )
+
+    def __str__(self) -> str:
+        layout = "-tensor" if self.per_tensor else f"-g{self.group}" if self.group else ""
+        exponent = f"{self.exponent:g}" if self.exponent != 2.0 else ""
+        search = "" if self.range == "absmax" else f"-{self.range}{exponent}"
+        stored = "" if self.scale == "float32" else f"-scale_{self.scale}"
+        return f"{self.format.name}{layout}{'-zero' * self.zero_point}{search}{stored}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field in types that JSON knows, the format by name.
+
+        Raises:
+            QuantizationError: the format has no name to find it by again.
+
+        >>> Grid.from_dict(Grid(Integer(4)).to_dict()) == Grid(Integer(4))
+        True
+
+        """
+        if format_named(self.format.name) != self.format:
+            _refuse(f"only named formats can be written, and {self.format.name} is another one")
+        return {
+            **{k: getattr(self, k) for k in self.__dataclass_fields__},
+            "format": self.format.name,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Grid:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            QuantizationError: a field is missing, unknown, or out of range.
+
+        """
+        expected, found = set(cls.__dataclass_fields__), set(fields)
+        if expected != found:
+            _refuse(
+                f"a grid has exactly the fields {sorted(expected)}; missing "
+                f"{sorted(expected - found)}, unknown {sorted(found - expected)}"
+            )
+        return cls(**{**fields, "format": format_named(fields["format"])})
+
+
+NVFP4, MXFP4 = Grid.parse("nvfp4"), Grid.parse("mxfp4")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What turns codes into values: value = scale (code - zero).
+
+    ``scale``: x.shape[:-1] + (groups,), or (1, ..., 1) per tensor; float32 (float64 for float64
+    ``x``), positive, in the units of ``x``. ``zero``: the same shape and dtype, whole numbers
+    0 .. 2^b - 1; None without zero points. ``unit``: for scales stored in fp8_e4m3 the float32
+    number they are relative to (scale / unit is a value of e4m3), else None.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    unit: Tensor | None = None
+
+
+def fit(x: Tensor, grid: Grid, where: str = "the tensor", *, unit: Tensor | None = None) -> Scales:
+    """Scales (and zero points) for one tensor.
+
+    absmax:     scale = max|x| / largest;  with a zero point scale = (max - min) / (2^b - 1) over
+                the range widened to contain 0, zero = round(-min / scale).
+    mse:        the range times f = 1.00, 0.99, ..., 0.21, whichever has the least
+                sum |x - Q(x)|^exponent in its group (Q-Diffusion, arXiv:2302.04304). Its released
+                code searches a symmetric grid with other code limits than it then uses; here
+                search and use are one function.
+    percentile: the range from the 0.999, 0.9999 or 0.99999 quantile, by squared error (PTQ4DiT,
+                arXiv:2405.16005, released code).
+    e8m0:       2^(floor(log2 max|x|) - emax), emax = floor(log2 largest) (OCP MX 1.0, 6.3).
+    fp8_e4m3:   unit = max|x| of the tensor / (448 largest), scale = unit e4m3(max|x| / largest / unit),
+                at least unit 2^-9.
+    A zero group has scale 1 (``unit`` for fp8_e4m3), and so has one whose step would be subnormal.
+    An unsigned format without zero point takes its range from the positive values.
+
+    Args:
+        x: (..., width), floating point. The last group is smaller where ``group`` does not divide
+            the width.
+        grid: what to fit.
+        where: how to call this tensor in an error.
+        unit: for fp8_e4m3 scales, the unit of the tensor that ``x`` is a part of.
+
+    Raises:
+        QuantizationError: NaN or infinity, not floating point, or empty.
+
+    >>> fit(torch.tensor([[7.0, -3.0, 0.0, 0.0, 14.0]]), Grid(Integer(4), group=2)).scale
+    tensor([[1., 1., 2.]])
+
+    """
+    _check(x, where)
+    wide = _wide(x.detach())
+    if grid.scale == "fp8_e4m3" and unit is None:
+        unit = wide.abs().amax() / (_E4M3.largest * grid.format.largest)
+        unit = torch.where(unit < torch.finfo(unit.dtype).tiny / _E4M3.smallest, 1.0, unit)
+    fitted = [_fit_rows(rows, grid, unit) for rows in _rows(wide, grid)]
+    scale = torch.cat([s for s, _ in fitted], -2).squeeze(-1)
+    zeros = [z for _, z in fitted if z is not None]
+    zero = torch.cat(zeros, -2).squeeze(-1) if zeros else None
+    if grid.per_tensor:
+        one = (1,) * x.ndim
+        return Scales(scale.reshape(one), None if zero is None else zero.reshape(one), unit)
+    return Scales(scale, zero, unit)
+
+
+def to_codes_space(x: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    """Values in code units, x / scale + zero, before rounding and clamping.
+
+    Raises:
+        QuantizationError: shapes that do not belong together.
+
+    >>> to_codes_space(torch.tensor([3.5, 1.3]), Grid(Integer(4)), Scales(torch.tensor([0.5])))
+    tensor([7.0000, 2.6000])
+
+    """
+    scale, zero = spread(scales, grid, x.shape)
+    units = _wide(x) / scale
+    return units if zero is None else units + zero
+
+
+def snap(x: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    """The nearest value of the grid: scale (clamp(round(x / scale) + zero) - zero).
+
+    Any ``x`` of the shape that ``scales`` were fitted for, also outside their range, where it
+    saturates. Values are not inspected, because this runs on every activation; NaN stays NaN.
+
+    Returns:
+        Same shape; float32 (float64 for float64 ``x``).
+
+    Raises:
+        QuantizationError: shapes that do not belong together.
+
+    >>> grid = Grid.parse("uint2-zero")
+    >>> x = torch.tensor([-1.0, 0.2, 0.9, 2.0])
+    >>> snap(x, grid, fit(x, grid))
+    tensor([-1.,  0.,  1.,  2.])
+
+    """
+    scale, zero = spread(scales, grid, x.shape)
+    return _values(_round(_wide(x), grid, scale, zero), scale, zero)
+
+
+def codes_of(values: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    """Codes (uint8) of the nearest values of the grid.
+
+    The code of a value that was since rounded to bfloat16 or float16 is found again, for normal
+    numbers of that dtype. The exception is uint8 in bfloat16, which cannot tell all of its codes
+    apart; also there the value of the code found rounds to the same bfloat16 number.
+
+    Raises:
+        QuantizationError: NaN, or shapes that do not belong together.
+
+    >>> grid = Grid(Integer(4))
+    >>> codes_of(torch.tensor([7.0, -1.0]), grid, Scales(torch.tensor([1.0])))
+    tensor([ 7, 15], dtype=torch.uint8)
+
+    """
+    scale, zero = spread(scales, grid, values.shape)
+    return grid.format.encode(_round(_wide(values), grid, scale, zero))
+
+
+def values_of(codes: Tensor, grid: Grid, scales: Scales) -> Tensor:
+    """The values of codes: exactly what :func:`snap` returned.
+
+    Raises:
+        QuantizationError: a code that the format does not have, or shapes that do not match.
+
+    >>> grid = Grid(Integer(4))
+    >>> values_of(torch.tensor([7, 15], dtype=torch.uint8), grid, Scales(torch.tensor([0.5])))
+    tensor([ 3.5000, -0.5000])
+
+    """
+    scale, zero = spread(scales, grid, codes.shape)
+    return _values(grid.format.decode(codes).to(scale.dtype), scale, zero)
+
+
+def spread(scales: Scales, grid: Grid, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero per value, so that they broadcast over a tensor of this shape.
+
+    Raises:
+        QuantizationError: the scales are not those of a tensor of this shape on this grid.
+
+    >>> spread(Scales(torch.tensor([1.0, 2.0])), Grid(Integer(4), group=2), torch.Size([3]))[0]
+    tensor([1., 1., 2.])
+
+    """
+    width = shape[-1] if shape else 0
+    size = width if grid.per_tensor else min(grid.group or width, width)
+    groups = -(-width // max(size, 1))
+    expected = (1,) * len(shape) if grid.per_tensor else (*shape[:-1], groups)
+    if tuple(scales.scale.shape) != expected or (scales.zero is None) == grid.zero_point:
+        _refuse(
+            f"the grid {grid} lays a tensor of shape {tuple(shape)} on scales of shape {expected} "
+            f"{'with' if grid.zero_point else 'without'} zero points, got shape "
+            f"{tuple(scales.scale.shape)} {'without' if scales.zero is None else 'with'}"
+        )
+    both = (scales.scale, scales.zero)
+    if groups == 1:
+        return both
+    scale, zero = (t if t is None else t.repeat_interleave(size, -1)[..., :width] for t in both)
+    return cast(Tensor, scale), zero
+
+
+def last(weight: Tensor, grid: Grid) -> Tensor:
+    """Bring what shares a scale to the last dimension of a weight.
+
+    (out, in, h, w) -> (out, h, w, in) with groups, so that every kernel position has its own;
+    (out, in h w) without, one scale per output channel. A matrix stays.
+
+    >>> w = torch.zeros(8, 6, 3, 3)
+    >>> last(w, Grid(Integer(4), group=2)).shape, last(w, Grid(Integer(4))).shape
+    (torch.Size([8, 3, 3, 6]), torch.Size([8, 54]))
+    """
+    return weight.flatten(1) if grid.group is None else weight.movedim(1, -1).contiguous()
+
+
+def unlast(x: Tensor, shape: torch.Size, grid: Grid) -> Tensor:
+    """The inverse of :func:`last` for a weight of this shape.
+
+    >>> w, grid = torch.rand(8, 6, 3, 3), Grid(Integer(4), group=2)
+    >>> torch.equal(unlast(last(w, grid), w.shape, grid), w)
+    True
+    """
+    return x.reshape(shape) if grid.group is None else x.movedim(-1, 1).contiguous()
+
+
+def snap_weight(weight: Tensor, grid: Grid, where: str = "the weight") -> tuple[Tensor, Scales]:
+    """Round a weight to the nearest, with scales fitted to it.
+
+    For ``int<b>`` grids with absmax float32 scales this is :func:`quantize_weight` of
+    ``uniform.py``, but for the sign of zeros.
+
+    Args:
+        weight: (out, in), or (out, in, height, width) for a convolution.
+        grid: what to round to.
+        where: how to call this tensor in an error.
+
+    Returns:
+        The values in the weight's shape, float32 (float64 for a float64 weight), and the scales
+        of ``last(weight, grid)``.
+
+    Raises:
+        QuantizationError: what :func:`fit` refuses.
+
+    >>> snap_weight(torch.tensor([[3.0, 1.4]]), Grid(Integer(3)))[0]
+    tensor([[3., 1.]])
+
+    """
+    x = last(weight.detach(), grid)
+    scales = fit(x, grid, where)
+    return unlast(snap(x, grid, scales), weight.shape, grid), scales
+
+
+def _rows(wide: Tensor, grid: Grid) -> Iterator[Tensor]:
+    """The groups as (..., groups, size): those of full size, then a smaller last one."""
+    if grid.per_tensor:
+        yield wide.reshape(1, 1, -1)
+        return
+    width = wide.shape[-1]
+    size = min(grid.group or width, width)
+    whole = width // size * size
+    yield wide[..., :whole].reshape(*wide.shape[:-1], -1, size)
+    if whole < width:
+        yield wide[..., None, whole:]
+
+
+def _fit_rows(rows: Tensor, grid: Grid, unit: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero, each (..., groups, 1), of rows (..., groups, size)."""
+    candidates = _ranges(rows, grid)
+    scale, zero = _scale(*next(candidates), grid, unit)
+    if grid.range == "absmax":
+        return scale, zero
+    step = scale  # errors in the first candidate's steps neither overflow nor underflow
+    least = _error(rows, grid, scale, zero, step)
+    for low, high in candidates:
+        other, shift = _scale(low, high, grid, unit)
+        error = _error(rows, grid, other, shift, step)
+        better = error < least
+        scale, least = torch.where(better, other, scale), torch.where(better, error, least)
+        zero = None if zero is None or shift is None else torch.where(better, shift, zero)
+    return scale, zero
+
+
+def _ranges(rows: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
+    """Candidates for what the lowest and the highest code stand for; (0, size) if symmetric."""
+    x = rows if grid.format.lowest == 0 else rows.abs()
+    if grid.range == "percentile":
+        x = x.sort(-1).values
+        for clip in CLIPS:
+            low = _quantile(x, 1 - clip) if grid.zero_point else torch.zeros(())
+            yield low.clamp(max=0).to(x), _quantile(x, clip).clamp(min=0)
+        return
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    low = x.amin(-1, keepdim=True).clamp(max=0) if grid.zero_point else torch.zeros_like(high)
+    for factor in SHRINK_FACTORS if grid.range == "mse" else (1.0,):
+        yield low * factor, high * factor
+
+
+def _quantile(ordered: Tensor, q: float) -> Tensor:
+    """Linear interpolation, as torch.quantile, which refuses more than 2^24 values."""
+    position = q * (ordered.shape[-1] - 1)
+    below = int(position)
+    above = min(below + 1, ordered.shape[-1] - 1)
+    first, second = ordered[..., below, None], ordered[..., above, None]
+    return torch.lerp(first, second, position - below)
+
+
+def _scale(
+    low: Tensor, high: Tensor, grid: Grid, unit: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    largest = grid.format.largest
+    scale = high / largest - low / largest  # divided first: the difference could overflow
+    empty = scale < torch.finfo(scale.dtype).tiny
+    if unit is not None:
+        relative = _E4M3.round(scale / unit).clamp(min=_E4M3.smallest)
+        return torch.where(empty, 1.0, relative) * unit, None
+    if grid.scale == "e8m0":
+        emax = power_of_two_below(torch.tensor(largest)).item()
+        scale = power_of_two_below(high) / emax
+        empty = scale < torch.finfo(scale.dtype).tiny
+    scale = torch.where(empty, 1.0, scale)
+    return scale, (-low / scale).round() + 0.0 if grid.zero_point else None
+
+
+def _error(rows: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None, step: Tensor) -> Tensor:
+    found = _values(_round(rows, grid, scale, zero), scale, zero)
+    return ((found - rows) / step).abs().pow(grid.exponent).sum(-1, keepdim=True)
+
+
+def _round(x: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """To values of the format. Rounds before it shifts, or ties would depend on the zero."""
+    return grid.format.round(x / scale if zero is None else (x / scale).round() + zero)
+
+
+def _values(rounded: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return rounded * scale if zero is None else (rounded - zero) * scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check(x: Tensor, where: str) -> None:
+    if not x.is_floating_point() or x.ndim == 0 or x.numel() == 0:
+        _refuse(f"{where} must be floating point and not empty, got {tuple(x.shape)} of {x.dtype}")
+    bad = x.numel() - int(torch.isfinite(x).sum())
+    if bad:
+        _refuse(
+            f"{where} holds {bad} of {x.numel()} values that are NaN or infinite. Load the "
+            "checkpoint again, or run it in a wider dtype (bfloat16 or float32)"
+        )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise QuantizationError(f"{message[0].upper()}{message[1:]}.")

@@ -1,0 +1,1 @@
+"""Quantized denoisers and their reports on disk."""

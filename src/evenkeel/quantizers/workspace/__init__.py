@@ -1,0 +1,1 @@
+"""A network that is being quantized, and what it meets while sampling."""

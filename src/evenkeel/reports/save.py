@@ -1,0 +1,43 @@
+"""Write what a comparison found: ``results.json``, the images of every arm, ``report.html``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from evenkeel.comparing.comparison import Comparison
+from evenkeel.record import Record
+from evenkeel.record.describe import describe
+from evenkeel.reports import write_report
+from evenkeel.storage import write_atomically
+
+
+def save_results(
+    out: Path,
+    comparison: Comparison,
+    settings: dict[str, Any],
+    record: Record | None,
+    prompts: list[str],
+    *,
+    shown: int = 12,
+    not_applicable: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write everything into ``out`` and return the content of ``results.json``.
+
+    ``settings`` and ``arms`` (name and measures, each with value, stderr, low, high, n), and
+    ``calibration`` as ``inspection.describe`` gives it.
+    """
+    versions = {n: importlib.metadata.version(n) for n in ("evenkeel", "torch", "diffusers")}
+    results: dict[str, Any] = {
+        "settings": {**settings, **{f"{k} version": v for k, v in versions.items()}},
+        "arms": [arm.as_dict() for arm in comparison.arms],
+        "calibration": None if record is None else describe(record),
+        "not_applicable": not_applicable or {},
+    }
+    results = json.loads(json.dumps(results, default=str))
+    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    grids = {name: images[:shown] for name, images in comparison.images.items()}
+    write_report(out / "report.html", results, grids, prompts[:shown])
+    return results
