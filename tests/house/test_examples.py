@@ -1,0 +1,36 @@
+"""Examples and docstrings run as they stand."""
+
+import doctest
+import importlib
+import runpy
+from pathlib import Path
+
+import pytest
+
+import evenkeel
+
+ROOT = Path(evenkeel.__file__).parent
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+MODULES = sorted(
+    ".".join(("evenkeel", *p.relative_to(ROOT).with_suffix("").parts))
+    for p in ROOT.rglob("*.py")
+    if p.name not in ("__init__.py",) and ">>>" in p.read_text()
+)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_example_runs(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out != ""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 1
+    assert len(MODULES) >= 5

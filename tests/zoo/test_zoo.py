@@ -1,0 +1,132 @@
+"""The embedded pipeline: its data, its grammar, its training loop, and how good its samples are."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evenkeel import zoo
+from evenkeel.comparing.generation import Arm, generate
+from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
+from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
+from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures
+from evenkeel.zoo.training import Recipe, fit
+
+
+def test_scans_are_split_once_and_disjoint():
+    training, held_out = load_scans(False), load_scans(True)
+    assert len(training.images) + len(held_out.images) == 1797
+    seen = {i.numpy().tobytes() for i in training.images}
+    shared = sum(i.numpy().tobytes() in seen for i in held_out.images)
+    assert shared == 0
+    assert set(held_out.labels.tolist()) == set(range(10))
+
+
+def test_pictures_are_deterministic_and_in_range():
+    a, attributes = sample_pictures(16, np.random.default_rng(3))
+    b, _ = sample_pictures(16, np.random.default_rng(3))
+    c, _ = sample_pictures(16, np.random.default_rng(4))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert a.shape == (16, 3, 32, 32)
+    assert a.min() >= 0
+    assert a.max() <= 1
+    assert (attributes["colour"] != attributes["background"]).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_captions_are_read_back(seed):
+    rng = np.random.default_rng(seed)
+    attributes = sample_attributes(200, rng)
+    for i in range(200):
+        mentioned = sample_mentions({k: int(v[i]) for k, v in attributes.items()}, rng, keep=0.6)
+        caption = write_caption(mentioned, rng)
+        assert read_caption(caption) == mentioned, caption
+        assert set(caption.split()) <= set(vocabulary())
+
+
+def test_reference_images_show_the_prompts():
+    prompts = sample_prompts(400, seed=11)
+    evaluator = HandwritingEvaluator(zoo.path_of("pixart-sigma"))
+    matches = evaluator.matches(reference_images(prompts, 11).float() / 255, prompts)
+    # The evaluator never saw these scans; its held-out accuracy bounds what can be reached.
+    assert matches[:, 0].nanmean() > 0.95
+    assert matches[:, 1].nanmean() > 0.98
+
+
+def test_embedded_pipeline_is_a_plain_small_diffusers_folder():
+    folder = zoo.path_of("pixart-sigma")
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert size <= 16e6
+    assert (
+        json.loads((folder / "model_index.json").read_text())["_class_name"]
+        == "PixArtSigmaPipeline"
+    )
+    assert not list(folder.rglob("*.bin"))
+    parameters = sum(p.numel() for p in zoo.load("pixart-sigma").transformer.parameters())
+    assert 1e6 <= parameters <= 3e6
+
+
+def test_full_precision_samples_are_recognisable():
+    pipe = zoo.load("pixart-sigma")
+    twin = zoo.twin("pixart-sigma")
+    prompts = sample_prompts(200, seed=21)
+    options = {
+        "num_inference_steps": twin.num_inference_steps,
+        "guidance_scale": twin.guidance_scale,
+        "call": {},
+    }
+    arm = Arm("full-precision", pipe.transformer)
+    images, _ = generate(pipe, arm, prompts, 21, 50, options, None, lambda: None)
+    evaluator = HandwritingEvaluator(zoo.path_of("pixart-sigma"))
+    matches = evaluator.matches(images.float() / 255, prompts)
+    shown = dict(zip(ATTRIBUTES, matches.nanmean(0).tolist(), strict=True))
+    # 90 % and 95 % are the goals; n = 200, so five standard errors below them can never pass by luck.
+    assert shown["digit"] > 0.90 - 5 * (0.9 * 0.1 / 200) ** 0.5, shown
+    assert shown["colour"] > 0.95 - 5 * (0.95 * 0.05 / 200) ** 0.5, shown
+
+
+def test_unknown_twin():
+    with pytest.raises(EvenkeelError, match="pixart-sigma"):
+        zoo.twin("nonsense")
+
+
+def loss_of(network, rng):
+    x = torch.from_numpy(rng.standard_normal((8, 4)).astype(np.float32))
+    return (network(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(4, 1)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_training_resumes_where_it_was_killed(tmp_path):
+    recipe = Recipe(steps=60, learning_rate=1e-2, seed=1, warmup=5, save_every=20)
+    whole = fit(linear(), loss_of, recipe, tmp_path / "whole")
+
+    calls = []
+
+    def dies(network, rng):
+        calls.append(1)
+        if len(calls) == 57:  # after step 50 was logged, before it was saved
+            raise Killed
+        return loss_of(network, rng)
+
+    with pytest.raises(Killed):
+        fit(linear(), dies, recipe, tmp_path / "killed")
+    resumed = fit(linear(), loss_of, recipe, tmp_path / "killed")
+    assert torch.equal(resumed.weight, whole.weight)
+    assert torch.equal(resumed.bias, whole.bias)
+    for folder in ("whole", "killed"):
+        lines = (tmp_path / folder / "loss.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [50, 60]
+    with pytest.raises(ValueError, match="another recipe"):
+        fit(linear(), loss_of, Recipe(steps=10, learning_rate=1.0, seed=1), tmp_path / "killed")
