@@ -21,8 +21,6 @@ from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 LAYOUT = LatentLayout(ndim=4, axis=1, channels=2, patch=1)
 NEEDS_NOTHING = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an error
 # One for each part of a plan: edit with noise, edit with absorption, edit with stretch, lags.

@@ -40,8 +40,6 @@ from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.second_order import SecondOrder
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 
 def linear_evidence(law: StepLaw, s: float, v: Any, gain: float = 0.0) -> Evidence:
     """Gaussian data of standard deviation s, q = (1 + gain) e + r with Var(r) = v, no sampling error."""

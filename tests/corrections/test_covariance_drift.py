@@ -29,8 +29,6 @@ from evenkeel.hosts.actuators.correcting import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 
 def final_std(
     scheduler: Any,

@@ -22,8 +22,6 @@ from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments, concatenate
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 KINDS = [QDrift, ExactDrift]
 LEVELS = [8.0, 4.0, 2.0, 1.0, 0.5]
 

@@ -32,8 +32,6 @@ from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES
 from evenkeel.sampling.step_law import Array, StepLaw
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 
 def sampled_std(
     scheduler: Any, s: float, errors: Array, correction: Correction | None = None

@@ -36,10 +36,6 @@ from evenkeel.hosts.pipeline.strand import Finished, Strand
 from evenkeel.hosts.scheduler.interception import Interceptor, install, installed
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-]
-
 OFFSETS = (0.3, -0.2, 0.7)
 EVERY_OTHER = QNCD(interval=2)  # of four steps it refreshes the first and the third
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,19 +32,7 @@ from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.sampling.prediction import clean_output, epsilon_form
 from evenkeel.sampling.step_law import StepLaw
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
 STEPS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 SCHEDULERS: dict[str, Callable[[], Any]] = {

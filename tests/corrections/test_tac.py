@@ -29,10 +29,6 @@ from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.sampling.step_law import StepLaw
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
 STEPS = 4
 PLAIN = {"beta_schedule": "linear"}
 SCHEDULERS: dict[str, Callable[[], Any]] = {

@@ -33,22 +33,8 @@ from evenkeel.statistics.histogram import Frame
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.storage import json_safe
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
-
 SPEC = QuantizerSpec.parse("w3a4-g8")
 LABELS = [3, 7, 3, 7, 3]  # the same label from other noise is another prompt
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums to the bit need the same number of threads here and in the child processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantized_twin(tiny: TinyPipeline) -> nn.Module:

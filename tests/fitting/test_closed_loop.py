@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers as d
 import pytest
 import torch
-import tqdm
 from tiny_pipelines import ALL, TinyPipeline
 from torch import Tensor, nn
 
@@ -26,10 +23,7 @@ from evenkeel.hosts.scheduler.interception import install, installed, plain_clas
 from evenkeel.hosts.scheduler.tape import Recorder, Tape
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("no_thread_survives")
 STEPS = 3
 PLAIN = {"beta_schedule": "linear"}
 SCHEDULERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -40,28 +34,6 @@ SCHEDULERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plms": (lambda: d.PNDMScheduler(skip_prk_steps=True, **PLAIN), {}),
     "2s": (lambda: d.DPMSolverSinglestepScheduler(solver_order=2, **PLAIN), {}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_survives() -> Iterator[None]:
-    before = our_threads()
-    yield
-    deadline = time.monotonic() + 5
-    while our_threads() - before and time.monotonic() < deadline:
-        time.sleep(0.001)  # a finished strand still has to return from its last line
-    assert our_threads() - before == set()
-
-
-def our_threads() -> set[threading.Thread]:
-    return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
 
 
 def twin(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:

@@ -7,8 +7,6 @@ import functools
 import itertools
 import json
 import pickle
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +19,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import tqdm
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from tiny_pipelines import ALL, TinyPipeline, generate
@@ -44,36 +41,9 @@ from evenkeel.record import HeadFit, Readout
 from evenkeel.record.schema import digest
 from evenkeel.statistics.normal_equations import NormalEquations
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
-
+pytestmark = pytest.mark.usefixtures("no_thread_survives")
 UNSEEN = range(100, 108)  # prompts and seeds that no fit sees
 VARIANCE = ("pixart_sigma", "dit")  # half of their output channels are a learned variance
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_survives() -> Iterator[None]:
-    before = our_threads()
-    yield
-    deadline = time.monotonic() + 5
-    while our_threads() - before and time.monotonic() < deadline:
-        time.sleep(0.001)  # a finished strand still has to return from its last line
-    assert our_threads() - before == set()
-
-
-def our_threads() -> set[threading.Thread]:
-    """Without the one that tqdm starts for the progress bars of other libraries."""
-    return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
 
 
 def prompts_of(tiny: TinyPipeline, which: Sequence[int]) -> list[Any]:

@@ -28,11 +28,6 @@ from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.record import Record
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
-
 
 @dataclass
 class Rig:

@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ COARSE = ("torchao int4", "torchao fake w3a4", "bitsandbytes nf4", "bitsandbytes
 COARSE += ("quanto qint4", "sdnq int4", "sdnq uint4 svd", "modelopt w3a4")
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")  # a line per layer and call
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,19 +24,7 @@ from evenkeel.hosts.actuators.told_level import LevelTeller, argument_of
 from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.sampling.step_law import StepLaw
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
 STEPS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

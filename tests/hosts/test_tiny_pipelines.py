@@ -11,11 +11,6 @@ from scheduler_catalogue import BY_NAME, LINEAR, NONLINEAR, STEPS, Case
 from tiny_pipelines import ALL, NO_BFLOAT16, TinyPipeline, generate
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers with numpy 2
-    pytest.mark.filterwarnings("ignore:.algorithm_types:FutureWarning"),
-]
-
 CASES = [*LINEAR, *NONLINEAR]
 NOISY = [case for case in CASES if case.stochastic]
 QUIET = [case for case in CASES if not case.stochastic]

@@ -21,8 +21,6 @@ from evenkeel.sampling.prediction import PREDICTION_TYPES, clean_output, epsilon
 from evenkeel.sampling.step_law import Array, StepLaw, read_step_law
 
 # diffusers' own, of DEIS with NumPy 2 and of settings it means to drop
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
 # Linear, and refused all the same: the output is preconditioned with the input (EDM), or the step
 # adds earlier noise again (SA-Solver with tau > 0).
 REFUSED = [

@@ -1,0 +1,36 @@
+"""Fixtures for all tests; modules that tests share lie in ``helpers``."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import tqdm
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from threads, and sums to the bit need as many in child processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_thread_survives() -> Iterator[None]:
+    """Every strand that a test started has returned when it ends."""
+    before = _our_threads()
+    yield
+    deadline = time.monotonic() + 5
+    while _our_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.001)  # a finished strand still has to return from its last line
+    assert _our_threads() - before == set()
+
+
+def _our_threads() -> set[threading.Thread]:
+    """Without the one that tqdm starts for the progress bars of other libraries."""
+    return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
