@@ -34,3 +34,25 @@ def no_thread_survives() -> Iterator[None]:
 def _our_threads() -> set[threading.Thread]:
     """Without the one that tqdm starts for the progress bars of other libraries."""
     return {t for t in threading.enumerate() if not isinstance(t, tqdm.TMonitor)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--rarely SEED``: which quarter of the tests marked ``rarely`` to run."""
+    parser.addoption(
+        "--rarely",
+        default="0",
+        help="a number: run one quarter of the tests marked rarely, four numbers in a row run them all; or "
+        "'all', or 'none'",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked ``rarely`` whose turn it is not."""
+    seed = config.getoption("--rarely")
+    if seed == "all":
+        return
+    rare = sorted((i for i in items if i.get_closest_marker("rarely")), key=lambda i: i.nodeid)
+    turn = rare[int(seed) % 4 :: 4] if seed != "none" else []
+    left_out = {*rare} - {*turn}
+    config.hook.pytest_deselected(items=[i for i in items if i in left_out])
+    items[:] = [i for i in items if i not in left_out]
