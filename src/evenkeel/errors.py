@@ -2,7 +2,8 @@
 
 EvenkeelError
 ├── CalibrationError      the evidence is missing, too thin, not finite, or not repeatable
-├── RecordError           the file is not a record, is damaged, or was written by another version
+├── StorageError          a file or folder is missing, damaged, foreign, changed or of another version
+│   └── RecordError       the same of a record or a readout
 ├── Incompatible          record, model, scheduler and guidance do not belong together
 ├── OutOfRange            statistics were asked for at a noise level that was not calibrated
 ├── UnsupportedSampler    a step is not of a form this library can correct
@@ -22,8 +23,12 @@ class CalibrationError(EvenkeelError, ValueError):
     """The evidence is missing, too thin, not finite, or not repeatable."""
 
 
-class RecordError(EvenkeelError, ValueError):
-    """The file is not a record, is damaged, or was written by another version."""
+class StorageError(EvenkeelError, ValueError):
+    """A file or folder is missing, damaged, foreign, changed, or was written by another version."""
+
+
+class RecordError(StorageError):
+    """The file is not a record or readout, is damaged, or was written by another version."""
 
 
 class Incompatible(EvenkeelError, ValueError):

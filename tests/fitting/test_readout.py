@@ -38,8 +38,8 @@ from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.record import HeadFit, Readout
-from evenkeel.record.schema import digest
 from evenkeel.statistics.normal_equations import NormalEquations
+from evenkeel.storage import digest
 
 pytestmark = pytest.mark.usefixtures("no_thread_survives")
 UNSEEN = range(100, 108)  # prompts and seeds that no fit sees

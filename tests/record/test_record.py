@@ -36,13 +36,13 @@ from evenkeel.record import (
     prompt_key,
 )
 from evenkeel.record.closed_loop import ClosedLoop
-from evenkeel.record.file import write_file
-from evenkeel.record.schema import digest
+from evenkeel.record.record import KIND
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.histogram import BINS, ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.residual import RESIDUAL_BINS, ResidualHistogram
+from evenkeel.storage import digest, write_tensors
 
 STEPS, CHANNELS, ELEMENTS = 3, 2, 16
 LAW = [f.name for f in fields(StepLaw) if f.name not in ("sampler", "prediction")]
@@ -625,11 +625,11 @@ def test_foreign_or_missing_tables_are_refused(tmp_path: Path, name: str) -> Non
     tensors = record._tensors()
     changed = {n: t for n, t in tensors.items() if n != name}
     changed |= {name: torch.ones(2)} if name not in tensors else {}
-    texts = {
-        "provenance": json.dumps(asdict(record.provenance), sort_keys=True),
-        "closed_loop": record.closed_loop.text(),
+    header = {
+        "provenance": asdict(record.provenance),
+        "closed_loop": record.closed_loop.as_dict(),
     }
-    path = write_file(tmp_path / "r", "record", 2, texts, changed)
+    path = write_tensors(tmp_path / "r", KIND, header, changed)
     with pytest.raises(RecordError, match="not a valid record"):
         Record.load(path)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ class ClosedLoop:
         found = {"tac": self.tac, "stepbaq": self.stepbaq}
         return {name: c for name, c in found.items() if c is not None}
 
-    def text(self) -> str:
-        """Everything that is not a tensor, as JSON."""
-        described: dict[str, object] = {}
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that is not a tensor, in types that JSON knows."""
+        described: dict[str, Any] = {}
         if self.tac is not None:
             rule = self.tac.reconstruction
             described["tac"] = {
@@ -48,7 +48,7 @@ class ClosedLoop:
             }
         if self.stepbaq is not None:
             described["stepbaq"] = self.stepbaq.options
-        return json.dumps(described, sort_keys=True)
+        return described
 
     def tensors(self) -> dict[str, Tensor]:
         """The tables."""
@@ -65,9 +65,10 @@ class ClosedLoop:
         return {PREFIX + name: t for name, t in found.items() if t is not None}
 
     @classmethod
-    def of(cls, text: str, tensors: Mapping[str, Tensor], made_for: Provenance) -> ClosedLoop:
-        """From a file's text and tensors; the corrections check their own shapes and values."""
-        described = json.loads(text)
+    def from_dict(
+        cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], made_for: Provenance
+    ) -> ClosedLoop:
+        """From a file's header and tensors; the corrections check their own shapes and values."""
         tables = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
         source = replace(made_for, trajectory="corrected")
         tac = stepbaq = None

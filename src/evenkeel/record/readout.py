@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,28 @@ from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.plan import Correction, Identity, SamplerPlan, digest_of, text_of
 from evenkeel.errors import CalibrationError, RecordError
-from evenkeel.record.file import read_file, write_file
-from evenkeel.record.schema import MOMENTS
+from evenkeel.record.schema import MOMENTS, check_provenance, moments_schema
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.statistics.moments import ORDERS, PairedMoments
+from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.provenance import Provenance
+from evenkeel.storage import (
+    Kind,
+    Number,
+    Tensors,
+    check_json,
+    check_tensors,
+    read_tensors,
+    write_tensors,
+)
 
-KIND, SCHEMA_VERSION = "readout", 1
+KIND = Kind(
+    "readout",
+    1,
+    "run evenkeel readout again",
+    keys=("provenance", "readout"),
+    error=RecordError,
+)
 FORMS = ("per-step", "shared", "hierarchical")
 
 
@@ -155,11 +168,8 @@ class Readout:
         if self.evidence is not None:
             tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
         fit = {"head": self.head, "form": self.form, "fits": [asdict(f) for f in self.fits]}
-        texts = {
-            "provenance": json.dumps(asdict(self.provenance), sort_keys=True),
-            "readout": json.dumps(fit, sort_keys=True),
-        }
-        return write_file(path, KIND, SCHEMA_VERSION, texts, tensors)
+        header = {"provenance": asdict(self.provenance), "readout": fit}
+        return write_tensors(path, KIND, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Readout:
@@ -172,42 +182,34 @@ class Readout:
             RecordError: missing, foreign, damaged, changed, or of another schema version.
 
         """
-        texts = ("provenance", "readout")
-        metadata, tensors = read_file(path, KIND, SCHEMA_VERSION, texts, "readout")
-        try:
-            return cls._from_file(metadata, tensors)
-        except Exception as e:  # anyone can compute a digest
-            raise RecordError(f"{path} is not a valid readout: {e}. Fit again.") from e
+        header, tensors = read_tensors(path, KIND)
+        with KIND.valid(path):
+            return cls._from_file(header, tensors)
 
     @classmethod
-    def _from_file(cls, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Readout:
-        provenance = Provenance(**json.loads(metadata["provenance"]))
-        described = json.loads(metadata["readout"])
-        steps, branches, features, targets = tensors["table.weight"].shape
-        wanted = {
-            "weight": (torch.float16, (steps, branches, features, targets)),
-            "scale": (torch.float32, (steps, branches)),
-            "constant": (torch.float32, (steps, branches, targets)),
-            "active": (torch.bool, (steps, branches)),
-        }
-        for n, (dtype, shape) in wanted.items():
-            tensor = tensors[f"table.{n}"]
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape or 0 in shape:
-                raise ValueError(f"{n} is {tensor.dtype} {tuple(tensor.shape)}, expected {shape}")
-        foreign = (
-            tensors.keys() - {f"table.{n}" for n in wanted} - {f"moments.{n}" for n in MOMENTS}
-        )
-        if foreign or not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"unknown tensors {sorted(foreign)}, or values that are not finite")
-        levels = provenance.levels
+    def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Readout:
+        moments = any(n.startswith("moments.") for n in tensors)
+        sizes = check_tensors(tensors, {**_TABLE, **moments_schema(optional=not moments)})
+        provenance, described = Provenance(**header["provenance"]), header["readout"]
+        check_provenance(provenance, sizes["T"])
+        if min(*provenance.timesteps, *provenance.alpha, *provenance.sigma) < 0:
+            raise ValueError("a timestep or level is negative")
+        check_json(described, _DESCRIPTION, "readout")
         fits = tuple(HeadFit(**f) for f in described["fits"])
-        _refuse_malformed(provenance, described, fits, (steps, branches))
-        weight, scale, constant, active = (tensors[f"table.{n}"] for n in wanted)
-        table = HeadTable(*levels, weight, scale, constant, active)
+        calls = [(f.step, f.branch) for f in fits]
+        if len(set(calls)) != len(calls) or not set(calls) <= set(
+            np.ndindex(sizes["T"], sizes["B"])
+        ):
+            raise ValueError(f"fits of the denoiser calls {calls} for heads of {sizes} calls")
+        levels = provenance.levels
+        table = HeadTable(*levels, *(tensors[n] for n in _TABLE))
         evidence = None
-        if any(n.startswith("moments.") for n in tensors):
-            moments = _moments_of(provenance, tensors, steps)
-            evidence = Evidence(provenance.prediction, *levels, moments, source=provenance)
+        if moments:
+            own = {n: tensors[f"moments.{n}"] for n in MOMENTS}
+            count = torch.full(own["mean_e"].shape, provenance.elements, dtype=torch.int64)
+            evidence = Evidence(
+                provenance.prediction, *levels, PairedMoments(count=count, **own), source=provenance
+            )
         return cls(provenance, described["head"], described["form"], table, fits, evidence)
 
     def __str__(self) -> str:
@@ -227,39 +229,20 @@ class Readout:
         return "\n".join(lines)
 
 
+_TABLE = {
+    "table.weight": Tensors(torch.float16, ("T", "B", "F", "O")),
+    "table.scale": Tensors(torch.float32, ("T", "B")),
+    "table.constant": Tensors(torch.float32, ("T", "B", "O")),
+    "table.active": Tensors(torch.bool, ("T", "B")),
+}
+_FIT = {
+    "step": Number(int, low=0),
+    "branch": Number(int, low=0),
+    **dict.fromkeys(("penalty", "held_out", "bound"), float),
+    "explanation": str,
+}
+_DESCRIPTION = {"head": str, "form": set(FORMS), "fits": [_FIT]}
+
+
 def _table_tensors(table: HeadTable) -> dict[str, Tensor]:
-    kept = [f.name for f in fields(HeadTable) if f.name not in ("alpha", "sigma")]
-    return {f"table.{n}": getattr(table, n) for n in kept}
-
-
-def _refuse_malformed(
-    p: Provenance, described: dict[str, Any], fits: tuple[HeadFit, ...], size: tuple[int, int]
-) -> None:
-    """Raise ValueError unless the header's numbers and names are those of a readout."""
-    for values in (p.timesteps, p.alpha, p.sigma):
-        found = np.array(values, dtype=np.float64)
-        if found.shape != size[:1] or not np.isfinite(found).all() or (found < 0).any():
-            raise ValueError(f"expected {size[0]} finite timesteps and levels, found {values}")
-    if set(p.layout) != {"ndim", "axis", "channels", "patch"} or p.elements < 1:
-        raise ValueError(f"layout {p.layout} of {p.elements} elements is incomplete")
-    if not isinstance(described["head"], str) or described["form"] not in FORMS:
-        raise ValueError(f"head {described['head']!r}, form {described['form']!r}")
-    calls = [(f.step, f.branch) for f in fits]
-    if len(set(calls)) != len(calls) or not set(calls) <= set(np.ndindex(*size)):
-        raise ValueError(f"fits of the denoiser calls {calls} for heads of {size} calls")
-    numbers = np.array([(f.penalty, f.held_out, f.bound) for f in fits], dtype=np.float64)
-    if not np.isfinite(numbers).all() or not all(isinstance(f.explanation, str) for f in fits):
-        raise ValueError("a fit has a value that is not finite, or no text where one belongs")
-
-
-def _moments_of(p: Provenance, tensors: dict[str, Tensor], steps: int) -> PairedMoments:
-    shape = tensors["moments.mean_e"].shape
-    if len(shape) != 3 or shape[1] != steps or 0 in shape:
-        raise ValueError(f"moments of shape {tuple(shape)} for {steps} steps")
-    for n in MOMENTS:
-        tensor = tensors[f"moments.{n}"]
-        expected = (*shape, len(ORDERS)) if n == "central" else tuple(shape)
-        if tensor.dtype != torch.float64 or tuple(tensor.shape) != expected:
-            raise ValueError(f"moments.{n} is {tensor.dtype} {tuple(tensor.shape)}")
-    count = torch.full(shape, p.elements, dtype=torch.int64)
-    return PairedMoments(count=count, **{n: tensors[f"moments.{n}"] for n in MOMENTS})
+    return {n: getattr(table, n.removeprefix("table.")) for n in _TABLE}

@@ -8,7 +8,6 @@ The format is specified in docs/record-format.md.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,8 +20,7 @@ from evenkeel.corrections.catalogue import CLOSED_LOOP, from_evidence
 from evenkeel.corrections.plan import Correction
 from evenkeel.errors import Incompatible, RecordError
 from evenkeel.record.closed_loop import PREFIX, ClosedLoop
-from evenkeel.record.file import read_file, write_file
-from evenkeel.record.schema import FRAME, LAW, MOMENTS, refuse_malformed
+from evenkeel.record.schema import FRAME, LAW, MOMENTS, check_record
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
@@ -30,8 +28,16 @@ from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.provenance import Provenance, differences
 from evenkeel.statistics.residual import ResidualHistogram
+from evenkeel.storage import Kind, read_tensors, write_tensors
 
 SCHEMA_VERSION = 2
+KIND = Kind(
+    "record",
+    SCHEMA_VERSION,
+    "run evenkeel calibrate again",
+    keys=("provenance", "closed_loop"),
+    error=RecordError,
+)
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,11 @@ class Record:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file atomically: a crash leaves the old file or none, never half of one."""
-        texts = {
-            "provenance": json.dumps(asdict(self.provenance), sort_keys=True),
-            "closed_loop": self.closed_loop.text(),
+        header = {
+            "provenance": asdict(self.provenance),
+            "closed_loop": self.closed_loop.as_dict(),
         }
-        return write_file(path, "record", SCHEMA_VERSION, texts, self._tensors())
+        return write_tensors(path, KIND, header, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
@@ -173,17 +179,12 @@ class Record:
             RecordError: missing, truncated, tampered with, foreign, or of another schema version.
 
         """
-        texts = ("provenance", "closed_loop")
-        metadata, tensors = read_file(path, "record", SCHEMA_VERSION, texts, "calibrate")
-        try:
-            provenance = Provenance(**json.loads(metadata["provenance"]))
+        header, tensors = read_tensors(path, KIND)
+        with KIND.valid(path):
+            provenance = Provenance(**header["provenance"])
             own = {n: t for n, t in tensors.items() if not n.startswith(PREFIX)}
-            refuse_malformed(provenance, own)
-            closed_loop = ClosedLoop.of(metadata["closed_loop"], tensors, provenance)
-        except Exception as e:  # anyone can compute a digest
-            raise RecordError(
-                f"{path} carries a matching digest but is not a valid record: {e}. Calibrate again."
-            ) from e
+            check_record(provenance, own)
+            closed_loop = ClosedLoop.from_dict(header["closed_loop"], tensors, provenance)
         return replace(cls._from_tensors(provenance, own), closed_loop=closed_loop)
 
     def _tensors(self) -> dict[str, Tensor]:
