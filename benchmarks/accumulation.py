@@ -92,9 +92,9 @@ def measure_time() -> None:
             "case": "time",
             "prompts": PROMPTS,
             "steps": STEPS,
-            "statistics_percent_of_evaluations": share.to_dict(),
-            "two_evaluations_ms": medians.pop("evaluations").to_dict(1),
-            **{f"{name}_ms": m.to_dict(2) for name, m in medians.items()},
+            "statistics_percent_of_evaluations": share.as_dict(),
+            "two_evaluations_ms": medians.pop("evaluations").as_dict(1),
+            **{f"{name}_ms": m.as_dict(2) for name, m in medians.items()},
         },
         f"statistics take {share} % of the time of {STEPS} x 2 evaluations; ms per batch: "
         + ", ".join(f"{name} {m.median:.1f}" for name, m in medians.items()),

@@ -151,9 +151,9 @@ def measure(
             "case": name,
             "shape": shape,
             "dtype": kind,
-            "plain_us_per_step": microseconds.to_dict(1),
-            **{f"{v}_over_plain": r.to_dict() for v, r in ratios.items()},
-            **{f"{v}_added_us_per_step": a.to_dict(1) for v, a in added.items()},
+            "plain_us_per_step": microseconds.as_dict(1),
+            **{f"{v}_over_plain": r.as_dict() for v, r in ratios.items()},
+            **{f"{v}_added_us_per_step": a.as_dict(1) for v, a in added.items()},
         },
         f"{name}, {kind}: corrected {ratios['corrected']} x plain, identity "
         f"{ratios['identity']} x plain; us per step: plain {microseconds.median:.1f}, "
@@ -188,7 +188,7 @@ def every_correction(
             "benchmark": "corrected_step, every correction",
             "case": name,
             "shape": shape,
-            **{f"{v}_over_plain": r.to_dict() for v, r in ratios.items()},
+            **{f"{v}_over_plain": r.as_dict() for v, r in ratios.items()},
         },
         f"{name}, float32, over the plain scheduler.step: "
         + ", ".join(f"{v} {r}" for v, r in ratios.items()),

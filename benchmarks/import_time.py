@@ -61,9 +61,9 @@ def main() -> None:
             {
                 "benchmark": "import_time",
                 "case": " ".join(["python", *COMMANDS[name]]),
-                "beyond_python_cpu_ms": beyond_ms.to_dict(1),
-                "cpu_ms": cpu_ms.to_dict(1),
-                "wall_ms": wall_ms.to_dict(1),
+                "beyond_python_cpu_ms": beyond_ms.as_dict(1),
+                "cpu_ms": cpu_ms.as_dict(1),
+                "wall_ms": wall_ms.as_dict(1),
                 "heavy_modules": heavy,
             },
             f"{' '.join(COMMANDS[name])}: {beyond_ms} ms beyond Python's start ({cpu_ms} ms in "

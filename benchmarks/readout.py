@@ -151,8 +151,8 @@ def measure_call(name: str) -> None:
             "width": width,
             "blocks": blocks,
             "tokens": TOKENS,
-            "plain_ms": plain.to_dict(1),
-            **{f"{n}_over_plain": r.to_dict() for n, r in ratios.items()},
+            "plain_ms": plain.as_dict(1),
+            **{f"{n}_over_plain": r.as_dict() for n, r in ratios.items()},
         },
         f"{name}, {blocks} block(s), width {width}: corrected {ratios['corrected']} x plain; beside "
         f"a quantized head {ratios['beside']} x plain; plain {plain.median:.0f} ms",
@@ -206,7 +206,7 @@ def measure_select(name: str) -> None:
             "case": "select",
             "width": width,
             "outputs": head.out_features,
-            **{f"{n.replace(' ', '_')}_ms": s.to_dict() for n, s in ms.items()},
+            **{f"{n.replace(' ', '_')}_ms": s.as_dict() for n, s in ms.items()},
         },
         f"{name}: added ms per step: " + ", ".join(f"{n} {s}" for n, s in ms.items()),
     )

@@ -85,8 +85,8 @@ def measure_fit() -> None:
             "case": "fit",
             "prompts": PROMPTS,
             "steps": STEPS,
-            "paired_ms": base.to_dict(0),
-            "fit_over_paired": share.to_dict(),
+            "paired_ms": base.as_dict(0),
+            "fit_over_paired": share.as_dict(),
         },
         f"fitting takes {share} x the paired runs ({base.median / 1e3:.1f} s)",
     )
@@ -151,7 +151,7 @@ def measure_memory() -> None:
             "case": "memory",
             "prompts": FLUX_PROMPTS,
             "tokens": FLUX_TOKENS,
-            **{key: spread.to_dict(2) for key, spread in found.items()},
+            **{key: spread.as_dict(2) for key, spread in found.items()},
         },
         f"FLUX, one step of {FLUX_PROMPTS} prompts: "
         + ", ".join(f"{key} {spread}" for key, spread in found.items()),

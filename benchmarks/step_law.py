@@ -51,8 +51,8 @@ def main() -> None:
                     "benchmark": "step_law",
                     "case": name,
                     "steps": steps,
-                    "cpu_ms": cpu_ms.to_dict(2),
-                    "wall_ms": wall_ms.to_dict(2),
+                    "cpu_ms": cpu_ms.as_dict(2),
+                    "wall_ms": wall_ms.as_dict(2),
                 },
                 f"{name}, {steps} steps: {cpu_ms} ms ({wall_ms} ms by the clock on the wall)",
             )

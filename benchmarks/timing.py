@@ -33,7 +33,7 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(len(values), median, low, high)
 
-    def to_dict(self, digits: int = 4) -> dict[str, float]:
+    def as_dict(self, digits: int = 4) -> dict[str, float]:
         """For a JSON line: median and quartiles, rounded."""
         return {
             "n": self.n,

@@ -49,7 +49,7 @@ STEPS, GUIDANCE, IMAGES, PROMPTS = 20, 4.5, 1000, 32
 
 @dataclass(frozen=True)
 class Job:
-    """One quantized denoiser; ``method`` as ``Method.to_dict`` writes it."""
+    """One quantized denoiser; ``method`` as ``Method.as_dict`` writes it."""
 
     name: str
     method: dict[str, Any]

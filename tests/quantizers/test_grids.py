@@ -563,7 +563,7 @@ def test_fields_out_of_range(fields: dict[str, object], message: str) -> None:
 @every
 def test_text_and_json_and_back(grid: Grid) -> None:
     assert Grid.parse(str(grid)) == grid
-    assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
+    assert Grid.from_dict(json.loads(json.dumps(grid.as_dict()))) == grid
 
 
 def test_texts_are_canonical() -> None:
@@ -581,15 +581,15 @@ def test_other_texts_show_the_grammar(text: str) -> None:
 
 
 def test_dictionaries_are_exact() -> None:
-    fields = Grid(Integer(4)).to_dict()
+    fields = Grid(Integer(4)).as_dict()
     with pytest.raises(QuantizationError, match=r"missing \['group'\]"):
         Grid.from_dict({k: v for k, v in fields.items() if k != "group"})
     with pytest.raises(QuantizationError, match=r"unknown \['colour'\]"):
         Grid.from_dict({**fields, "colour": 1})
     with pytest.raises(QuantizationError, match="no number format 'own'"):
-        Grid(Codebook("own", (-1.0, 1.0))).to_dict()
+        Grid(Codebook("own", (-1.0, 1.0))).as_dict()
     with pytest.raises(QuantizationError, match="another one"):
-        Grid(Codebook("nf4", (-1.0, 1.0))).to_dict()
+        Grid(Codebook("nf4", (-1.0, 1.0))).as_dict()
 
 
 # ---------------------------------------------------------------- packing

@@ -206,7 +206,7 @@ def test_bad_static_scales_are_refused():
 )
 def test_descriptions_give_back_the_same_rounding(own):
     tensors = {name: buffer.clone() for name, buffer in own.named_buffers()}
-    again = input_from(json.loads(json.dumps(own.describe())), tensors)
+    again = input_from(json.loads(json.dumps(own.as_dict())), tensors)
     x = gaussian(3, 2, 33)
     assert torch.equal(again(x), own(x))
     assert repr(again) == repr(own)

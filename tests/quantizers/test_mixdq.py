@@ -517,7 +517,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits() -> None:
 def test_its_text_and_dictionary_are_the_same_method() -> None:
     method = MixDQ.of_bits("w5a8", kept_inputs=0.02, skip=["conv_in"])
     assert str(method) == "mixdq-w5a8-kept_inputs=0.02-skip=('conv_in',)"
-    assert MixDQ.from_dict(method.to_dict()) == method
+    assert MixDQ.from_dict(method.as_dict()) == method
 
 
 @pytest.mark.parametrize(

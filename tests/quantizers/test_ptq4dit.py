@@ -214,7 +214,7 @@ def test_weights_and_input_scales_are_learned_together(dit: TinyPipeline) -> Non
 
 def test_its_text_and_dictionary_are_the_same_method() -> None:
     method = PTQ4DiT.of_bits("w8a8", iterations=20, balance=["*.to_q"])
-    assert PTQ4DiT.from_dict(method.to_dict()) == method
+    assert PTQ4DiT.from_dict(method.as_dict()) == method
     assert method.grid == Grid.parse("uint8-zero-percentile")
 
 

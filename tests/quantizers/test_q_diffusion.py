@@ -480,7 +480,7 @@ def test_both_operands_of_a_concatenation_are_split(split: Any, expected: set[st
 def test_its_text_and_dictionary_are_the_same_method() -> None:
     method = QDiffusion.of_bits("w3a8", iterations=300, skip=["conv_in"])
     assert str(method) == "q-diffusion-w3a8-iterations=300-skip=('conv_in',)"
-    assert QDiffusion.from_dict(method.to_dict()) == method
+    assert QDiffusion.from_dict(method.as_dict()) == method
     assert method.grid == Grid.parse("uint3-zero-mse2.4")
     assert QDiffusion(2, 8, weight_range="absmax").grid == Grid.parse("uint2-zero")
 

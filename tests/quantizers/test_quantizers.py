@@ -325,7 +325,7 @@ SPECS = st.builds(
 def test_text_and_json_come_back(spec: QuantizerSpec, only: tuple[str, ...]) -> None:
     assert QuantizerSpec.parse(str(spec)) == spec
     patterned = QuantizerSpec(spec.weight_bits, skip=("x",), only=only)
-    assert QuantizerSpec.from_dict(json.loads(json.dumps(patterned.to_dict()))) == patterned
+    assert QuantizerSpec.from_dict(json.loads(json.dumps(patterned.as_dict()))) == patterned
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_bad_fields_are_refused(fields: dict[str, object]) -> None:
 
 
 def test_unknown_and_missing_fields_are_named() -> None:
-    found = QuantizerSpec(4).to_dict()
+    found = QuantizerSpec(4).as_dict()
     del found["rank"]
     with pytest.raises(QuantizationError, match=r"missing \['rank'\], unknown \['ranks'\]"):
         QuantizerSpec.from_dict({**found, "ranks": 2})

@@ -663,7 +663,7 @@ def test_nvfp4_is_used_for_both_operands(net: nn.Module, calls: CalibrationSet) 
     made, report = quantized(net, calls, method)
     layer = made.blocks[0].ff.net[2]
     assert str(layer.stored[0]) == "fp4_e2m1-g16-scale_fp8_e4m3"
-    assert layer.activation.describe() == DynamicInput(layer.stored[0].format, 16).describe()
+    assert layer.activation.as_dict() == DynamicInput(layer.stored[0].format, 16).as_dict()
     assert {row.rank for row in report.quantized} == {3}
 
 
@@ -703,7 +703,7 @@ def test_half_precision_models_keep_their_dtype(net: nn.Module, calls: Calibrati
 
 def test_the_configuration_survives_json() -> None:
     method = SVDQuant.of_bits("w3a4", group=32, skip=("a", "b.*"), rounding="gptq")
-    assert SVDQuant.from_dict(method.to_dict()) == method
+    assert SVDQuant.from_dict(method.as_dict()) == method
     assert str(method).startswith("svdquant-w3a4-")
     assert SVDQuant().values_per_scale == 64
 

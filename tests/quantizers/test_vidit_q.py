@@ -258,7 +258,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits(bits: int) -> None:
 def test_its_text_and_dictionary_are_the_same_method() -> None:
     method = ViDiTQ.of_bits("w4a8", smoothed=["*.ff.net.2"], across_batch=True)
     assert str(method) == "vidit-q-w4a8-smoothed=('*.ff.net.2',)-across_batch=True"
-    assert ViDiTQ.from_dict(method.to_dict()) == method
+    assert ViDiTQ.from_dict(method.as_dict()) == method
 
 
 @pytest.mark.parametrize(

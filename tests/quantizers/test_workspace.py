@@ -376,7 +376,7 @@ def test_damaged_layers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
 def test_methods_come_back_from_json(kind: type[Method]) -> None:
     method = kind()
-    assert method_from(json.loads(json.dumps(method.to_dict()))) == method
+    assert method_from(json.loads(json.dumps(method.as_dict()))) == method
     assert kind.of_bits("w8a8").weight_bits == 8
     assert str(kind.of_bits("w8a8")).startswith(f"{kind.name}-w8a8")
 

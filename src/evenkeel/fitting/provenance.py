@@ -38,7 +38,7 @@ def provenance_of(
         sigma=law.sigma[:-1].tolist(),
         call=json_safe(settings.call),
         trajectory=settings.trajectory,
-        layout=layout.to_dict(),
+        layout=layout.as_dict(),
         latent_shape=list(x.shape[2:]),
         dtype=str(x.dtype).removeprefix("torch."),
         elements=x[0, 0].numel() // layout.channels,

@@ -188,7 +188,7 @@ def calibration_set(
 
 def _identity(denoiser: nn.Module, method: Method, calls: CalibrationSet | None) -> str:
     """What an interrupted run must agree on to be continued."""
-    asked = json.dumps(method.to_dict(), sort_keys=True)
+    asked = json.dumps(method.as_dict(), sort_keys=True)
     parts = (fingerprint(denoiser), asked, "" if calls is None else calls.digest)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return f"{method}, {digest}"

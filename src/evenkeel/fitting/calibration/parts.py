@@ -94,7 +94,7 @@ def claim_folder(
                 config_of(pipeline.scheduler),
             ],
             "correction": digest_of(settings.correction),
-            "layout": None if settings.layout is None else settings.layout.to_dict(),
+            "layout": None if settings.layout is None else settings.layout.as_dict(),
             "steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "trajectory": settings.trajectory,

@@ -49,7 +49,7 @@ class LatentLayout:
         """Whether the last two axes are height and width."""
         return self.ndim in (4, 5)
 
-    def to_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int]:
         """For the record's header."""
         return asdict(self)
 

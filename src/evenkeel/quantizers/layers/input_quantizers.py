@@ -110,7 +110,7 @@ class DynamicInput(nn.Module):
         high = wide.amax(dims, keepdim=True).clamp_(min=0)
         return (low if self.format.lowest < 0 or self.zero_point else torch.zeros_like(low)), high
 
-    def describe(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """In types that JSON knows; :func:`input_from` is the inverse."""
         return {
             "kind": "dynamic",
@@ -187,7 +187,7 @@ class StaticInput(nn.Module):
         codes = ((wide / scale).round_() + zero).clamp_(0, self.format.largest)
         return ((codes - zero) * scale).to(x.dtype)
 
-    def describe(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """In types that JSON knows; :func:`input_from` is the inverse, given the tensors."""
         return {"kind": "static", "bits": self.bits, "split": self.split}
 
@@ -200,16 +200,16 @@ Input = DynamicInput | StaticInput
 
 
 def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input:
-    """The inverse of ``describe``.
+    """The inverse of ``as_dict``.
 
     Args:
-        found: what ``describe`` gave.
+        found: what ``as_dict`` gave.
         tensors: by name, ``scale`` and ``zero`` of a static one.
 
     Raises:
         QuantizationError: no such kind, or fields or tensors that are missing or unknown.
 
-    >>> input_from(DynamicInput(Integer(4), 64).describe(), {})
+    >>> input_from(DynamicInput(Integer(4), 64).as_dict(), {})
     DynamicInput(int4/64)
 
     """

@@ -52,14 +52,14 @@ class Method:
         weight, activation = map(int, found.groups())
         return cls.from_dict({"weight_bits": weight, "activation_bits": activation, **options})
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Every field, and ``method``, in types that JSON knows."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"method": self.name, **{k: _plain(v) for k, v in own.items()}}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; fields left out have their defaults.
+        """The inverse of :meth:`as_dict`; fields left out have their defaults.
 
         Raises:
             QuantizationError: an unknown field, or a value out of range.

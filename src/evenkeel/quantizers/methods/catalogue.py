@@ -35,7 +35,7 @@ def method_named(name: str) -> type[Method]:
 
 
 def method_from(found: Mapping[str, Any]) -> Method:
-    """The inverse of ``Method.to_dict``.
+    """The inverse of ``Method.as_dict``.
 
     Raises:
         QuantizationError: no such method, or fields that it does not have.

@@ -166,10 +166,10 @@ class QuantizerSpec:
         """Values of an activation that share a scale; None is all features of a token."""
         return self.group if self.activation == "group" else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Every field, patterns included, in types that JSON knows.
 
-        >>> QuantizerSpec.from_dict(QuantizerSpec(4).to_dict()) == QuantizerSpec(4)
+        >>> QuantizerSpec.from_dict(QuantizerSpec(4).as_dict()) == QuantizerSpec(4)
         True
         """
         return {
@@ -184,7 +184,7 @@ class QuantizerSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantizerSpec:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`as_dict`.
 
         Raises:
             QuantizationError: a field is missing, unknown, or out of range.

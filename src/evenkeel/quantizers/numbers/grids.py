@@ -116,13 +116,13 @@ class Grid:
         stored = "" if self.scale == "float32" else f"-scale_{self.scale}"
         return f"{self.format.name}{layout}{'-zero' * self.zero_point}{search}{stored}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Every field in types that JSON knows, the format by name.
 
         Raises:
             QuantizationError: the format has no name to find it by again.
 
-        >>> Grid.from_dict(Grid(Integer(4)).to_dict()) == Grid(Integer(4))
+        >>> Grid.from_dict(Grid(Integer(4)).as_dict()) == Grid(Integer(4))
         True
 
         """
@@ -135,7 +135,7 @@ class Grid:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Grid:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`as_dict`.
 
         Raises:
             QuantizationError: a field is missing, unknown, or out of range.

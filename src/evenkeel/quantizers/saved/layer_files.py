@@ -46,9 +46,9 @@ def write_layer(layer: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any
     weight = {
         "shape": list(layer.weight.shape),
         "dtype": str(layer.weight.dtype).removeprefix("torch."),
-        "grid": None if packed is None or layer.stored is None else layer.stored[0].to_dict(),
+        "grid": None if packed is None or layer.stored is None else layer.stored[0].as_dict(),
     }
-    activation = None if layer.activation is None else layer.activation.describe()
+    activation = None if layer.activation is None else layer.activation.as_dict()
     return tensors, {"weight": weight, "activation": activation}
 
 

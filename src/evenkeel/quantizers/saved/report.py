@@ -94,7 +94,7 @@ class QuantizationReport:
         """All of it in types that JSON knows; :meth:`from_dict` is the inverse."""
         layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers]
         return {
-            "spec": self.spec.to_dict(),
+            "spec": self.spec.as_dict(),
             "layers": layers,
             "stored_bytes": self.stored_bytes,
             "full_precision_bytes": self.full_precision_bytes,
