@@ -19,9 +19,9 @@ from diffusers import (
 from timing import Spread, interleaved, ratio, report
 
 from evenkeel.corrections import DCNC, DNS, Composite, Identity, QDrift, applicable
-from evenkeel.corrections.catalogue import from_evidence
-from evenkeel.corrections.plan import Correction
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.catalogue import available
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
@@ -170,7 +170,7 @@ def every_correction(
     outputs = [torch.randn(shape, generator=generator) for _ in range(STEPS)]
     law = probe_scheduler(ready(make))
     evidence = synthetic_evidence(law, layout.channels)
-    made = from_evidence(evidence)[0]
+    made = available(evidence, {})[0]
     # No histogram was drawn, so the plain variance; the step does not know the difference.
     made["dcnc"] = DCNC(evidence, estimator="std")
     made["dcnc+dns"] = Composite((made["dcnc"], DNS(evidence)))

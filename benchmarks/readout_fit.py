@@ -26,12 +26,12 @@ from torch import Tensor
 import evenkeel
 from evenkeel import zoo
 from evenkeel.corrections.head_table import HeadTable
+from evenkeel.corrections.readout import HeadFit, Readout
 from evenkeel.fitting.readout.fit_readout import fit_readout
 from evenkeel.fitting.readout.solve import CallFit, new_folds, take_in, units_of
 from evenkeel.hosts.pipeline.pipelines import quiet, run_pipeline
 from evenkeel.quantizers.methods.spec import QuantizerSpec
-from evenkeel.record import Provenance
-from evenkeel.record.readout import HeadFit, Readout
+from evenkeel.record import Provenance, save
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 
@@ -175,7 +175,7 @@ def measure_file(name: str) -> None:
         kept: Evidence | None
         for key, kept in (("heads", None), ("with_evidence", evidence)):
             readout = Readout(made, "proj_out", "per-step", table, fits, kept)
-            megabytes[key] = readout.save(Path(folder) / key).stat().st_size / 1e6
+            megabytes[key] = save(readout, Path(folder) / key).stat().st_size / 1e6
     report(
         {
             "benchmark": "readout_fit",

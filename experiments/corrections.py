@@ -105,7 +105,7 @@ def common(job: Job, pipe: Any, quantized: Any) -> dict[str, Any]:
 def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any], dict[str, float]]:
     """Every correction by name, and the seconds that its measurement took."""
     from evenkeel.corrections import CNC, Composite, ExactDrift
-    from evenkeel.corrections.catalogue import from_evidence
+    from evenkeel.corrections.catalogue import available
     from evenkeel.fitting import calibrate
     from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
     from evenkeel.fitting.closed_loop.fit_tac import fit_tac
@@ -120,7 +120,7 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
         return made
 
     record = timed("calibrate", lambda: calibrate(pipe, **asked))
-    made = from_evidence(record.evidence)[0]
+    made = available(record.evidence, {})[0]
     made["tac"] = timed("tac", lambda: fit_tac(pipe, **asked))
     made["tac-ner"] = timed("tac-ner", lambda: fit_tac(pipe, input_bias=False, **asked))
     made["tac-ibc"] = timed("tac-ibc", lambda: fit_tac(pipe, reconstruct=False, **asked))

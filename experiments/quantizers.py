@@ -35,7 +35,7 @@ from evenkeel import zoo
 from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
 from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import applicable
-from evenkeel.corrections.catalogue import from_evidence
+from evenkeel.corrections.catalogue import available
 from evenkeel.fitting import calibrate, fit_readout, refit_branches
 from evenkeel.fitting.quantize import quantize
 from evenkeel.quantizers import DEFAULT_SKIP, RoundToNearest, load_quantized
@@ -211,7 +211,7 @@ def corrected(
     """The published correction that the marginal check ranks first, and ours."""
     asked = {"quantized": quantized, "prompts": sample_prompts(PROMPTS, 0), "batch_size": 32}
     record = calibrate(pipe, **asked, **options)
-    made, _ = from_evidence(record.evidence)
+    made, _ = available(record.evidence, {})
     ours = ("exact-drift", "covariance-drift", "self-consistent")
     found, _ = applicable({k: v for k, v in made.items() if k not in ours}, record.law)
     trial = arms + [Arm(name, quantized, correction) for name, correction in found.items()]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evenkeel.corrections import ExactDrift as ExactDrift
     from evenkeel.corrections import Identity as Identity
     from evenkeel.corrections import QDrift as QDrift
+    from evenkeel.corrections import Readout as Readout
     from evenkeel.estimate import Estimate as Estimate
     from evenkeel.fitting import calibrate as calibrate
     from evenkeel.fitting import fit_readout as fit_readout
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
-    from evenkeel.record import Readout as Readout
     from evenkeel.record import Record as Record
+    from evenkeel.record import load as load
+    from evenkeel.record import save as save
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,7 @@ _HOME = {
     "Identity": "corrections",
     "QDrift": "corrections",
     "QuantizerSpec": "quantizers",
-    "Readout": "record",
+    "Readout": "corrections",
     "Record": "record",
     "applied": "applying",
     "apply": "applying",
@@ -52,12 +54,14 @@ _HOME = {
     "fit_readout": "fitting",
     "fit_stepbaq": "fitting",
     "fit_tac": "fitting",
+    "load": "record",
     "marginal_check": "comparing.marginal_check",
     "probe_scheduler": "hosts.scheduler.probing",
     "quantize": "fitting.quantize",
     "quantize_module": "quantizers",
     "refit_branches": "fitting",
     "remove": "applying",
+    "save": "record",
     "summary": "applying",
 }
 __all__ = sorted(_HOME)

@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from evenkeel.corrections.plan import Correction, SamplerPlan
+from evenkeel.corrections.base import Correction, refuse_foreign
+from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
-from evenkeel.hosts.actuators.correcting import ON_DENOISER, Corrector, interceptors_of
+from evenkeel.hosts.actuators.correcting import interceptors_of
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of, fingerprint
 from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
-from evenkeel.record import Provenance, Readout
+from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe
 
 ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
-_GUARD, _SWITCHES = "_evenkeel_guard", "_evenkeel_switches"
+_GUARD, _APPLIED = "_evenkeel_guard", "_evenkeel_applied"
 
 
 def apply(
@@ -35,13 +36,13 @@ def apply(
     """Let ``correction`` change how this pipeline samples, until ``remove``.
 
     The scheduler instance is given a subclass of its own class; nothing else of the pipeline
-    changes, and what ``save_pretrained`` writes is plain diffusers. A ``Readout`` also exchanges the
-    weights of the denoiser's output head from step to step; between runs it has its own. Applying
-    again replaces the correction before.
+    changes, and what ``save_pretrained`` writes is plain diffusers. A correction with heads of its own
+    (``Readout``) also exchanges the weights of the denoiser's output head from step to step; between
+    runs it has its own. Applying again replaces the correction before.
 
     Args:
         pipeline: with the *quantized* denoiser in place.
-        correction: for example ``QDrift(record.evidence)``.
+        correction: for example ``QDrift(record.evidence)``; of any subclass of ``Correction``.
         allow: mismatches with the record to accept, by name: ``denoiser``, ``scheduler``,
             ``guidance``, and ``range`` (leave steps outside the calibrated noise levels alone).
         guidance_scale: what you are going to sample with, if the pipeline does not tell (most tell
@@ -49,7 +50,8 @@ def apply(
         layout: where the latent's channels are; found by itself for known pipelines.
 
     Raises:
-        Incompatible: the evidence was measured on another denoiser, scheduler or guidance scale.
+        Incompatible: the evidence was measured on another denoiser, scheduler or guidance scale; or
+            this is no ``Correction``.
         EvenkeelError: an unknown name in ``allow``.
 
     Example: see ``examples/three_lines.py``.
@@ -58,8 +60,9 @@ def apply(
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
-    provenance = _made_for(correction)
-    if isinstance(correction, Readout) and correction.then is None:
+    refuse_foreign(correction)
+    provenance = correction.made_for
+    if correction.stages == ("head",):
         allow = {*allow, "guidance"}  # a head acts before guidance
     if provenance is not None:
         with _heads_at_rest(pipeline):
@@ -84,13 +87,11 @@ def apply(
 
 def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
-    for switch in installed(pipeline.scheduler):  # put there by a pipeline that shares it
-        if isinstance(switch, ON_DENOISER):
-            switch.detach()
+    # Those of a pipeline that shares the scheduler, and those kept with this one: its scheduler or
+    # denoiser may have been exchanged meanwhile.
+    for interceptor in (*installed(pipeline.scheduler), *pipeline.__dict__.pop(_APPLIED, ())):
+        interceptor.detach()
     uninstall(pipeline.scheduler)
-    # Kept with the pipeline: its scheduler or denoiser may have been exchanged meanwhile.
-    for switch in pipeline.__dict__.pop(_SWITCHES, ()):
-        switch.detach()
     handle = pipeline.__dict__.pop(_GUARD, None)
     if handle is not None:
         handle.remove()
@@ -98,9 +99,9 @@ def remove(pipeline: Any) -> None:
 
 def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
     install(pipeline.scheduler, *interceptors)
-    pipeline.__dict__[_SWITCHES] = [i for i in interceptors if isinstance(i, ON_DENOISER)]
-    for switch in pipeline.__dict__[_SWITCHES]:
-        switch.attach()
+    pipeline.__dict__[_APPLIED] = interceptors
+    for interceptor in interceptors:
+        interceptor.attach()
     # The denoiser warns when the scheduler is replaced.
     guard = _SwapGuard(pipeline)
     pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
@@ -109,14 +110,14 @@ def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
 @contextmanager
 def _heads_at_rest(pipeline: Any) -> Iterator[None]:
     """Inside, the denoiser has its own head, so that it can be recognised."""
-    switches = pipeline.__dict__.get(_SWITCHES, ())
-    for switch in switches:
-        switch.detach()
+    interceptors = pipeline.__dict__.get(_APPLIED, ())
+    for interceptor in interceptors:
+        interceptor.detach()
     try:
         yield
     finally:
-        for switch in switches:
-            switch.attach()
+        for interceptor in interceptors:
+            interceptor.attach()
 
 
 @contextmanager
@@ -196,19 +197,11 @@ def summary(pipeline: Any) -> Summary:
     """Which correction is applied, and its factors per step once it has run."""
     scheduler = type(pipeline.scheduler).__name__
     for interceptor in installed(pipeline.scheduler):
-        if isinstance(interceptor, Corrector):
-            correction = interceptor.correction
-            heads = str(correction) if isinstance(correction, Readout) else ""
+        found = interceptor.correction
+        if found is not None:
             plan = interceptor.plan
-            return Summary(correction.name, correction.references, scheduler, plan, heads)
+            return Summary(found.name, found.references, scheduler, plan, found.report)
     return Summary(None, (), scheduler, None)
-
-
-def _made_for(correction: Correction) -> Provenance | None:
-    if isinstance(correction, Readout):
-        return correction.provenance
-    source = getattr(getattr(correction, "evidence", correction), "source", None)
-    return source if isinstance(source, Provenance) else None
 
 
 def _refuse_mismatch(
@@ -271,8 +264,8 @@ class _SwapGuard:
         replaced = pipeline.scheduler is not self._scheduler()
         if replaced and not installed(pipeline.scheduler):
             self._warned = True
-            for switch in pipeline.__dict__.get(_SWITCHES, ()):
-                switch.detach()  # a run that was interrupted left a step's head in place
+            for interceptor in pipeline.__dict__.get(_APPLIED, ()):
+                interceptor.detach()  # a run that was interrupted left a step's head in place
             warnings.warn(
                 f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
                 f"(Scheduler.from_config makes a new object): the correction is gone and this run is "

@@ -17,6 +17,7 @@ from evenkeel.applying import apply, remove, summary
 from evenkeel.comparing.generation import Arm
 from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import Identity
+from evenkeel.corrections.base import Correction
 from evenkeel.corrections.plan import OutputEdit, plain_plan
 from evenkeel.errors import CalibrationError, UnsupportedSampler
 from evenkeel.estimate import Estimate
@@ -223,12 +224,14 @@ def test_mean_of_leaves_one_out():
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Correction):
     """Multiplies every output."""
 
     gain: float
-    name: str = "scaled"
-    references: tuple[str, ...] = ()
+    name = "scaled"
+    references = ()
+    stages = ("output",)
+    made_for = None
 
     def plan(self, law, *, allow_range=False):
         gain = torch.full((law.steps, 1), self.gain, dtype=torch.float64)
@@ -236,12 +239,14 @@ class Scaled:
 
 
 @dataclass
-class Failing:
+class Failing(Correction):
     """Cannot be planned."""
 
     error: BaseException
-    name: str = "failing"
-    references: tuple[str, ...] = ()
+    name = "failing"
+    references = ()
+    stages = ()
+    made_for = None
     asked: list[int] = field(default_factory=list)
 
     def plan(self, law, *, allow_range=False):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from scheduler_catalogue import LINEAR, SD_BETAS, Case
 
-from evenkeel.corrections import ALL, Identity, applicable
-from evenkeel.corrections.catalogue import from_evidence
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.corrections import Identity, applicable
+from evenkeel.corrections.catalogue import ALL, EVIDENCE, available
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
@@ -28,7 +28,8 @@ NEEDS_NOTHING = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an err
 SAMPLED = {"s-d2-dpm", "ptqd", "self-consistent", "tcec-window-1"}
 # The others have no step law of our form, and say so (tests/test_step_law.py).
 PROBED = [c for c in LINEAR if c.name != "sa-tau1" and not c.name.startswith("edm")]
-MEASURED = [name for name in ALL if name not in NEEDS_NOTHING]
+MADE = [name for name, entry in ALL.items() if entry.source == EVIDENCE]
+MEASURED = [name for name in MADE if name not in NEEDS_NOTHING]
 
 
 class Pipeline:
@@ -65,7 +66,7 @@ def unrobust(evidence: Evidence) -> dict[str, Any]:
     """All corrections; those with a robust variance take the plain one (no histogram is drawn here)."""
     from evenkeel.corrections import DCNC, DNS, Composite
 
-    made, _ = from_evidence(evidence)
+    made = {n: c for n, c in available(evidence, {})[0].items() if n in MADE}
     made["dcnc"] = DCNC(evidence, estimator="std")
     made["dcnc+dns"] = Composite((made["dcnc"], DNS(evidence)))
     return made
@@ -134,7 +135,7 @@ def test_any_number_of_steps(kind: Any, steps: int) -> None:
     scheduler.set_timesteps(steps)
     law = probe_scheduler(scheduler)
     found, reasons = applicable(unrobust(measured(law, 0.3)), law)
-    assert len(found) + len(reasons) == len(ALL)
+    assert len(found) + len(reasons) == len(MADE)
     for name, correction in found.items():
         plan = correction.plan(law)
         assert bool(torch.isfinite(plan.factor).all() and torch.isfinite(plan.base).all()), name

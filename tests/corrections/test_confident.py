@@ -18,7 +18,7 @@ from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.q_drift import QDrift
 from evenkeel.errors import CalibrationError, Incompatible
 from evenkeel.fitting import calibrate
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install, uninstall
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module

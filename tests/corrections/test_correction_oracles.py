@@ -32,7 +32,7 @@ from evenkeel.corrections import (
 )
 from evenkeel.corrections.dns import level_to_aim_for
 from evenkeel.errors import Incompatible, UnsupportedSampler
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
@@ -365,7 +365,7 @@ def test_two_that_make_room_for_the_same_variance_are_refused() -> None:
 def test_a_second_one_measured_after_the_first_is_accepted() -> None:
     from types import SimpleNamespace
 
-    from evenkeel.corrections.plan import text_of
+    from evenkeel.corrections.base import text_of
 
     law = probe_scheduler(euler30())
     first = CNC(linear_evidence(law, 1.0, 0.02, gain=0.1))

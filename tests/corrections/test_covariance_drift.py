@@ -25,7 +25,7 @@ from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.linear_run import LinearRun
 from evenkeel.corrections.q_drift import QDrift
 from evenkeel.errors import CalibrationError
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scheduler_catalogue import BY_NAME, SD_BETAS
 from synthetic_evidence import COUNT, evidence_for, moments_of, white_error
 
-from evenkeel.corrections import ALL, Correction, ExactDrift, Identity, QDrift
+from evenkeel.corrections import Correction, ExactDrift, Identity, QDrift
+from evenkeel.corrections.catalogue import ALL, EVIDENCE, available
 from evenkeel.corrections.confident import resampled_factors
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.hosts.scheduler.probing import probe_scheduler
@@ -385,8 +386,9 @@ def test_strength_scales_and_zero_strength_is_the_identity() -> None:
 
 def test_names_and_references() -> None:
     evidence = evidence_for(euler_at(*LEVELS), 0.01)
-    for name, kind in ALL.items():
-        correction = kind(evidence)
+    made, _ = available(evidence, {})
+    assert made.keys() == {name for name, entry in ALL.items() if entry.source == EVIDENCE}
+    for name, correction in made.items():
         assert correction.name == name and correction.references
         assert isinstance(correction, Correction)
     assert "2603.18095" in QDrift(evidence).references[0]

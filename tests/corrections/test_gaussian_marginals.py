@@ -25,8 +25,9 @@ from scheduler_catalogue import BY_NAME, SD_BETAS
 from synthetic_evidence import evidence_for
 
 from evenkeel.corrections import ExactDrift, QDrift, SamplerPlan
-from evenkeel.corrections.plan import Correction, stretch_plan
-from evenkeel.hosts.actuators.correcting import Corrector
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import stretch_plan
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES

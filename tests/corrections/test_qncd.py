@@ -18,7 +18,6 @@ import evenkeel
 from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.epsilon_scaling import EpsilonScaling
 from evenkeel.corrections.head_table import HeadTable
-from evenkeel.corrections.plan import plain_plan
 from evenkeel.corrections.qncd import ASKS, QNCD, renoising
 from evenkeel.errors import (
     CalibrationError,
@@ -29,7 +28,7 @@ from evenkeel.errors import (
 from evenkeel.hosts.actuators.correcting import interceptors_of
 from evenkeel.hosts.actuators.head_switch import HeadSwitch
 from evenkeel.hosts.actuators.heads import find_head
-from evenkeel.hosts.actuators.requery import Requery, asking_part
+from evenkeel.hosts.actuators.requery import Requery
 from evenkeel.hosts.actuators.step_change import ImageNoise
 from evenkeel.hosts.pipeline.denoiser_calls import as_input, guidance_of, shares_of
 from evenkeel.hosts.pipeline.strand import Finished, Strand
@@ -119,10 +118,10 @@ def by_hand(host: Host, x: Tensor, steps: int, rule: QNCD) -> tuple[Tensor, list
 def test_the_seventh_seventeenth_and_twenty_seventh_of_thirty_steps_refresh() -> None:
     plan = QNCD().plan(law_of(euler(), 30))
     assert plan.refresh is not None
-    one_based = (plan.refresh.nonzero().flatten() + 1).tolist()
+    one_based = (plan.refresh.active.nonzero().flatten() + 1).tolist()
     assert one_based == [7, 17, 27]
     assert [k + 1 for k, note in enumerate(plan.explanations) if note == ASKS] == one_based
-    assert plan.stages == ("output",) and not plan.active.any()
+    assert plan.stages == ("refresh",) and not plan.active.any()
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 7, 10])
@@ -139,8 +138,8 @@ def test_an_interval_that_counts_no_steps_is_refused(interval: Any) -> None:
 
 
 def test_it_is_marked_as_calling_the_network() -> None:
-    assert QNCD.asks_again
-    assert not getattr(EpsilonScaling(), "asks_again", False)
+    assert "refresh" in QNCD.stages
+    assert "refresh" not in EpsilonScaling().stages
 
 
 def test_without_a_refresh_the_plan_is_the_identity_and_says_so() -> None:
@@ -187,10 +186,10 @@ def test_a_step_without_signal_is_left_out_and_says_why() -> None:
     assert law.alpha[0] == 0
     plan = EVERY_OTHER.plan(law)
     assert plan.refresh is not None
-    assert plan.refresh.tolist() == [False, False, True, False, True, False]
+    assert plan.refresh.active.tolist() == [False, False, True, False, True, False]
     assert plan.explanations[0].startswith("no refresh: the state holds no signal (sigma = 1")
     # The companion: with signal the same step does refresh.
-    assert bool(EVERY_OTHER.plan(law_of(euler(), 6)).refresh[0])  # type: ignore[index]
+    assert bool(EVERY_OTHER.plan(law_of(euler(), 6)).refresh.active[0])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +407,7 @@ def test_real_pipelines_make_one_more_call_per_refresh_and_branch(name: str) -> 
     calls.handle.remove()
     plan = evenkeel.summary(tiny.pipe).plan
     assert plan is not None and plan.refresh is not None
-    refreshes = int(plan.refresh.sum())
+    refreshes = int(plan.refresh.active.sum())
     assert refreshes in (1, 2)
     assert len(calls.rows) == PIPELINES[name] * (plan.law.steps + refreshes)
     assert len(set(calls.rows)) == 1
@@ -511,8 +510,7 @@ def test_hooks_of_others_do_not_see_the_second_call(sdxl: TinyPipeline) -> None:
 
 def test_it_combines_with_a_correction_of_another_stage_only(sdxl: TinyPipeline) -> None:
     both = Composite((QNCD(interval=2), EpsilonScaling()))
-    assert asking_part(both) == QNCD(interval=2)
-    assert asking_part(EpsilonScaling()) is None
+    assert both.stages == ("output", "refresh")
     evenkeel.apply(sdxl.pipe, both)
     with pytest.raises(Incompatible, match="both correct the output"):
         generate(sdxl, steps=4)
@@ -642,13 +640,13 @@ def test_another_noise_level_for_the_network_is_refused() -> None:
     class Telling:
         """A plan that also relabels."""
 
-        plan = plain_plan(law_of(euler(), 4), refresh=torch.tensor([True, False, False, False]))
+        plan = QNCD(interval=1).plan(law_of(euler(), 4))
 
     class Relabels:
         active = torch.tensor([True])
 
     object.__setattr__(Telling.plan, "relabel", Relabels())
-    requery._planner = Telling()
+    requery._corrector = Telling()  # type: ignore[assignment]
     with pytest.raises(Incompatible, match="another noise level"):
         host.sample(states(), 4)
 

@@ -17,9 +17,9 @@ from scipy.optimize import minimize_scalar
 from tiny_pipelines import ALL, TinyPipeline
 from torch import Tensor, nn
 
-from evenkeel.corrections.plan import Correction, digest_of, options_of, text_of
-from evenkeel.corrections.reconstruction import Reconstruction
-from evenkeel.corrections.tac import TAC, reconstruction_gain
+from evenkeel.corrections.base import Correction, digest_of, text_of
+from evenkeel.corrections.reconstruction import Reconstruction, reconstruction_gain
+from evenkeel.corrections.tac import TAC
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.fitting import calibrate, fit_readout
 from evenkeel.fitting.closed_loop.fit_tac import fit_tac
@@ -257,7 +257,7 @@ def test_names_references_options_digests() -> None:
         (False, True),
     ]
     assert all(isinstance(p, Correction) for p in parts)
-    assert options_of(both)["lambda_1"] == 0.1 and "threshold=0.5" in text_of(both)
+    assert both.options["lambda_1"] == 0.1 and "threshold=0.5" in text_of(both)
     moved = (
         replace(both, gain=gain + 1e-9),
         replace(both, bias=bias + 1e-6),

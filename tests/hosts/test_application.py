@@ -320,7 +320,7 @@ def test_a_correction_does_not_keep_the_pipeline_alive() -> None:
     object.__setattr__(tiny, "pipe", None)
     del pipe
     gc.collect()
-    assert installed(scheduler)[0]._pipeline() is None  # type: ignore[attr-defined]
+    assert installed(scheduler)[0].pipeline() is None  # type: ignore[attr-defined]
     assert quantized._forward_pre_hooks  # the guard stays, and is silent
 
 

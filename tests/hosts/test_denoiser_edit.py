@@ -15,10 +15,12 @@ from tiny_pipelines import ALL, TinyPipeline, generate
 from torch import Tensor, nn
 
 import evenkeel
+from evenkeel.corrections.base import Correction, Identity
 from evenkeel.corrections.composite import Composite
-from evenkeel.corrections.plan import Identity, OutputEdit, Relabel, SamplerPlan, plain_plan
+from evenkeel.corrections.plan import OutputEdit, Relabel, SamplerPlan, plain_plan
 from evenkeel.errors import Incompatible, UnsupportedPipeline, UnsupportedSampler
-from evenkeel.hosts.actuators.correcting import Corrector, heads_attached, interceptors_of
+from evenkeel.hosts.actuators.correcting import heads_attached, interceptors_of
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.denoiser_edit import DenoiserEdit
 from evenkeel.hosts.actuators.told_level import LevelTeller, argument_of
 from evenkeel.hosts.scheduler.interception import installed
@@ -28,15 +30,16 @@ STEPS = 3
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Correction):
     """A correction with a plan made by hand: step -> (told over own, scale); or an edit."""
 
     relabels: dict[int, tuple[float, float]] = field(default_factory=dict)
     edit: OutputEdit | None = None
-    acts_on_denoiser: bool = True
     steps: int = 0
-    name: str = "fixed"
-    references: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ("level", "branch", "output")
+    name = "fixed"
+    references = ()
+    made_for = None
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         del allow_range
@@ -245,7 +248,7 @@ def test_between_runs_and_in_copies_the_denoiser_is_itself() -> None:
 
 def test_neither_pipeline_nor_denoiser_is_kept_alive() -> None:
     tiny = ALL["dit"]()
-    edit = DenoiserEdit(Fixed(), tiny.pipe, tiny.model)
+    edit = DenoiserEdit(Corrector(Fixed(), tiny.pipe), tiny.model)
     object.__setattr__(tiny, "pipe", None)
     gc.collect()
     assert edit._denoiser is not None and edit._denoiser() is None
@@ -276,7 +279,7 @@ def test_only_corrections_that_say_so_get_the_hooks() -> None:
         return [type(i) for i in interceptors_of(correction, tiny.pipe, tiny.model)]
 
     assert kinds(Identity()) == [Corrector]
-    assert kinds(Fixed({}, acts_on_denoiser=False)) == [Corrector]
+    assert kinds(Fixed(stages=("output", "increment"))) == [Corrector]
     assert kinds(Fixed()) == [Corrector, DenoiserEdit]
     assert kinds(Composite((Identity(), Fixed()))) == [Corrector, DenoiserEdit]
     assert kinds(Composite((Identity(),))) == [Corrector]

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from evenkeel.corrections import TAC, StepbaQ
-from evenkeel.corrections.plan import digest_of
+from evenkeel.corrections.base import digest_of
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import EvenkeelError, Incompatible, RecordError
 from evenkeel.record import (
@@ -596,7 +596,7 @@ def closed_loop() -> ClosedLoop:
         relabel_time=False,
         source=source,
     )
-    return ClosedLoop(tac, stepbaq)
+    return ClosedLoop({"tac": tac, "stepbaq": stepbaq})
 
 
 def test_what_was_measured_in_closed_loop_travels_with_the_record(tmp_path: Path) -> None:

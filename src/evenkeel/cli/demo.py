@@ -11,6 +11,7 @@ from evenkeel.corrections import QDrift
 from evenkeel.fitting import calibrate, fit_readout, refit_branches
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.record import save
 from evenkeel.reports.save import save_results
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
@@ -50,7 +51,7 @@ def demo(
     record.save(out / "record.safetensors")
     refitted, _ = refit_branches(pipeline, quantized=quantized, **fitting)
     readout = fit_readout(pipeline, quantized=refitted, **fitting)
-    readout.save(out / "readout.safetensors")
+    save(readout, out / "readout.safetensors")
     prompts = sample_prompts(images, COMPARISON_SEED)
     comparison = compare(
         pipeline,

@@ -129,7 +129,7 @@ def add_readout(commands: Any) -> None:
 
 def _run_readout(options: argparse.Namespace) -> None:
     from evenkeel.fitting import fit_readout
-    from evenkeel.record.describe import describe_readout
+    from evenkeel.record import save
 
     pipeline, asked = _asked(options)
     readout = fit_readout(
@@ -138,9 +138,9 @@ def _run_readout(options: argparse.Namespace) -> None:
         head=options.head,
         **asked,
     )
-    readout.save(options.out)
+    save(readout, options.out)
     if options.json:
-        print(json.dumps({"record": str(options.out), **describe_readout(readout)}))
+        print(json.dumps({"record": str(options.out), **readout.description()}))
     else:
         print(readout)
         print(f"\nreadout: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
@@ -195,18 +195,20 @@ def _run_fold(options: argparse.Namespace) -> None:
     from evenkeel.errors import Incompatible
     from evenkeel.hosts.actuators.head_switch import fold
     from evenkeel.hosts.pipeline.pipelines import fingerprint
-    from evenkeel.record import Readout
+    from evenkeel.record import load_correction
 
-    readout = Readout.load(options.record)
+    readout = load_correction("readout", options.record)
     quantized = load_denoiser(options.quantized, load_pipeline(options.pipeline, options.dtype))
-    if fingerprint(quantized) != readout.provenance.quantized:
+    made_for, heads = readout.made_for, readout.heads
+    assert made_for is not None and heads is not None  # a readout has both
+    if fingerprint(quantized) != made_for.quantized:
         raise Incompatible(
             f"{options.record} was fitted for another quantized denoiser "
-            f"({readout.provenance.quantizer}, {readout.provenance.quantized})."
+            f"({made_for.quantizer}, {made_for.quantized})."
         )
-    fold(quantized, readout.table, readout.head)
+    fold(quantized, heads.table, heads.layer)
     save_denoiser(quantized, quantized, options.out)
-    found = {"quantized": str(options.out), "head": readout.head}
+    found = {"quantized": str(options.out), "head": heads.layer}
     print(json.dumps(found) if options.json else f"quantized denoiser: {options.out}")
 
 
@@ -218,11 +220,11 @@ def add_inspect(commands: Any) -> None:
 
 def _run_inspect(options: argparse.Namespace) -> None:
     from evenkeel.record import Record, load
-    from evenkeel.record.describe import describe, describe_readout, text
+    from evenkeel.record.describe import describe, text
 
     found = load(options.record)
     if isinstance(found, Record):
         description = describe(found)
         print(json.dumps(description) if options.json else text(description))
     else:
-        print(json.dumps(describe_readout(found)) if options.json else found)
+        print(json.dumps(found.description()) if options.json else found.report)

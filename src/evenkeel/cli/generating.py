@@ -126,10 +126,8 @@ def _run_compare(options: argparse.Namespace) -> None:
     pipeline, quantized, settings = loaded(options)
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
     law = law_of_run(pipeline, quantized, prompts[0], settings)
-    applying, others = applicable(chosen, law, allow_range="range" in options.allow)
-    # A readout changes the head; its plan of the sampler alone may well be empty.
-    chosen = {n: c for n, c in chosen.items() if n in applying or n.startswith("readout")}
-    reasons |= {n: why for n, why in others.items() if n not in chosen}
+    chosen, others = applicable(chosen, law, allow_range="range" in options.allow)
+    reasons |= others
     comparison = compare(
         pipeline,
         standard_arms(pipeline, quantized, chosen, allow=tuple(options.allow)),

@@ -90,32 +90,26 @@ def corrections(
         EvenkeelError: an unknown name, or a name that the files do not allow.
 
     """
-    from evenkeel.corrections import ALL, CLOSED_LOOP
+    from evenkeel.corrections.catalogue import ALL, FILE, available, root_of
     from evenkeel.errors import EvenkeelError
     from evenkeel.record import Record, load
 
-    known = (*ALL, *CLOSED_LOOP, "readout", "readout+drift")
     files = [load(path) for path in paths]
     records = [f for f in files if isinstance(f, Record)]
-    readouts = [f for f in files if not isinstance(f, Record)]
-    if len(records) > 1 or len(readouts) > 1:
+    measured = {f.name: f for f in files if not isinstance(f, Record)}
+    if len(records) > 1 or len(records) + len(measured) < len(files):
         raise EvenkeelError("give --record once per kind of file: one record, one readout.")
     record = records[0] if records else None
-    made: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
     if record is not None:
-        made, reasons = record.corrections()
-    if readouts:
-        made["readout"] = readouts[0]
-        if readouts[0].evidence is not None:
-            made["readout+drift"] = readouts[0].with_drift()
+        measured = {**record.closed_loop.corrections, **measured}
+    made, reasons = available(None if record is None else record.evidence, measured)
     if names is None:
         return made, reasons, record
     for name in names:
-        if name not in known:
-            raise EvenkeelError(f"no correction called {name}; there is {', '.join(known)}.")
+        if name not in ALL:
+            raise EvenkeelError(f"no correction called {name}; there is {', '.join(ALL)}.")
         if name not in made:
-            maker = "readout" if name.startswith("readout") else "calibrate"
+            maker = "readout" if root_of(name) == FILE else "calibrate"
             why = reasons.get(name) or (
                 f"it needs --record FILE, made by evenkeel {maker}; the files given allow "
                 f"{', '.join(made) or 'nothing'}."

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from evenkeel.comparing.generation import Arm as Arm
 from evenkeel.comparing.generation import check_corrections, generate
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_of

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from evenkeel.applying import applied
-from evenkeel.corrections.plan import Correction, digest_of
+from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.errors import MetricError, UnsupportedSampler
 from evenkeel.hosts.pipeline.pipelines import (
     Prompt,

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from evenkeel.applying import applied
 from evenkeel.comparing.generation import Arm
-from evenkeel.corrections.plan import Identity
+from evenkeel.corrections.base import Identity
 from evenkeel.errors import CalibrationError, EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout

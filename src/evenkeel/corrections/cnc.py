@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, Space, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan, plain_plan
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class CNC:
+class CNC(FromEvidence):
     """Undo the part of the error that is proportional to the full-precision output.
 
     With ``D = k e + d + r`` (regression over all pixels, per step):
@@ -38,21 +38,14 @@ class CNC:
 
     """
 
-    evidence: Evidence
+    name = "cnc"
+    references = ("DCNC + DNS, ICLR 2026 submission, Eqs. 8 and 14",)
+    stages = ("output",)
+
     per_channel: bool = False
     intercept: Literal["own", "none"] = "own"
     space: Space = "output"
     min_explained: float = 0.1
-
-    @property
-    def name(self) -> str:
-        """``cnc``."""
-        return "cnc"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper and its equations."""
-        return ("DCNC + DNS, ICLR 2026 submission, Eqs. 8 and 14",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output; see the class."""

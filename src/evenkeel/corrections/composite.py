@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from evenkeel.corrections.plan import (
-    STAGES,
-    Correction,
-    OutputEdit,
-    SamplerPlan,
-    digest_of,
-    plain_plan,
-    text_of,
-)
+from evenkeel.corrections.base import Correction, Heads, stages_of, text_of
+from evenkeel.corrections.plan import STAGES, SamplerPlan, plain_plan
 from evenkeel.errors import CalibrationError, Incompatible
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.provenance import Provenance
 
+# Three places at which the output is changed, and each time by the same error.
+_PLACE = {"branch": "output", "refresh": "output"}
 # All three make room for the variance of the same error.
 _ROOM = {"level", "increment", "noise"}
 
 
-@runtime_checkable
-class FollowsEdit(Protocol):
-    """A correction whose numbers depend on what is done to the output before it."""
-
-    def plan(
-        self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
-    ) -> SamplerPlan:
-        """As ``Correction.plan``, for outputs that ``edit`` has changed."""
-        ...
-
-
 @dataclass(frozen=True)
-class Composite:
+class Composite(Correction):
     """Corrections that act at different places of a step, together.
 
     They act in the order of ``STAGES`` whatever order they are given in: the level the network is told,
@@ -55,7 +39,7 @@ class Composite:
 
     """
 
-    parts: tuple[Correction, ...]
+    parts: tuple[Correction, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -77,19 +61,35 @@ class Composite:
         return {"parts": tuple(text_of(part) for part in self.parts)}
 
     @property
-    def source(self) -> object:
-        """Provenance of the first part that has one."""
-        found = [getattr(getattr(p, "evidence", p), "source", None) for p in self.parts]
-        return next((s for s in found if s is not None), None)
+    def stages(self) -> tuple[str, ...]:
+        """Of all parts."""
+        return stages_of(self.parts)
 
     @property
-    def acts_on_denoiser(self) -> bool:
-        """Whether some part acts inside the denoiser call."""
-        return any(getattr(part, "acts_on_denoiser", False) for part in self.parts)
+    def made_for(self) -> Provenance | None:
+        """Of the first part that was made for something."""
+        found = (part.made_for for part in self.parts)
+        return next((made_for for made_for in found if made_for is not None), None)
 
-    def content_digest(self) -> str:
-        """Tells any two composites apart."""
-        return hashlib.sha256(" ".join(map(digest_of, self.parts)).encode()).hexdigest()
+    @property
+    def heads(self) -> Heads | None:
+        """Of the part that changes the head.
+
+        Raises:
+            Incompatible: several do.
+
+        """
+        found = [part for part in self.parts if part.heads is not None]
+        if len(found) > 1:
+            raise Incompatible(
+                f"{found[0].name} and {found[1].name} both change the denoiser's head. Use one of them."
+            )
+        return found[0].heads if found else None
+
+    @property
+    def report(self) -> str:
+        """Of all parts that say something."""
+        return "\n".join(part.report for part in self.parts if part.report)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """All parts' plans in one.
@@ -105,15 +105,10 @@ class Composite:
         alone.sort(key=lambda pair: STAGES.index(pair[1].stages[0]))
         whole = plain_plan(law)
         for part, plan in alone:
-            if whole.edit is not None and isinstance(part, FollowsEdit) and _follows(part):
-                plan = part.plan(law, allow_range=allow_range, edit=whole.edit)
+            if whole.edit is not None:
+                plan = part.plan_after(law, whole.edit, allow_range=allow_range)
             whole = _merged(whole, plan)
         return whole
-
-
-def _follows(part: Any) -> bool:
-    """Structural typing looks at names only; the parameter decides."""
-    return "edit" in type(part).plan.__annotations__
 
 
 def _refuse_contradiction(
@@ -121,7 +116,8 @@ def _refuse_contradiction(
 ) -> None:
     (a, plan_a), (b, plan_b) = first, second
     measured_after = {text_of(a), text_of(b)} & {_along(a), _along(b)} - {""}
-    same = sorted(set(plan_a.stages) & set(plan_b.stages), key=STAGES.index)
+    places_a, places_b = ({_PLACE.get(s, s) for s in p.stages} for p in (plan_a, plan_b))
+    same = sorted(places_a & places_b, key=STAGES.index)
     if same and not measured_after:
         raise Incompatible(
             f"{a.name} and {b.name} both correct the {same[0]}: each takes off the same error, together "
@@ -137,8 +133,7 @@ def _refuse_contradiction(
 
 
 def _along(part: Correction) -> str:
-    source = getattr(getattr(part, "evidence", part), "source", None)
-    return str(getattr(source, "correction", ""))
+    return "" if part.made_for is None else part.made_for.correction
 
 
 def _merged(a: SamplerPlan, b: SamplerPlan) -> SamplerPlan:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.base import Correction, FromEvidence
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
+from evenkeel.statistics.provenance import Provenance
 
 NOTE = "the bootstrap interval of c includes 0"
 
 
 @dataclass(frozen=True)
-class Confident:
+class Confident(Correction):
     """A correction without the steps at which the bootstrap interval of c includes 0.
 
     Prompts, not pixels, are drawn again: pixels of one image share its content. Per step and channel,
@@ -43,25 +43,19 @@ class Confident:
 
     """
 
-    correction: Any
+    correction: FromEvidence
     level: float = 0.95
     resamples: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
-        evidence = getattr(self.correction, "evidence", None)
-        if evidence is None or evidence.prompts < 2:
+        known = isinstance(self.correction, FromEvidence)
+        if not known or self.correction.evidence.prompts < 2:
             raise CalibrationError(
                 f"expected a correction made from the evidence of at least two prompts; "
                 f"{self.correction.name} has "
-                + ("no evidence." if evidence is None else f"that of {evidence.prompts}.")
+                + (f"that of {self.correction.evidence.prompts}." if known else "no evidence.")
             )
-
-    @property
-    def evidence(self) -> Evidence:
-        """Of the correction: what was measured for another model, scheduler or guidance is refused."""
-        found: Evidence = self.correction.evidence
-        return found
 
     @property
     def name(self) -> str:
@@ -71,8 +65,22 @@ class Confident:
     @property
     def references(self) -> tuple[str, ...]:
         """Of the correction."""
-        found: tuple[str, ...] = self.correction.references
-        return found
+        return self.correction.references
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Of the correction."""
+        return self.correction.stages
+
+    @property
+    def made_for(self) -> Provenance | None:
+        """Of the correction: what was measured for another model, scheduler or guidance is refused."""
+        return self.correction.made_for
+
+    @property
+    def parts(self) -> tuple[Correction, ...]:
+        """The correction."""
+        return (self.correction,)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The correction's plan, with the sampler's own step where the prompts do not agree.
@@ -81,7 +89,7 @@ class Confident:
             CalibrationError: the plan does more than stretch steps.
 
         """
-        plan: SamplerPlan = self.correction.plan(law, allow_range=allow_range)
+        plan = self.correction.plan(law, allow_range=allow_range)
         more = [n for n in ("edit", "shift", "relabel", "refresh") if getattr(plan, n) is not None]
         if more:
             raise CalibrationError(
@@ -110,7 +118,9 @@ class Confident:
         )
 
 
-def resampled_factors(correction: Any, law: StepLaw, resamples: int = 200, seed: int = 0) -> Tensor:
+def resampled_factors(
+    correction: FromEvidence, law: StepLaw, resamples: int = 200, seed: int = 0
+) -> Tensor:
     """Factors 1 + c under resampling of prompts: (resamples, K, C); its quantiles are the band of c.
 
     The histogram is not kept per prompt, so the band is that of the untrimmed estimate.

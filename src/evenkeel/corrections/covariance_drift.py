@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.drift import DriftOptions, why_not
 from evenkeel.corrections.linear_run import LinearRun
 from evenkeel.corrections.plan import SamplerPlan, stretch_plan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.error_structure import step_correlation
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class CovarianceDrift:
+class CovarianceDrift(FromEvidence):
     """Stretch every step so that the state's variance is that of full precision, correlations included.
 
     Per channel, from the record alone: the network's linear response to its input is the slope of the
@@ -49,21 +49,14 @@ class CovarianceDrift:
 
     """
 
-    evidence: Evidence
+    name = "covariance-drift"
+    references = ("evenkeel, docs/drift.md",)
+    stages = ("increment",)
+
     see_gain: bool = True
     correlated: bool = True
     limit: float = 0.5
     min_explained: float = 0.1
-
-    @property
-    def name(self) -> str:
-        """``covariance-drift``."""
-        return "covariance-drift"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Derived here; docs/drift.md."""
-        return ("evenkeel, docs/drift.md",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """Factors 1 + c for one run; see the class.

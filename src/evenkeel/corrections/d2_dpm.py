@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from evenkeel.corrections.absorption import Absorption, Response, absorb
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, Space, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class D2DPM:
+class D2DPM(FromEvidence):
     """Dual denoising: deterministic (D-D2) or stochastic (S-D2).
 
     With (q, D) jointly Gaussian per step, ``mu(q) = m_D + a (q - m_q)``, ``a = S_qD / S_qq`` and
@@ -42,7 +42,9 @@ class D2DPM:
 
     """
 
-    evidence: Evidence
+    references = ("arXiv:2501.08180",)
+    stages = ("output", "increment", "noise")
+
     stochastic: bool = False
     per_channel: bool = True
     trim: float | None = None
@@ -55,11 +57,6 @@ class D2DPM:
     def name(self) -> str:
         """``d2-dpm`` or ``s-d2-dpm``."""
         return "s-d2-dpm" if self.stochastic else "d2-dpm"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("arXiv:2501.08180",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output and the factor on every injected noise; see the class."""

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.cnc import CNC
 from evenkeel.corrections.dns import robust_scale
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.residual import Estimator, ResidualShape
 
 
@@ -43,7 +43,7 @@ def diluted_kurtosis(excess_kurtosis: Tensor, strength: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DCNC:
+class DCNC(FromEvidence):
     """``q' = (q - d) / (1 + k) + W_u u`` with u uniform, zero mean, variance s_u^2 (Eq. 14).
 
     ``s_u^2 = s_o^2 sqrt(5 kappa / 6)``, kappa the excess kurtosis of the residual r of D = k e + d + r
@@ -66,7 +66,10 @@ class DCNC:
 
     """
 
-    evidence: Evidence
+    name = "dcnc"
+    references = ("DCNC + DNS, ICLR 2026 submission, Eqs. 8-14",)
+    stages = ("output",)
+
     strength: float = 0.2
     estimator: Estimator = "iqr"
     per_channel: bool = False
@@ -77,16 +80,6 @@ class DCNC:
     def __post_init__(self) -> None:
         if not self.strength >= 0:
             raise CalibrationError(f"strength (W_u) must be at least 0, got {self.strength}.")
-
-    @property
-    def name(self) -> str:
-        """``dcnc``."""
-        return "dcnc"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper and its equations."""
-        return ("DCNC + DNS, ICLR 2026 submission, Eqs. 8-14",)
 
     def uniform_std(self) -> Tensor:
         """(T, C) or (T, 1) standard deviation of u for residuals that are not divided by 1 + k."""

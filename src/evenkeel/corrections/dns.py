@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
+from evenkeel.corrections.drift import DriftOptions, DriftRule, DriftStep, plan_drift
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
@@ -61,7 +61,7 @@ def signal_to_aim_for(step: DriftStep, variance: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class DNS:
+class DNS(DriftRule):
     """Step further down, so that the error that the step injects brings the state up to its level.
 
     With y = x / alpha, the level before the step s, nominal next level s_next and error variance V:
@@ -95,23 +95,16 @@ class DNS:
 
     """
 
-    evidence: Evidence
+    name = "dns"
+    references = ("DCNC + DNS, ICLR 2026 submission, Eqs. 15-22 and Appendix A.3",)
+    stages = ("increment", "noise")
+
     variance: VarianceKind = "residual"
     estimator: Estimator = "std"
     per_channel: bool = False
     noise: Literal["kept", "published"] = "kept"
     units: Literal["epsilon", "published"] = "epsilon"
     min_explained: float = 0.1
-
-    @property
-    def name(self) -> str:
-        """``dns``."""
-        return "dns"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper and its equations."""
-        return ("DCNC + DNS, ICLR 2026 submission, Eqs. 15-22 and Appendix A.3",)
 
     def plan(
         self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None

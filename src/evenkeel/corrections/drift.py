@@ -8,6 +8,7 @@ nominal noise level again. They differ only in how the stretch is computed from 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan, stretch_plan
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.evidence import Evidence, VarianceKind
@@ -64,6 +66,22 @@ class DriftOptions:
     cap: bool = True
     correct_final_step: bool = False
     min_explained: float = 0.1
+
+
+class DriftRule(FromEvidence):
+    """Planned after an edit of the output, it makes room for what the edited outputs' error injects."""
+
+    @abstractmethod
+    def plan(
+        self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
+    ) -> SamplerPlan:
+        """Factors 1 + c for one run; ``edit``: of the outputs, in force below."""
+
+    def plan_after(
+        self, law: StepLaw, edit: OutputEdit, *, allow_range: bool = False
+    ) -> SamplerPlan:
+        """For the error of the edited outputs, so that nothing is counted twice."""
+        return self.plan(law, allow_range=allow_range, edit=edit)
 
 
 def plan_drift(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from evenkeel.corrections.base import Correction
 from evenkeel.corrections.noise_factor import noise_factor_plan
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError
@@ -13,7 +14,7 @@ from evenkeel.sampling.step_law import StepLaw
 
 
 @dataclass(frozen=True)
-class EpsilonScaling:
+class EpsilonScaling(Correction):
     """``eps' = eps / lambda``, the same lambda at every step; a baseline that needs no calibration.
 
     The paper scales by a line over the steps that is fitted per model; what people run (ComfyUI's
@@ -31,21 +32,16 @@ class EpsilonScaling:
 
     """
 
+    name = "epsilon-scaling"
+    references = ("arXiv:2308.15321, Eq. 14",)
+    stages = ("output",)
+    made_for = None
+
     factor: float = 1.005
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
             raise CalibrationError(f"factor (lambda) must be positive, got {self.factor}.")
-
-    @property
-    def name(self) -> str:
-        """``epsilon-scaling``."""
-        return "epsilon-scaling"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("arXiv:2308.15321, Eq. 14",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output; see the class."""

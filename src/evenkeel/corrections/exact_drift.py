@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
+from evenkeel.corrections.drift import DriftOptions, DriftRule, DriftStep, plan_drift
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class ExactDrift:
+class ExactDrift(DriftRule):
     """The variance-exact sibling of Q-Drift.
 
     Choose c so that after the step the drift and the injected variance together are at the nominal
@@ -36,22 +35,15 @@ class ExactDrift:
     Attributes: as for ``QDrift``. ``along="epsilon"`` is the only consistent direction and the default.
     """
 
-    evidence: Evidence
+    name = "exact-drift"
+    references = ("evenkeel, docs/drift.md",)
+    stages = ("increment",)
+
     per_channel: bool = True
     conditional: bool = True
     trim: float | None = None
     along: Literal["epsilon", "output"] = "epsilon"
     min_explained: float = 0.1
-
-    @property
-    def name(self) -> str:
-        """``exact-drift``."""
-        return "exact-drift"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Derived here; docs/drift.md."""
-        return ("evenkeel, docs/drift.md",)
 
     def plan(
         self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None

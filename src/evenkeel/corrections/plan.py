@@ -1,15 +1,10 @@
-"""What a correction asks of a sampler, step by step, and what every correction can do.
-
-A correction is fitted evidence plus a rule. ``plan(law)`` turns it into numbers for one sampling run;
-a host carries them out. Nothing here calls a network.
-"""
+"""What a correction asks of a sampler, step by step: data that a host carries out."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +12,9 @@ from torch import Tensor
 from evenkeel.sampling.step_law import StepLaw
 
 # In the order in which they act within a step: the level that the network is told, its head, its
-# output, the step's length, the noise it injects, the state after it.
-STAGES = ("level", "head", "output", "increment", "noise", "state")
+# output before and after guidance, a second call of it, the step's length, the noise it injects, the
+# state after it.
+STAGES = ("level", "head", "branch", "output", "refresh", "increment", "noise", "state")
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,28 @@ class Relabel:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """Ask the network of step k a second time, and take off what its answer shows (QNCD).
+
+    It is asked at ``keep x_next + spread n``, n ~ N(0, I), x_next the result of the step as it would be
+    without this: back at the noise level that the step started from.
+
+    Attributes:
+        active: (K,) bool.
+        keep, spread: (K,) float64.
+        per_image: one number per image, or one for the batch.
+        seed: of n; drawn anew for every image from this seed and the image's own first state.
+
+    """
+
+    active: Tensor
+    keep: Tensor
+    spread: Tensor
+    per_image: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class SamplerPlan:
     """What happens to step k of one run, beside the sampler's own arithmetic.
 
@@ -121,7 +139,7 @@ class SamplerPlan:
             trailing shape is that of one sample, with 1 where values are shared.
         edit: or None.
         relabel: or None.
-        refresh: (K,) bool, steps at which the network is asked a second time (QNCD), or None.
+        refresh: or None.
 
     """
 
@@ -136,7 +154,7 @@ class SamplerPlan:
     shift: Tensor | None = None
     edit: OutputEdit | None = None
     relabel: Relabel | None = None
-    refresh: Tensor | None = None
+    refresh: Refresh | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -148,9 +166,9 @@ class SamplerPlan:
         """Which of ``STAGES`` this plan changes."""
         found = set()
         if self.edit is not None and bool(self.edit.active.any()):
-            found.add("output")
-        if self.refresh is not None and bool(self.refresh.any()):
-            found.add("output")
+            found.add("output" if self.edit.branch is None else "branch")
+        if self.refresh is not None and bool(self.refresh.active.any()):
+            found.add("refresh")
         if self.relabel is not None and bool(self.relabel.active.any()):
             found.add("level")
         if bool(self.active.any()):
@@ -163,76 +181,6 @@ class SamplerPlan:
             if bool((self.factor != 1).any()) or (edited and not absorbs):
                 found.add("increment")
         return tuple(s for s in STAGES if s in found)
-
-
-@runtime_checkable
-class Correction(Protocol):
-    """Something that can be applied to a pipeline's sampler."""
-
-    @property
-    def name(self) -> str:
-        """As in tables and on the command line, for example ``q-drift``."""
-        ...
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Papers, with equation numbers."""
-        ...
-
-    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
-        """Numbers for one run.
-
-        Raises:
-            OutOfRange: a step's noise level was not calibrated and ``allow_range`` is False.
-            UnsupportedSampler: the run cannot be corrected this way.
-
-        """
-        ...
-
-
-def options_of(correction: Correction) -> dict[str, Any]:
-    """A correction's knobs by name, without the evidence it was fitted from."""
-    own = getattr(correction, "options", None)
-    if own is not None:
-        return dict(own)
-    if not is_dataclass(correction):
-        return {}
-    return {f.name: getattr(correction, f.name) for f in fields(correction) if f.name != "evidence"}
-
-
-def text_of(correction: Correction | None) -> str:
-    """Name and knobs on one line, "" for no correction."""
-    if correction is None:
-        return ""
-    knobs = (f"{k}={v!r}" for k, v in sorted(options_of(correction).items()))
-    return f"{correction.name}({', '.join(knobs)})"
-
-
-def digest_of(correction: Correction | None) -> str:
-    """Tells any two corrections apart: by name, knobs, the moments of their evidence, their tables."""
-    digest = hashlib.sha256(text_of(correction).encode())
-    content: Any = getattr(correction, "content_digest", None)
-    if content is not None:
-        digest.update(content().encode())
-    evidence = getattr(correction, "evidence", None)
-    moments = getattr(evidence, "moments", None)
-    if moments is not None:
-        for tensor in (moments.mean_e, moments.mean_d, moments.central):
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The correction that changes nothing, bit for bit."""
-
-    name: str = "identity"
-    references: tuple[str, ...] = ()
-
-    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
-        """Every step inactive."""
-        del allow_range
-        return plain_plan(law, ["identity"] * law.steps)
 
 
 def plain_plan(

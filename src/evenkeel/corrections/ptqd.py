@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.corrections.absorption import Absorption, Response, absorb
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
@@ -16,7 +17,7 @@ from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class PTQD:
+class PTQD(FromEvidence):
     """Correct the correlated part of the error, absorb the residual in stochastic samplers.
 
     With ``D = k e + d + r`` per step, k pooled over all elements, d per channel:
@@ -43,7 +44,10 @@ class PTQD:
 
     """
 
-    evidence: Evidence
+    name = "ptqd"
+    references = ("arXiv:2305.10657, Eqs. 6-13",)
+    stages = ("output", "increment", "noise")
+
     bias: Literal["intercept", "mean", "none"] = "intercept"
     clip_negative_gain: bool = False
     spread: Literal["pooled", "within"] = "pooled"
@@ -54,16 +58,6 @@ class PTQD:
     def released(cls, evidence: Evidence) -> PTQD:
         """As the authors' code computes it."""
         return cls(evidence, "mean", True, "within", "released", 0.0)
-
-    @property
-    def name(self) -> str:
-        """``ptqd``."""
-        return "ptqd"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("arXiv:2305.10657, Eqs. 6-13",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output and the factor on every injected noise; see the class."""

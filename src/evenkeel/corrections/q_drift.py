@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from evenkeel.corrections.drift import DriftOptions, DriftStep, plan_drift
+from evenkeel.corrections.drift import DriftOptions, DriftRule, DriftStep, plan_drift
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 # Samplers for which the paper writes V |ds| / (2 sigma) (Eq. 22) instead of the exact integral.
 _LEFT_POINT = (
@@ -25,7 +24,7 @@ _LEFT_POINT = (
 
 
 @dataclass(frozen=True)
-class QDrift:
+class QDrift(DriftRule):
     """Q-Drift for any linear sampler, from calibration evidence.
 
     With y = x / alpha, levels s = sigma / alpha and ``Var(dy) = sum_j (w[k,j] / alpha_next)^2 V_j``
@@ -62,7 +61,10 @@ class QDrift:
 
     """
 
-    evidence: Evidence
+    name = "q-drift"
+    references = ("arXiv:2603.18095, Eqs. 22-25 and 39",)
+    stages = ("increment",)
+
     per_channel: bool = True
     conditional: bool = True
     trim: float | None = None
@@ -79,16 +81,6 @@ class QDrift:
                 "the cap c <= s_next / |ds| is 0 on the last step, so final_step='paper' would do "
                 "nothing; pass cap=False with it."
             )
-
-    @property
-    def name(self) -> str:
-        """``q-drift``."""
-        return "q-drift"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper and its equations."""
-        return ("arXiv:2603.18095, Eqs. 22-25 and 39",)
 
     def plan(
         self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None

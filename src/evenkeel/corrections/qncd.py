@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from evenkeel.corrections.plan import SamplerPlan, plain_plan
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import Refresh, SamplerPlan, plain_plan
 from evenkeel.errors import CalibrationError, UnsupportedSampler
 from evenkeel.sampling.step_law import StepLaw
 
@@ -16,7 +16,7 @@ ASKS = "asks the network a second time"
 
 
 @dataclass(frozen=True)
-class QNCD:
+class QNCD(Correction):
     """Every ``interval`` steps, estimate a constant error of the predicted noise while sampling.
 
     At a refresh step, with y = x / alpha, s = sigma / alpha and a drawn n ~ N(0, I),
@@ -60,27 +60,20 @@ class QNCD:
 
     """
 
+    name = "qncd"
+    references = ("arXiv:2403.19140, inter quantization noise",)
+    stages = ("refresh",)
+    made_for = None
+
     interval: int = 10
     per_image: bool = True
     seed: int = 0
-
-    asks_again: ClassVar[bool] = True  # calls the denoiser beyond what the pipeline does
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, int) or self.interval < 1:
             raise CalibrationError(
                 f"interval must be a whole number of steps, at least 1; got {self.interval!r}."
             )
-
-    @property
-    def name(self) -> str:
-        """``qncd``."""
-        return "qncd"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("arXiv:2403.19140, inter quantization noise",)
 
     def due(self, steps: int) -> tuple[int, ...]:
         """Indices (from 0) at which a run of so many steps would refresh; never the last step."""
@@ -108,11 +101,15 @@ class QNCD:
                 f"QNCD can refresh nowhere in {law.steps} steps of {law.sampler}: {reasons}. Use "
                 f"another interval (now {self.interval}) or a sampler of one network call per step."
             )
-        refresh = torch.zeros(law.steps, dtype=torch.bool)
+        active = torch.zeros(law.steps, dtype=torch.bool)
+        keep, spread = torch.ones(2, law.steps, dtype=torch.float64)
         notes = [""] * law.steps
         for k, why in obstacles.items():
-            refresh[k] = not why
             notes[k] = f"no refresh: {why}" if why else ASKS
+            if not why:
+                active[k] = True
+                keep[k], spread[k] = renoising(law, k)
+        refresh = Refresh(active, keep, spread, self.per_image, self.seed)
         return plain_plan(law, notes, refresh=refresh)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.cnc import CNC
 from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.dns import DNS
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class SelfConsistent:
+class SelfConsistent(FromEvidence):
     """Divide the output by 1 + k, then stretch for the variance that this division leaves.
 
     ``D = k e + d + r`` per step. After ``q' = (q - d) / (1 + k)`` the error has variance
@@ -36,19 +36,12 @@ class SelfConsistent:
 
     """
 
-    evidence: Evidence
+    name = "self-consistent"
+    references = ("evenkeel, docs/drift.md",)
+    stages = ("output", "increment")
+
     per_channel: bool = True
     min_explained: float = 0.1
-
-    @property
-    def name(self) -> str:
-        """``self-consistent``."""
-        return "self-consistent"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Derived here; docs/drift.md."""
-        return ("evenkeel, docs/drift.md",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """Edits and factors for one run; see the class."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.base import Correction, Tables
 from evenkeel.corrections.drift import DriftOptions, why_not
 from evenkeel.corrections.plan import OutputEdit, Relabel, SamplerPlan, plain_plan, stretch_plan
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.sampling.prediction import epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.statistics.evidence import SAME_LEVEL, log_snr
+from evenkeel.statistics.evidence import SAME_LEVEL, same_levels
+from evenkeel.statistics.provenance import Provenance
 
 _FLOW = "flow_prediction"
 # The last step may be stretched: it goes from the higher level to the clean image.
@@ -39,7 +40,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class StepbaQ:
+class StepbaQ(Correction):
     """Tell the network the noise level that the state has with its error, and step down from there.
 
     The error that a state has collected counts as noise. With y = x / alpha, s = sigma / alpha, and
@@ -86,6 +87,10 @@ class StepbaQ:
 
     """
 
+    name = "stepbaq"
+    references = ("StepbaQ, NeurIPS 2024 (written from the paper; its code is not public)",)
+    stages = ("level", "output", "increment", "state")
+
     alpha: Array
     sigma: Array
     mean: Tensor
@@ -93,7 +98,7 @@ class StepbaQ:
     training: Array | None
     round_to_training: Literal["nearest"] | None = "nearest"
     relabel_time: bool = True
-    source: object = None
+    source: Provenance | None = None
 
     def __post_init__(self) -> None:
         steps = len(self.alpha)
@@ -119,33 +124,29 @@ class StepbaQ:
             )
 
     @property
-    def name(self) -> str:
-        """``stepbaq``."""
-        return "stepbaq"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("StepbaQ, NeurIPS 2024 (written from the paper; its code is not public)",)
-
-    @property
     def options(self) -> dict[str, Any]:
         """The knobs, without what was measured."""
         return {"round_to_training": self.round_to_training, "relabel_time": self.relabel_time}
 
     @property
-    def acts_on_denoiser(self) -> bool:
-        """True: it changes what the network is told."""
-        return True
+    def made_for(self) -> Provenance | None:
+        """Provenance of the fit."""
+        return self.source
 
-    def content_digest(self) -> str:
-        """Tells any two fits apart."""
-        digest = hashlib.sha256()
-        for tensor in (self.mean, self.variance):
-            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-        for levels in (self.alpha, self.sigma, self.training):
-            digest.update(b"none" if levels is None else np.asarray(levels, np.float64).tobytes())
-        return digest.hexdigest()
+    def tables(self) -> Tables:
+        """What was measured; the levels are those of the run it was made for."""
+        tensors = {"mean": self.mean, "variance": self.variance}
+        if self.training is not None:
+            tensors["training"] = torch.from_numpy(self.training.copy())
+        return Tables(self.options, tensors)
+
+    @classmethod
+    def from_tables(cls, tables: Tables, made_for: Provenance) -> StepbaQ:
+        """See ``Correction``."""
+        mean, variance = tables.tensors["mean"], tables.tensors["variance"]
+        training = tables.tensors.get("training")
+        levels = None if training is None else training.numpy()
+        return cls(*made_for.levels, mean, variance, levels, **tables.described, source=made_for)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """Level, scale, output edit, stretch and mean of every step.
@@ -155,7 +156,7 @@ class StepbaQ:
                 ``allow_range`` is False (else nothing is changed).
 
         """
-        if not self._is_fitted_for(law):
+        if not same_levels(law, self.alpha, self.sigma):
             if allow_range:
                 return plain_plan(
                     law, ["the error was measured along another schedule"] * law.steps
@@ -195,12 +196,6 @@ class StepbaQ:
             edit=edit if bool(edit.active.any()) else None,
             relabel=Relabel(timestep, scale, active) if bool(active.any()) else None,
         )
-
-    def _is_fitted_for(self, law: StepLaw) -> bool:
-        if len(self.alpha) != law.steps:
-            return False
-        known, wanted = log_snr(self.alpha, self.sigma), log_snr(law.alpha[:-1], law.sigma[:-1])
-        return bool(np.abs(known - wanted).max() <= SAME_LEVEL)
 
     def _told(self, law: StepLaw, k: int) -> tuple[Told | None, str]:
         """The level of step k, or None and why it keeps its own."""

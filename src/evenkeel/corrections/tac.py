@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenkeel.corrections.base import Correction, Tables
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan, plain_plan
 from evenkeel.corrections.reconstruction import GainSums, Reconstruction
-from evenkeel.corrections.reconstruction import reconstruction_gain as reconstruction_gain
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.statistics.evidence import SAME_LEVEL, Evidence, log_snr
+from evenkeel.statistics.evidence import SAME_LEVEL, Evidence, log_snr, same_levels
+from evenkeel.statistics.provenance import Provenance
 
 LIMITS = (0.5, 1.5)  # of K: beyond them the two outputs have little to do with each other
 
@@ -26,7 +26,7 @@ def limited(gain: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TAC:
+class TAC(Correction):
     """Timestep-aware correction: noise estimation reconstruction (NER), then input bias correction (IBC).
 
     Every model output is multiplied by K, per step and channel, and every state has the mean state
@@ -64,7 +64,7 @@ class TAC:
     bias: Tensor | None
     branch: int | None = None
     reconstruction: Reconstruction | None = None
-    source: object = None
+    source: Provenance | None = None
 
     def __post_init__(self) -> None:
         parts = [p for p in (self.gain, self.bias) if p is not None]
@@ -131,9 +131,16 @@ class TAC:
         return (f"TAC-Diffusion, ECCV 2024, Eqs. {', '.join(equations)}",)
 
     @property
-    def acts_on_denoiser(self) -> bool:
-        """Whether K acts before guidance."""
-        return self.branch is not None
+    def stages(self) -> tuple[str, ...]:
+        """K acts on the output, before guidance if it has a branch; B on the state."""
+        output = "output" if self.branch is None else "branch"
+        acting = {output: self.gain, "state": self.bias}
+        return tuple(stage for stage, part in acting.items() if part is not None)
+
+    @property
+    def made_for(self) -> Provenance | None:
+        """Provenance of the fit."""
+        return self.source
 
     @property
     def options(self) -> dict[str, Any]:
@@ -141,14 +148,22 @@ class TAC:
         found = {} if self.reconstruction is None else asdict(self.reconstruction)
         return {"branch": self.branch, **found}
 
-    def content_digest(self) -> str:
-        """Tells any two fits apart."""
-        digest = hashlib.sha256()
-        for part in (self.gain, self.bias):
-            digest.update(b"none" if part is None else part.cpu().contiguous().numpy().tobytes())
-        for levels in (self.alpha, self.sigma):
-            digest.update(np.ascontiguousarray(levels, dtype=np.float64).tobytes())
-        return digest.hexdigest()
+    def tables(self) -> Tables:
+        """K and B; the levels are those of the run they were made for."""
+        rule = None if self.reconstruction is None else asdict(self.reconstruction)
+        tensors = {"gain": self.gain, "bias": self.bias}
+        return Tables(
+            {"branch": self.branch, "reconstruction": rule},
+            {name: t for name, t in tensors.items() if t is not None},
+        )
+
+    @classmethod
+    def from_tables(cls, tables: Tables, made_for: Provenance) -> TAC:
+        """See ``Correction``."""
+        gain, bias = (tables.tensors.get(name) for name in ("gain", "bias"))
+        branch, rule = tables.described["branch"], tables.described["reconstruction"]
+        reconstruction = None if rule is None else Reconstruction(**rule)
+        return cls(*made_for.levels, gain, bias, branch, reconstruction, made_for)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """K at the levels of the run, and the same B at the same steps.
@@ -161,7 +176,7 @@ class TAC:
         parts: dict[str, Any] = {}
         notes = [""] * law.steps
         if self.bias is not None:
-            if not self._is_fitted_for(law):
+            if not same_levels(law, self.alpha, self.sigma):
                 raise OutOfRange(
                     f"the input bias was measured at {len(self.alpha)} noise levels, this run has "
                     f"{law.steps}, and not the same. Fit it with this number of steps and this "
@@ -183,15 +198,9 @@ class TAC:
             parts["edit"] = OutputEdit.of(limited(gain), branch=self.branch)
         return plain_plan(law, notes, **parts)
 
-    def _is_fitted_for(self, law: StepLaw) -> bool:
-        if len(self.alpha) != law.steps:
-            return False
-        known, wanted = log_snr(self.alpha, self.sigma), log_snr(law.alpha[:-1], law.sigma[:-1])
-        return bool(np.abs(known - wanted).max() <= SAME_LEVEL)
-
     def _gain_at(self, law: StepLaw, gain: Tensor) -> tuple[Tensor, Array]:
         """(K, C) at the levels of ``law``, linear in log-SNR, 1 outside; and which are outside."""
-        if self._is_fitted_for(law):
+        if same_levels(law, self.alpha, self.sigma):
             return gain.double(), np.zeros(law.steps, dtype=bool)
         known, wanted = log_snr(self.alpha, self.sigma), log_snr(law.alpha[:-1], law.sigma[:-1])
         order = np.argsort(known, kind="stable")

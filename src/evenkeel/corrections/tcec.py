@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan, plain_plan
 from evenkeel.errors import CalibrationError, UnsupportedSampler
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
-class TCEC:
+class TCEC(FromEvidence):
     """Timestep-channel error correction with a window of 0 or 1 steps.
 
     How faithful: the paper's body was not available and no code was released; this follows what
@@ -41,7 +41,9 @@ class TCEC:
 
     """
 
-    evidence: Evidence
+    references = ("arXiv:2508.12094 (reconstruction)",)
+    stages = ("output", "increment")
+
     window: int = 0
     per_channel: bool = True
     min_explained: float = 0.1
@@ -54,11 +56,6 @@ class TCEC:
     def name(self) -> str:
         """``tcec``."""
         return "tcec" if self.window == 0 else "tcec-window-1"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper; reconstructed."""
-        return ("arXiv:2508.12094 (reconstruction)",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output, and for window 1 what the step before left; see the class.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from evenkeel.corrections.base import Correction
 from evenkeel.corrections.noise_factor import noise_factor_plan
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError
@@ -13,7 +14,7 @@ from evenkeel.sampling.step_law import StepLaw
 
 
 @dataclass(frozen=True)
-class TemporalScoreRescaling:
+class TemporalScoreRescaling(Correction):
     """``eps' = r eps`` with ``r = (snr s^2 + 1) / (snr s^2 / k + 1)``, ``snr = (alpha / sigma)^2``.
 
     Exact for Gaussian data of variance s^2 sampled at variance s^2 / k. A baseline that needs no
@@ -29,22 +30,17 @@ class TemporalScoreRescaling:
 
     """
 
+    name = "tsr"
+    references = ("arXiv:2510.01184, Eq. 6",)
+    stages = ("output",)
+    made_for = None
+
     k: float = 0.95
     std: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.k > 0 and self.std > 0):
             raise CalibrationError(f"k and std must be positive, got k={self.k}, std={self.std}.")
-
-    @property
-    def name(self) -> str:
-        """``tsr``."""
-        return "tsr"
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The paper."""
-        return ("arXiv:2510.01184, Eq. 6",)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output; see the class."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evenkeel.corrections.plan import text_of
+from evenkeel.corrections.base import text_of
 from evenkeel.fitting.request import Settings
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import (

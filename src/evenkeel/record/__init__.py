@@ -1,8 +1,8 @@
 """The record: one small, safe file that holds what a calibration measured and what it was made for."""
 
-from evenkeel.record.load import load as load
-from evenkeel.record.readout import HeadFit as HeadFit
-from evenkeel.record.readout import Readout as Readout
+from evenkeel.record.correction_file import load as load
+from evenkeel.record.correction_file import load_correction as load_correction
+from evenkeel.record.correction_file import save as save
 from evenkeel.record.record import SCHEMA_VERSION as SCHEMA_VERSION
 from evenkeel.record.record import Record as Record
 from evenkeel.record.record import canonical_order as canonical_order

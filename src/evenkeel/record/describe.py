@@ -10,7 +10,7 @@ import torch
 
 from evenkeel.corrections.confident import resampled_factors
 from evenkeel.corrections.q_drift import QDrift
-from evenkeel.record import Readout, Record
+from evenkeel.record import Record
 
 
 def describe(record: Record, *, resamples: int = 200) -> dict[str, Any]:
@@ -62,18 +62,6 @@ def describe(record: Record, *, resamples: int = 200) -> dict[str, Any]:
         "error_spectrum": None if spectrum is None else spectrum.tolist(),
         "noise_floor": record.noise_floor.tolist(),
         "provenance": asdict(record.provenance),
-    }
-
-
-def describe_readout(readout: Readout) -> dict[str, Any]:
-    """Per denoiser call: penalty, error left on held-out prompts with its bound, why it is left alone."""
-    return {
-        "head": readout.head,
-        "form": readout.form,
-        "quantizer": readout.provenance.quantizer,
-        "changed": readout.accepted,
-        "steps": [asdict(fit) for fit in readout.fits],
-        "provenance": asdict(readout.provenance),
     }
 
 

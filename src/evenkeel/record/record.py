@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evenkeel.corrections.catalogue import CLOSED_LOOP, from_evidence
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.catalogue import available
 from evenkeel.errors import Incompatible, RecordError
 from evenkeel.record.closed_loop import PREFIX, ClosedLoop
-from evenkeel.record.schema import FRAME, LAW, MOMENTS, check_record
+from evenkeel.record.schema import FRAME, LAW, check_record
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.histogram import UNIT, ErrorHistogram, Frame
-from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.moments import MOMENTS, PairedMoments
 from evenkeel.statistics.provenance import Provenance, differences
 from evenkeel.statistics.residual import ResidualHistogram
 from evenkeel.storage import Kind, read_tensors, write_tensors
@@ -71,7 +71,7 @@ class Record:
     noise_floor: Tensor
     law: StepLaw | None = None
     residual: ResidualHistogram | None = None
-    closed_loop: ClosedLoop = ClosedLoop()  # noqa: RUF009  frozen
+    closed_loop: ClosedLoop = field(default_factory=ClosedLoop)
 
     @property
     def prompts(self) -> int:
@@ -94,15 +94,7 @@ class Record:
 
     def corrections(self) -> tuple[dict[str, Correction], dict[str, str]]:
         """Every correction that this record allows, by name, and for the others the reason why not."""
-        made, reasons = from_evidence(self.evidence)
-        made |= self.closed_loop.corrections
-        reasons |= {
-            name: "measured in closed loop, which this record does not hold: calibrate with "
-            "closed_loop=True (--closed-loop)"
-            for name in CLOSED_LOOP
-            if name not in made
-        }
-        return made, reasons
+        return available(self.evidence, self.closed_loop.corrections)
 
     def step_correlation(self) -> Tensor:
         """(T, T) correlation of the error between steps; variance-based methods assume identity."""

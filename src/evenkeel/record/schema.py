@@ -10,12 +10,11 @@ from torch import Tensor
 
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.histogram import BINS, Frame
-from evenkeel.statistics.moments import ORDERS, PairedMoments
+from evenkeel.statistics.moments import moments_schema
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.statistics.residual import RESIDUAL_BINS
 from evenkeel.storage import Number, Tensors, check_json, check_tensors
 
-MOMENTS = tuple(f.name for f in fields(PairedMoments) if f.name != "count")
 FRAME = tuple(f.name for f in fields(Frame))
 LAW = tuple(f.name for f in fields(StepLaw) if f.name not in ("sampler", "prediction"))
 LAYOUT = dict.fromkeys(("ndim", "axis", "channels", "patch"), int)
@@ -40,13 +39,6 @@ def check_provenance(p: Provenance, steps: int) -> None:
     for values in (p.timesteps, p.alpha, p.sigma):
         if len(values) != steps:
             raise ValueError(f"expected {steps} timesteps and levels, found {values}")
-
-
-def moments_schema(prefix: str = "moments.", *, optional: bool = False) -> dict[str, Tensors]:
-    """Of P prompts, T steps and C channels."""
-    wanted = {n: Tensors(torch.float64, ("P", "T", "C"), optional=optional) for n in MOMENTS}
-    wanted["central"] = replace(wanted["central"], shape=("P", "T", "C", len(ORDERS)))
-    return {prefix + n: w for n, w in wanted.items()}
 
 
 def check_record(p: Provenance, tensors: dict[str, Tensor]) -> None:

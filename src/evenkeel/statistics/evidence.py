@@ -15,6 +15,7 @@ from evenkeel.sampling.prediction import epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.histogram import ErrorHistogram
 from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.provenance import Provenance
 from evenkeel.statistics.residual import ResidualHistogram
 from evenkeel.statistics.second_order import SecondOrder
 
@@ -28,6 +29,14 @@ def log_snr(alpha: Array, sigma: Array) -> Array:
     with np.errstate(divide="ignore"):
         ratio = np.log(np.asarray(alpha)) - np.log(np.asarray(sigma))
     return np.asarray(np.clip(ratio, -LOG_SNR_LIMIT, LOG_SNR_LIMIT))
+
+
+def same_levels(law: StepLaw, alpha: Array, sigma: Array) -> bool:
+    """Whether a run's steps start at exactly these noise levels, in this order."""
+    if len(alpha) != law.steps:
+        return False
+    known, wanted = log_snr(alpha, sigma), log_snr(law.alpha[:-1], law.sigma[:-1])
+    return bool(np.abs(known - wanted).max() <= SAME_LEVEL)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Evidence:
     sigma: Array
     moments: PairedMoments
     histogram: ErrorHistogram | None = None
-    source: object = None
+    source: Provenance | None = None
     residual: ResidualHistogram | None = None
     gram: Tensor | None = None
 

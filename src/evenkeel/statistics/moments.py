@@ -8,12 +8,13 @@ input, ``x`` that input. One row of moments describes one prompt, one step, one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.storage.schema import Tensors
 
 # Joint central moments S_ij = sum (e - mean e)^i (D - mean D)^j, orders 2 to 4.
 ORDERS: tuple[tuple[int, int], ...] = tuple((n - j, j) for n in (2, 3, 4) for j in range(n + 1))
@@ -152,6 +153,17 @@ class PairedMoments:
     def __add__(self, other: PairedMoments) -> PairedMoments:
         """The moments of the union of two disjoint sets of elements."""
         return concatenate([self.map(_leading), other.map(_leading)]).pooled(0)
+
+
+# What a file holds; the count follows from the latents' size.
+MOMENTS = tuple(f.name for f in fields(PairedMoments) if f.name != "count")
+
+
+def moments_schema(prefix: str = "moments.", *, optional: bool = False) -> dict[str, Tensors]:
+    """How a file holds the moments of P prompts, T steps and C channels."""
+    wanted = {n: Tensors(torch.float64, ("P", "T", "C"), optional=optional) for n in MOMENTS}
+    wanted["central"] = replace(wanted["central"], shape=("P", "T", "C", len(ORDERS)))
+    return {prefix + n: w for n, w in wanted.items()}
 
 
 def _leading(t: Tensor) -> Tensor:

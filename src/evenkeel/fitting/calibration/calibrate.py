@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.calibration.batch import calibrate_batch, with_noise_floor
 from evenkeel.fitting.calibration.parts import (
@@ -165,7 +165,9 @@ def calibrate(
             call=call,
             progress=progress,
         )
-        fitted = ClosedLoop(fit_tac(pipeline, **asked), fit_stepbaq(pipeline, **asked))
+        fitted = ClosedLoop(
+            {"tac": fit_tac(pipeline, **asked), "stepbaq": fit_stepbaq(pipeline, **asked)}
+        )
         record = replace(record, closed_loop=fitted)
     return record
 

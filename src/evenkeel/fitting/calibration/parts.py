@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evenkeel.corrections.plan import digest_of
+from evenkeel.corrections.base import digest_of
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.request import Settings
 from evenkeel.hosts.pipeline.pipelines import Prompt

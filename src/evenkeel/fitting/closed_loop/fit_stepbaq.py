@@ -22,6 +22,7 @@ from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_of, quiet
 from evenkeel.hosts.pipeline.strand import Finished
 from evenkeel.sampling.step_law import Array, StepLaw
+from evenkeel.statistics.provenance import Provenance
 
 
 def fit_stepbaq(
@@ -123,7 +124,7 @@ class _Fit:
         self._training: Array | None = None
         self._plan: SamplerPlan | None = None
 
-    def correction(self, levels: tuple[Array, Array], source: object = None) -> StepbaQ:
+    def correction(self, levels: tuple[Array, Array], source: Provenance | None = None) -> StepbaQ:
         """Of the steps so far; later ones have no error yet."""
         missing = len(levels[0]) - len(self._means)
         means = [*self._means, *[torch.zeros_like(self._means[0])] * missing]

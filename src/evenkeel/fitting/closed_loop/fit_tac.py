@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from evenkeel.corrections.plan import Correction, OutputEdit
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import OutputEdit
 from evenkeel.corrections.reconstruction import GainSums, Reconstruction
 from evenkeel.corrections.tac import TAC, limited
 from evenkeel.errors import CalibrationError

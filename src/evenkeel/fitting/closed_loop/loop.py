@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.lockstep.paused_call import PausedCall, global_noise_kept
 from evenkeel.fitting.provenance import provenance_of

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.corrections.plan import Correction
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.request import Settings
-from evenkeel.hosts.actuators.correcting import ON_DENOISER, heads_attached, interceptors_of
+from evenkeel.hosts.actuators.correcting import heads_attached, interceptors_of
 from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_name, run_pipeline
 from evenkeel.hosts.pipeline.strand import Strand
 from evenkeel.hosts.scheduler.interception import Interceptor, install, uninstall
@@ -62,8 +62,8 @@ class PausedCall(Interceptor):
             self._below = interceptors_of(correction, self._shell, denoiser, **options)
         # We see what the others made; what changes the denoiser for the next step does so after our
         # stop, when this call is about to use it.
-        makers = [i for i in self._below if not isinstance(i, ON_DENOISER)]
-        others = [i for i in self._below if isinstance(i, ON_DENOISER)]
+        makers = [i for i in self._below if not i.on_denoiser]
+        others = [i for i in self._below if i.on_denoiser]
         install(self._shell.scheduler, *makers, self, *others)
         self.strand = Strand(lambda _: self._body())
 

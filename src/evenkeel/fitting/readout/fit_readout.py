@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evenkeel.corrections.readout import FORMS, Readout
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.readout.run import HeadRun
 from evenkeel.fitting.readout.strategies import Fixed, PerStep, Shared, Solved
@@ -23,7 +24,6 @@ from evenkeel.hosts.pipeline.pipelines import (
     Prompt,
     quiet,
 )
-from evenkeel.record.readout import FORMS, Readout
 
 
 def fit_readout(
@@ -70,7 +70,7 @@ def fit_readout(
         progress: show a bar.
 
     Returns:
-        The readout; ``evenkeel.apply(pipe, readout)`` uses it, ``readout.save(path)`` keeps it.
+        The readout; ``evenkeel.apply(pipe, readout)`` uses it, ``evenkeel.save(readout, path)`` keeps it.
 
     Raises:
         CalibrationError: no prompts, identical twins, non-finite outputs.

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from evenkeel.record.readout import HeadFit
+from evenkeel.corrections.readout import HeadFit
 from evenkeel.statistics.normal_equations import (
     CHUNK,
     NormalEquations,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from evenkeel.corrections.head_table import HeadTable
+from evenkeel.corrections.readout import HeadFit, Readout
 from evenkeel.fitting.lockstep.lockstep_batch import Batch
 from evenkeel.fitting.provenance import provenance_of
 from evenkeel.fitting.readout.solve import CallFit, Judge, new_folds, take_in
 from evenkeel.record import Provenance
-from evenkeel.record.readout import HeadFit, Readout
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.normal_equations import NormalEquations

@@ -1,174 +1,58 @@
-"""Carry a correction's plan out, step by step, inside a scheduler."""
+"""Who carries out which stage of a correction."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from evenkeel.corrections.plan import Correction, SamplerPlan
-from evenkeel.errors import UnsupportedSampler
-from evenkeel.hosts.actuators.denoiser_edit import DenoiserEdit, acts_on_denoiser
+from evenkeel.corrections.base import Correction, refuse_foreign
+from evenkeel.hosts.actuators.corrector import Corrector
+from evenkeel.hosts.actuators.denoiser_edit import DenoiserEdit
 from evenkeel.hosts.actuators.head_switch import HeadSwitch
-from evenkeel.hosts.actuators.requery import Requery, asking_part
-from evenkeel.hosts.actuators.step_change import ImageNoise, StepChange
-from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
+from evenkeel.hosts.actuators.requery import Requery
 from evenkeel.hosts.scheduler.interception import Interceptor
-from evenkeel.hosts.scheduler.probing import probe_scheduler
-from evenkeel.hosts.scheduler.tape import steering, step_index
-from evenkeel.record.readout import Readout
 
-Check = Callable[[Any], None]
-# They change the denoiser itself while a correction is applied, and give it back.
-ON_DENOISER = (HeadSwitch, DenoiserEdit)
-
-
-@contextmanager
-def heads_attached(interceptors: Sequence[Interceptor]) -> Iterator[None]:
-    """Inside, those of ``interceptors`` that change the denoiser (its head, its calls) do so."""
-    switches = [i for i in interceptors if isinstance(i, ON_DENOISER)]
-    for switch in switches:
-        switch.attach()
-    try:
-        yield
-    finally:
-        for switch in switches:
-            switch.detach()
+Carrier = Callable[[Corrector, nn.Module], Interceptor]
+# The other stages are the sampler's own, and the corrector's. After it, in this order.
+CARRIERS: dict[str, Carrier] = {
+    "refresh": Requery,
+    "head": HeadSwitch.of,
+    "level": DenoiserEdit,
+    "branch": DenoiserEdit,
+}
 
 
 def interceptors_of(
     correction: Correction, pipeline: Any, denoiser: nn.Module, **options: Any
 ) -> list[Interceptor]:
-    """Everything that carries ``correction`` out: its sampler part and, if it has one, its head."""
-    corrector = Corrector(correction, pipeline, **options)
-    found: list[Interceptor] = [corrector]
-    asking = asking_part(correction)
-    if asking is not None:
-        found.append(Requery(corrector, denoiser, asking))
-    if isinstance(correction, Readout):
-        found.append(
-            HeadSwitch(
-                correction.table,
-                denoiser,
-                correction.head,
-                allow_range=options.get("allow_range", False),
-            )
-        )
-    if acts_on_denoiser(correction):
-        kept = {k: v for k, v in options.items() if k in ("layout", "allow_range")}
-        found.append(DenoiserEdit(correction, pipeline, denoiser, **kept))
-    return found
+    """Everything that carries ``correction`` out, the corrector of the sampler's step first.
 
+    Args:
+        correction: whose ``stages`` decide.
+        pipeline: that samples.
+        denoiser: of it.
+        options: as of ``Corrector``.
 
-class Corrector(Interceptor):
-    """Applies one correction.
+    Raises:
+        Incompatible: no correction, or one that does not fit this denoiser.
 
-    The plan is made at the first step of a run, when eta and the first index are known, and kept for
-    later runs with the same schedule.
-
-    An identity plan leaves every tensor untouched: not even a cast.
     """
+    refuse_foreign(correction)
+    corrector = Corrector(correction, pipeline, **options)
+    carriers = dict.fromkeys(c for stage, c in CARRIERS.items() if stage in correction.stages)
+    return [corrector, *(carrier(corrector, denoiser) for carrier in carriers)]
 
-    def __init__(
-        self,
-        correction: Correction,
-        pipeline: Any,
-        *,
-        layout: LatentLayout | None = None,
-        allow_range: bool = False,
-        check: Check | None = None,
-    ) -> None:
-        self.correction = correction
-        self.layout = layout
-        self.allow_range = allow_range
-        self.plan: SamplerPlan | None = None
-        self._pipeline = weakref.ref(pipeline)
-        self._check = check
-        self._plans: dict[tuple[Any, ...], SamplerPlan] = {}
-        self._prepared: dict[torch.device, list[StepChange]] = {}
-        self._steps: list[StepChange] = []
-        self._wide = False
-        self._lags = 0
-        self._noise: ImageNoise | None = None
-        self._index = -1
-        self._samples: list[Tensor] = []
-        self._outputs: list[Tensor] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A weak reference can be neither copied nor pickled; a copied scheduler lives without it.
-        return {**self.__dict__, "_pipeline": None, "_check": None}
-
-    def begin(self, scheduler: Any) -> None:
-        self._index = -1
-        self._forget()
-
-    def wide(self) -> bool:
-        return self._wide
-
-    def before(
-        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        if self._index < 0 or self._index + 1 >= len(self._steps):
-            self._start(scheduler, timestep, sample, steering(kwargs))
-        self._index += 1
-
-    def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
-        change = self._steps[self._index].edit
-        if change is None:
-            return output
-        if output.shape != sample.shape:
-            raise UnsupportedSampler(
-                f"{type(scheduler).__name__} is handed outputs of shape {tuple(output.shape)} for "
-                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); "
-                f"{self.correction.name} edits plain outputs only."
-            )
-        if change.std is not None and self._noise is None:
-            self._noise = ImageNoise(sample, change.seed)
-        return change(output, sample, self._noise)
-
-    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        if self._lags:
-            self._samples = [sample, *self._samples[: self._lags]]
-            self._outputs = [output, *self._outputs[: self._lags]]
-        stretch = self._steps[self._index].stretch
-        if stretch is None:
-            return result
-        return stretch(result, self._samples or [sample], self._outputs or [output])
-
-    def _forget(self) -> None:
-        self._samples, self._outputs, self._noise = [], [], None
-
-    def _start(
-        self, scheduler: Any, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]
-    ) -> None:
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        if self._check is not None and pipeline is not None:
-            self._check(pipeline)
-        if self.layout is None:
-            self.layout = find_layout(pipeline, sample)
-        begin = step_index(scheduler, timestep)
-        sigmas = getattr(scheduler, "sigmas", None)
-        key = (
-            tuple(scheduler.timesteps.tolist()),
-            tuple(sigmas.tolist()) if isinstance(sigmas, Tensor) else None,
-            begin,
-            tuple(sorted(step_kwargs.items())),
-        )
-        if key not in self._plans:
-            law = probe_scheduler(scheduler, step_kwargs=step_kwargs, begin=begin)
-            self._plans = {key: self.correction.plan(law, allow_range=self.allow_range)}
-            self._prepared = {}
-        plan = self._plans[key]
-        if sample.device not in self._prepared:
-            self._prepared[sample.device] = [
-                StepChange.of(plan, k, self.layout, sample.device) for k in range(plan.law.steps)
-            ]
-        self.plan, self._steps = plan, self._prepared[sample.device]
-        self._wide = not plan.is_identity
-        self._lags = plan.samples.shape[1] - 1
-        self._index = -1
-        self._forget()
+@contextmanager
+def heads_attached(interceptors: Sequence[Interceptor]) -> Iterator[None]:
+    """Inside, those of ``interceptors`` that change the denoiser (its head, its calls) do so."""
+    for interceptor in interceptors:
+        interceptor.attach()
+    try:
+        yield
+    finally:
+        for interceptor in interceptors:
+            interceptor.detach()

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.corrections.plan import Correction, OutputEdit, SamplerPlan
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import Incompatible, OutOfRange, UnsupportedPipeline, UnsupportedSampler
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.told_level import SAMPLE_NAMES, LevelTeller, argument_of
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.scheduler.interception import Interceptor, installed
@@ -27,28 +29,21 @@ class DenoiserEdit(Interceptor):
     call of its own: the first of a step is branch 0.
 
     Args:
-        correction: whose plan is carried out.
-        pipeline: to find the latents' layout if none is given; held weakly.
+        corrector: of the same correction; tells the pipeline, to find the latents' layout if none is
+            given.
         denoiser: whose calls are changed; held weakly.
-        layout: of the latents.
-        allow_range: as for ``Correction.plan``.
 
     """
 
-    def __init__(
-        self,
-        correction: Correction,
-        pipeline: Any,
-        denoiser: nn.Module,
-        *,
-        layout: LatentLayout | None = None,
-        allow_range: bool = False,
-    ) -> None:
-        self.correction = correction
-        self.layout = layout
-        self.allow_range = allow_range
+    on_denoiser = True
+    correction: Correction
+
+    def __init__(self, corrector: Corrector, denoiser: nn.Module) -> None:
+        self.correction = corrector.correction
+        self.layout = corrector.layout
+        self.allow_range = corrector.allow_range
         self.plan: SamplerPlan | None = None
-        self._pipeline, self._denoiser = weakref.ref(pipeline), weakref.ref(denoiser)
+        self._pipeline, self._denoiser = corrector.pipeline, weakref.ref(denoiser)
         self._handles: list[Any] = []
         self._key: tuple[float, ...] = ()
         self._planned_with: dict[str, Any] = {}
@@ -196,14 +191,6 @@ class DenoiserEdit(Interceptor):
             return (changed, *output[1:])
         output.sample = changed
         return output
-
-
-def acts_on_denoiser(correction: Any) -> bool:
-    """Whether a correction, or what follows a readout, needs a ``DenoiserEdit``."""
-    return any(
-        bool(getattr(part, "acts_on_denoiser", False))
-        for part in (correction, getattr(correction, "then", None))
-    )
 
 
 def _is_doubled(sample: Any) -> bool:

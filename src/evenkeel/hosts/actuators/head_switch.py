@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.errors import Incompatible
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.head_rows import Head, rows_as_outputs, rows_of
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
 from evenkeel.hosts.scheduler.interception import Interceptor
@@ -39,6 +40,8 @@ class HeadSwitch(Interceptor):
 
     """
 
+    on_denoiser = True
+
     def __init__(
         self, table: HeadTable, denoiser: nn.Module, head: str, *, allow_range: bool = False
     ) -> None:
@@ -58,6 +61,27 @@ class HeadSwitch(Interceptor):
         self._heads: list[tuple[Tensor, Tensor] | None] = []
         self._index, self._branch, self._checked = 0, 0, False
 
+    @classmethod
+    def of(cls, corrector: Corrector, denoiser: nn.Module) -> HeadSwitch:
+        """For the heads that the correction declares.
+
+        Raises:
+            Incompatible: it declares none, or one that does not fit.
+
+        """
+        heads = corrector.correction.heads
+        if heads is None:
+            raise Incompatible(
+                f"{corrector.correction.name} declares the stage 'head' but no heads (see "
+                f"evenkeel.corrections.Correction.heads)."
+            )
+        return cls(heads.table, denoiser, heads.layer, allow_range=corrector.allow_range)
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether a step has a head per guidance branch."""
+        return self.table.branches > 1
+
     def __getstate__(self) -> dict[str, Any]:
         # A copied scheduler must not take a copy of the denoiser along: it switches nothing.
         return {**self.__dict__, "_denoiser": None, "_place": None, "_calls": None}
@@ -71,7 +95,7 @@ class HeadSwitch(Interceptor):
         self._place = (
             _Overwritten(layer, self.head) if is_plain(layer) else self._beside(denoiser, layer)
         )
-        if self.table.branches > 1:
+        if self.counts_calls:
             self._calls = denoiser.register_forward_pre_hook(self._next_branch)
 
     def detach(self) -> None:

@@ -1,17 +1,17 @@
-"""Ask the denoiser a second time within a step, and take off what the answer shows (QNCD)."""
+"""Ask the denoiser a second time within a step, and take off what the answer shows."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evenkeel.corrections.qncd import QNCD, renoising
+from evenkeel.corrections.plan import Refresh, SamplerPlan
 from evenkeel.errors import CalibrationError, Incompatible, UnsupportedPipeline, UnsupportedSampler
-from evenkeel.hosts.actuators.head_switch import HeadSwitch
+from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.step_change import ImageNoise
 from evenkeel.hosts.pipeline.denoiser_calls import (
     Call,
@@ -24,27 +24,20 @@ from evenkeel.hosts.scheduler.interception import Interceptor, installed
 from evenkeel.sampling.prediction import EpsilonForm, epsilon_form
 
 
-class Planner(Protocol):
-    """Whoever plans the run that is being made (a ``Corrector``)."""
-
-    plan: Any
-
-
 class Requery(Interceptor):
     """Carries out the refresh steps of a plan.
 
     A hook remembers the denoiser calls of a step that refreshes, arguments and outputs. How the
     pipeline combined the outputs of the guidance branches is read off what it hands to the scheduler.
-    Both are used for a second round of calls at the re-noised state; see ``QNCD``.
+    Both are used for a second round of calls at the re-noised state; see ``Refresh``.
 
     The hook is there only during a run that refreshes: it comes with ``set_timesteps`` and goes with
     the last refresh. One that an interrupted run left behind takes itself off once the correction is
     removed. Calls from other threads belong to other runs and are not looked at.
 
     Args:
-        planner: makes the plan of each run; comes before this one on the scheduler.
+        corrector: makes the plan of each run; comes before this one on the scheduler.
         denoiser: who is asked; held weakly.
-        rule: scalar per image or batch, and the seed.
 
     Attributes:
         mu: what the latest refresh of the latest run measured, (images or 1, 1, ...), in units of the
@@ -54,7 +47,7 @@ class Requery(Interceptor):
 
     mu: Tensor | None = None
     _index: int
-    _refresh: list[bool]
+    _refreshing: list[bool]
     _lags: int
     _calls: list[Call]
     _samples: list[Tensor]
@@ -62,9 +55,8 @@ class Requery(Interceptor):
     _given: Tensor | None
     _noise: ImageNoise | None
 
-    def __init__(self, planner: Planner, denoiser: nn.Module, rule: QNCD) -> None:
-        self.rule = rule
-        self._planner = planner
+    def __init__(self, corrector: Corrector, denoiser: nn.Module) -> None:
+        self._corrector = corrector
         self._denoiser = weakref.ref(denoiser)
         self._scheduler: Any = None
         self._handle: Any = None
@@ -76,7 +68,7 @@ class Requery(Interceptor):
         lost = dict.fromkeys(("_denoiser", "_scheduler", "_handle", "_noise", "_given"))
         return {**self.__dict__, **lost, "_calls": []}
 
-    def attach(self) -> None:
+    def listen(self) -> None:
         """Listen to the denoiser's calls; harmless if it does already.
 
         Raises:
@@ -99,7 +91,7 @@ class Requery(Interceptor):
             )
         self._handle = denoiser.register_forward_hook(self._remember, with_kwargs=True)
 
-    def detach(self) -> None:
+    def stop(self) -> None:
         """Listen no longer; the denoiser is what it was."""
         if self._handle is not None:
             self._handle.remove()
@@ -110,7 +102,7 @@ class Requery(Interceptor):
         self._start_over()
         self._scheduler = weakref.ref(scheduler)
         self._thread = threading.get_ident()
-        self.attach()
+        self.listen()
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
@@ -124,7 +116,7 @@ class Requery(Interceptor):
 
     def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
         """Take the mean of the latest refresh off the output."""
-        if not any(self._refresh):
+        if not any(self._refreshing):
             return output
         if output.shape != sample.shape:
             raise UnsupportedSampler(
@@ -134,7 +126,7 @@ class Requery(Interceptor):
             )
         if self._index == 0:
             # The first state is the same whatever the batch; later ones only up to rounding.
-            self._noise = ImageNoise(sample, self.rule.seed)
+            self._noise = ImageNoise(sample, self._rule.seed)
         if self._refreshes():
             self.mu = self._measured(output, sample)
         if self.mu is None:
@@ -148,31 +140,41 @@ class Requery(Interceptor):
         if self._lags:
             self._samples = [sample, *self._samples][: self._lags]
             self._outputs = [output, *self._outputs][: self._lags]
-        if not any(self._refresh[self._index + 1 :]):
-            self.detach()
-        if self._index + 1 == len(self._refresh):
+        if not any(self._refreshing[self._index + 1 :]):
+            self.stop()
+        if self._index + 1 == len(self._refreshing):
             self._start_over()
         return result
 
     def _start_over(self) -> None:
-        self._index, self._refresh, self._lags = -1, [], 0
+        self._index, self._refreshing, self._lags = -1, [], 0
         self._calls, self._samples, self._outputs = [], [], []
         self._given, self._noise = None, None
 
+    @property
+    def _plan(self) -> SamplerPlan:
+        plan = self._corrector.plan
+        assert plan is not None  # made in the same step, before us
+        return plan
+
+    @property
+    def _rule(self) -> Refresh:
+        assert self._plan.refresh is not None  # asked at steps that refresh only
+        return self._plan.refresh
+
     def _refreshes(self, ahead: int = 0) -> bool:
-        return any(self._refresh[self._index + ahead : self._index + ahead + 1])
+        return any(self._refreshing[self._index + ahead : self._index + ahead + 1])
 
     def _read_plan(self, scheduler: Any) -> None:
-        plan = self._planner.plan
-        law, self.mu = plan.law, None
-        self._refresh = [False] * law.steps if plan.refresh is None else plan.refresh.tolist()
-        asked = [k for k, refreshes in enumerate(self._refresh) if refreshes]
+        plan, self.mu = self._plan, None
+        law, refresh = plan.law, plan.refresh
+        self._refreshing = [False] * law.steps if refresh is None else refresh.active.tolist()
+        asked = [k for k, refreshes in enumerate(self._refreshing) if refreshes]
         used = abs(law.sample_weights) + abs(law.output_weights) > 1e-12
         self._lags = max((k - int(used[k].argmax()) for k in asked), default=0)
         if not asked:
             return
-        switches = [i for i in installed(scheduler) if isinstance(i, HeadSwitch)]
-        if any(switch.table.branches > 1 for switch in switches):
+        if any(i.counts_calls for i in installed(scheduler)):
             raise Incompatible(
                 "this readout has a head per guidance branch and tells them apart by the order of the "
                 "denoiser's calls; QNCD calls it once more per branch. Use one of the two."
@@ -189,14 +191,14 @@ class Requery(Interceptor):
         scheduler = self._scheduler() if self._scheduler is not None else None
         ours = [] if scheduler is None else installed(scheduler)
         if all(i is not self for i in ours):
-            self.detach()  # left behind by a run that was interrupted
+            self.stop()  # left behind by a run that was interrupted
         elif threading.get_ident() == self._thread and (self._index < 0 or self._refreshes(1)):
             # clone: CUDA graphs reuse buffers, and some pipelines guide in place.
             kept = answer_of(output).detach().clone()
             self._calls.append(Call(tuple(arguments), dict(keywords), kept))
 
     def _form(self, k: int) -> EpsilonForm:
-        law = self._planner.plan.law
+        law = self._plan.law
         return epsilon_form(law.prediction, float(law.alpha[k]), float(law.sigma[k]))
 
     @torch.no_grad()
@@ -215,7 +217,7 @@ class Requery(Interceptor):
             )
         rows, shares = guidance_of([c.output for c in self._calls], self._given)
         noise = self._noise.draw(sample, uniform=False).to(sample.dtype)
-        keep, spread = renoising(self._planner.plan.law, self._index)
+        keep, spread = (float(v[self._index]) for v in (self._rule.keep, self._rule.spread))
         renoised = keep * self._provisional(output, sample) + spread * noise
         parts = []
         for call in self._calls:
@@ -226,7 +228,7 @@ class Requery(Interceptor):
         form = self._form(self._index)
         left = form.to_eps * predicted + form.from_sample * renoised - noise
         mu: Tensor = left.mean(tuple(range(1, left.dim())), keepdim=True)
-        mu = mu if self.rule.per_image else mu.mean(0, keepdim=True)
+        mu = mu if self._rule.per_image else mu.mean(0, keepdim=True)
         if not bool(mu.isfinite().all()):
             raise CalibrationError(
                 f"the denoiser, asked again at step {self._index}, gives values that are not finite (NaN "
@@ -236,19 +238,10 @@ class Requery(Interceptor):
 
     def _provisional(self, output: Tensor, sample: Tensor) -> Tensor:
         """The step with this output and earlier, corrected ones, without the noise that it injects."""
-        law, k = self._planner.plan.law, self._index
+        law, k = self._plan.law, self._index
         found = torch.zeros_like(sample)
         history = zip([sample, *self._samples], [output, *self._outputs], strict=True)
         for lag, (x, m) in enumerate(history):
             found = found + float(law.sample_weights[k, k - lag]) * x
             found = found + float(law.output_weights[k, k - lag]) * m
         return found
-
-
-def asking_part(correction: Any) -> QNCD | None:
-    """The part of a correction that asks the denoiser again, if any."""
-    if isinstance(correction, QNCD):
-        return correction
-    inner = (getattr(correction, "then", None), *getattr(correction, "parts", ()))
-    found = (asking_part(part) for part in inner if part is not None)
-    return next((part for part in found if part is not None), None)

@@ -14,12 +14,36 @@ from typing import Any
 
 from torch import Tensor
 
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import SamplerPlan
+
 
 class Interceptor:
     """Sees every scheduler step; subclasses override what they need.
 
-    ``install`` puts one or several on a scheduler; they run in order.
+    ``install`` puts one or several on a scheduler; they run in order. One that changes the denoiser,
+    too, does so between ``attach`` and ``detach``.
+
+    Attributes:
+        on_denoiser: after a step it makes the denoiser ready for the next one.
+        correction, plan: what it carries out, and the numbers of the latest run; None if it does not.
+
     """
+
+    on_denoiser: bool = False
+    correction: Correction | None = None
+    plan: SamplerPlan | None = None
+
+    @property
+    def counts_calls(self) -> bool:
+        """Whether it tells guidance branches apart by the order of the denoiser's calls."""
+        return False
+
+    def attach(self) -> None:
+        """Take hold of the denoiser; nothing changes before a run begins."""
+
+    def detach(self) -> None:
+        """Let go of it; it is what it was."""
 
     def begin(self, scheduler: Any) -> None:
         """A new run starts (``set_timesteps`` was called, or its first step was set)."""

@@ -1,44 +1,39 @@
-"""Readout: the output head refitted per step, its evidence, and the safe file that holds both."""
+"""Readout: the output head refitted per step, and the evidence of what is left."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from evenkeel.corrections.base import Correction, Heads, Identity, Tables, stages_of, text_of
 from evenkeel.corrections.exact_drift import ExactDrift
 from evenkeel.corrections.head_table import HeadTable
-from evenkeel.corrections.plan import Correction, Identity, SamplerPlan, digest_of, text_of
+from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError, RecordError
-from evenkeel.record.schema import MOMENTS, check_provenance, moments_schema
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.moments import MOMENTS, PairedMoments, moments_schema
 from evenkeel.statistics.provenance import Provenance
-from evenkeel.storage import (
-    Kind,
-    Number,
-    Tensors,
-    check_json,
-    check_tensors,
-    read_tensors,
-    write_tensors,
-)
+from evenkeel.storage.schema import Number, Tensors, check_json, check_tensors
 
-KIND = Kind(
-    "readout",
-    1,
-    "run evenkeel readout again",
-    keys=("provenance", "readout"),
-    error=RecordError,
-)
 FORMS = ("per-step", "shared", "hierarchical")
+# What its file holds.
+_TABLE = {
+    "table.weight": Tensors(torch.float16, ("T", "B", "F", "O")),
+    "table.scale": Tensors(torch.float32, ("T", "B")),
+    "table.constant": Tensors(torch.float32, ("T", "B", "O")),
+    "table.active": Tensors(torch.bool, ("T", "B")),
+}
+_FIT = {
+    "step": Number(int, low=0),
+    "branch": Number(int, low=0),
+    **dict.fromkeys(("penalty", "held_out", "bound"), float),
+    "explanation": str,
+}
+_DESCRIPTION = {"head": str, "form": set(FORMS), "fits": [_FIT]}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class HeadFit:
 
 
 @dataclass(frozen=True)
-class Readout:
+class Readout(Correction):
     """At step i, use the output head W + dW_i instead of W; the same multiply, nothing else runs.
 
     With features h that enter the head of the quantized denoiser and targets t, what the
@@ -92,6 +87,8 @@ class Readout:
 
     """
 
+    references = ("evenkeel, docs/readout.md",)
+
     provenance: Provenance
     head: str
     form: str
@@ -106,9 +103,29 @@ class Readout:
         return "readout" if self.then is None else f"readout+{self.then.name}"
 
     @property
-    def references(self) -> tuple[str, ...]:
-        """Derived here; docs/readout.md."""
-        return ("evenkeel, docs/readout.md",)
+    def stages(self) -> tuple[str, ...]:
+        """The head, and what follows."""
+        return ("head", *stages_of(self.parts))
+
+    @property
+    def made_for(self) -> Provenance:
+        """What it was fitted for."""
+        return self.provenance
+
+    @property
+    def parts(self) -> tuple[Correction, ...]:
+        """What follows."""
+        return () if self.then is None else (self.then,)
+
+    @property
+    def heads(self) -> Heads:
+        """The table, and the layer that it belongs to."""
+        return Heads(self.head, self.table)
+
+    @property
+    def report(self) -> str:
+        """How every head was fitted."""
+        return str(self)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -143,20 +160,22 @@ class Readout:
             return Identity().plan(law)
         return self.then.plan(law, allow_range=allow_range)
 
-    def content_digest(self) -> str:
-        """Tells any two tables apart, and what follows them."""
-        running = hashlib.sha256(f"{self.head} {digest_of(self.then)}".encode())
-        for level in (self.table.alpha, self.table.sigma):
-            running.update(np.asarray(level, dtype=np.float64).tobytes())
-        for tensor in _table_tensors(self.table).values():
-            running.update(tensor.numpy().tobytes())
-        return running.hexdigest()
+    def description(self) -> dict[str, Any]:
+        """Per denoiser call: penalty, error left on held-out prompts with its bound, why it is left alone."""
+        return {
+            "head": self.head,
+            "form": self.form,
+            "quantizer": self.provenance.quantizer,
+            "changed": self.accepted,
+            "steps": [asdict(fit) for fit in self.fits],
+            "provenance": asdict(self.provenance),
+        }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file atomically; float16 heads, float64 moments, a JSON header.
+    def tables(self) -> Tables:
+        """float16 heads and float64 moments.
 
         Raises:
-            RecordError: something follows the readout; the file holds none of that.
+            RecordError: something follows the readout; its file holds none of that.
 
         """
         if self.then is not None:
@@ -164,34 +183,19 @@ class Readout:
                 f"a file holds the readout and its evidence, not what follows it ({self.then.name}). "
                 f"Save the readout itself, and call with_drift() after loading."
             )
-        tensors = _table_tensors(self.table)
+        tensors = {n: getattr(self.table, n.removeprefix("table.")) for n in _TABLE}
         if self.evidence is not None:
             tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
-        fit = {"head": self.head, "form": self.form, "fits": [asdict(f) for f in self.fits]}
-        header = {"provenance": asdict(self.provenance), "readout": fit}
-        return write_tensors(path, KIND, header, tensors)
+        fits = [asdict(f) for f in self.fits]
+        return Tables({"head": self.head, "form": self.form, "fits": fits}, tensors)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Readout:
-        """Read and check a file; never executes anything in it.
-
-        Args:
-            path: written by ``save``.
-
-        Raises:
-            RecordError: missing, foreign, damaged, changed, or of another schema version.
-
-        """
-        header, tensors = read_tensors(path, KIND)
-        with KIND.valid(path):
-            return cls._from_file(header, tensors)
-
-    @classmethod
-    def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Readout:
+    def from_tables(cls, tables: Tables, made_for: Provenance) -> Readout:
+        """See ``Correction``."""
+        provenance, described, tensors = made_for, tables.described, tables.tensors
         moments = any(n.startswith("moments.") for n in tensors)
-        sizes = check_tensors(tensors, {**_TABLE, **moments_schema(optional=not moments)})
-        provenance, described = Provenance(**header["provenance"]), header["readout"]
-        check_provenance(provenance, sizes["T"])
+        wanted = {**_TABLE, **moments_schema(optional=not moments)}
+        sizes = check_tensors(tensors, wanted, T=len(provenance.timesteps))
         if min(*provenance.timesteps, *provenance.alpha, *provenance.sigma) < 0:
             raise ValueError("a timestep or level is negative")
         check_json(described, _DESCRIPTION, "readout")
@@ -227,22 +231,3 @@ class Readout:
                 f"(< {f.bound:.3f})  {f.explanation}".rstrip()
             )
         return "\n".join(lines)
-
-
-_TABLE = {
-    "table.weight": Tensors(torch.float16, ("T", "B", "F", "O")),
-    "table.scale": Tensors(torch.float32, ("T", "B")),
-    "table.constant": Tensors(torch.float32, ("T", "B", "O")),
-    "table.active": Tensors(torch.bool, ("T", "B")),
-}
-_FIT = {
-    "step": Number(int, low=0),
-    "branch": Number(int, low=0),
-    **dict.fromkeys(("penalty", "held_out", "bound"), float),
-    "explanation": str,
-}
-_DESCRIPTION = {"head": str, "form": set(FORMS), "fits": [_FIT]}
-
-
-def _table_tensors(table: HeadTable) -> dict[str, Tensor]:
-    return {n: getattr(table, n.removeprefix("table.")) for n in _TABLE}
