@@ -27,8 +27,7 @@ from evenkeel import Arm, QDrift, calibrate, fit_readout, zoo
 from evenkeel.comparing.comparison import ArmResult, measure
 from evenkeel.comparing.generation import corrected, generate
 from evenkeel.corrections.base import Correction
-from evenkeel.hosts.backends.catalogue import backend_text
-from evenkeel.hosts.backends.tensors import bytes_of
+from evenkeel.hosts.backends.catalogue import backend_text, bytes_of
 from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, quiet, run_pipeline
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 

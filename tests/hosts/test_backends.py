@@ -24,8 +24,7 @@ from evenkeel import Arm, ExactDrift, QDrift, Record, calibrate, compare, fit_re
 from evenkeel.cli.sources import load_denoiser
 from evenkeel.errors import Incompatible, UnsupportedPipeline
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
-from evenkeel.hosts.backends.catalogue import backend_layers, backend_settings
-from evenkeel.hosts.backends.tensors import stored_tensors
+from evenkeel.hosts.backends.catalogue import backend_layers, backend_settings, stored_tensors
 from evenkeel.hosts.pipeline.pipelines import (
     denoiser_swapped,
     fingerprint,

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from evenkeel.errors import UnsupportedPipeline
-from evenkeel.hosts.backends.catalogue import backend_settings, backend_text
-from evenkeel.hosts.backends.tensors import stored_tensors
+from evenkeel.hosts.backends.catalogue import backend_settings, backend_text, stored_tensors
 
 Prompt = str | int
 
