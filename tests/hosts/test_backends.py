@@ -34,6 +34,11 @@ from evenkeel.hosts.pipeline.pipelines import (
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 
+pytestmark = [  # what the backends themselves still use
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:transformers .* is not tested:UserWarning"),  # ModelOpt
+]
+
 STEPS, GUIDANCE = 3, 4.5
 PROMPTS = sample_prompts(4, 0)
 COARSE = ("torchao int4", "torchao fake w3a4", "bitsandbytes nf4", "bitsandbytes fp4", "gguf Q4_0")

@@ -12,9 +12,9 @@ import evenkeel
 ROOT = Path(evenkeel.__file__).parent
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 MODULES = sorted(
-    ".".join(("evenkeel", *p.relative_to(ROOT).with_suffix("").parts))
+    ".".join(("evenkeel", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for p in ROOT.rglob("*.py")
-    if p.name not in ("__init__.py",) and ">>>" in p.read_text()
+    if ">>>" in p.read_text()
 )
 
 
