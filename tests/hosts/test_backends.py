@@ -37,6 +37,7 @@ from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 pytestmark = [  # what the backends themselves still use
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:transformers .* is not tested:UserWarning"),  # ModelOpt
+    pytest.mark.filterwarnings("ignore:.*Quanto.*deprecated:FutureWarning"),
 ]
 
 STEPS, GUIDANCE = 3, 4.5

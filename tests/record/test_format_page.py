@@ -13,6 +13,7 @@ from tiny_pipelines import pixart_sigma
 
 from evenkeel import calibrate, fit_readout
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.record import save
 from evenkeel.record.closed_loop import ClosedLoop
 
 PAGE = (Path(__file__).parents[2] / "docs" / "record-format.md").read_text()
@@ -45,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "record": plain.save(folder / "record"),
         "record in closed loop": record.save(folder / "loop"),
-        "readout": readout.save(folder / "readout"),
+        "readout": save(readout, folder / "readout"),
     }
 
 
