@@ -15,8 +15,9 @@ from evenkeel.corrections.base import Correction, refuse_foreign
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
 from evenkeel.hosts.actuators.correcting import interceptors_of
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import denoiser_of, fingerprint
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe

@@ -15,7 +15,8 @@ from torch import nn
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.refit.refit_branches import RefitReport, refit_branches
 from evenkeel.fitting.refit.site import LayerRefit, Site, fold_index
-from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, fingerprint
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
+from evenkeel.hosts.pipeline.pipelines import denoiser_swapped
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.numbers.uniform import fake_quantize

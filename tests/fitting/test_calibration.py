@@ -24,8 +24,9 @@ import evenkeel
 from evenkeel.corrections import Identity, QDrift
 from evenkeel.errors import CalibrationError, Incompatible, UnsupportedPipeline
 from evenkeel.fitting import calibrate
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
-from evenkeel.hosts.pipeline.pipelines import denoiser_name, fingerprint
+from evenkeel.hosts.pipeline.pipelines import denoiser_name
 from evenkeel.hosts.scheduler.interception import installed, plain_class
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.record import Record, prompt_key

@@ -25,12 +25,8 @@ from evenkeel.cli.sources import load_denoiser
 from evenkeel.errors import Incompatible, UnsupportedPipeline
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
 from evenkeel.hosts.backends.catalogue import backend_layers, backend_settings, stored_tensors
-from evenkeel.hosts.pipeline.pipelines import (
-    denoiser_swapped,
-    fingerprint,
-    quantizer_text,
-    run_pipeline,
-)
+from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
+from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, run_pipeline
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 

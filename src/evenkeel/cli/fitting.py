@@ -194,7 +194,7 @@ def _run_fold(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import load_denoiser, load_pipeline, save_denoiser
     from evenkeel.errors import Incompatible
     from evenkeel.hosts.actuators.head_switch import fold
-    from evenkeel.hosts.pipeline.pipelines import fingerprint
+    from evenkeel.hosts.pipeline.fingerprint import fingerprint
     from evenkeel.record import load_correction
 
     readout = load_correction("readout", options.record)

@@ -20,13 +20,8 @@ from torch import Tensor, nn
 from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.errors import MetricError, UnsupportedSampler
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    denoiser_swapped,
-    fingerprint,
-    quiet,
-    run_pipeline,
-)
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
+from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_swapped, quiet, run_pipeline
 from evenkeel.hosts.scheduler.interception import install, installed, uninstall
 from evenkeel.hosts.scheduler.tape import Recorder, Tape
 from evenkeel.sampling.step_law import StepLaw

@@ -13,11 +13,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import QuantizationError
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import (
     Prompt,
     denoiser_of,
     denoiser_swapped,
-    fingerprint,
     quiet,
     run_pipeline,
 )

@@ -10,14 +10,9 @@ from torch import nn
 
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
+from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    call_parameters,
-    denoiser_of,
-    fingerprint,
-    quantizer_text,
-)
+from evenkeel.hosts.pipeline.pipelines import Prompt, call_parameters, denoiser_of
 
 TRAJECTORIES = ("full-precision", "quantized", "corrected")
 
