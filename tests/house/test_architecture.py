@@ -1,6 +1,7 @@
 """The house's rules about itself: imports point one way, the import is light, exports are real."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +12,17 @@ import evenkeel
 
 ROOT = Path(evenkeel.__file__).parent
 
-# A module may import from its own row and from any row above it, never from below.
-LAYERS = [
-    {"errors", "estimate", "storage"},
-    {"sampling"},
-    {"statistics"},
-    {"corrections", "quantizers", "metrics"},
-    {"record"},
-    {"hosts"},
-    {"applying"},
-    {"fitting"},
-    {"comparing"},
-    {"zoo", "reports"},
-    {"cli"},
+# A module may import from its own row of the table in CONTRIBUTING.md and from any row above it.
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().splitlines()
+    if line.startswith("| `")
 ]
+LAYERS = [set(re.findall(r"`(\w+)`", row[0])) for row in TABLE]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = ("errors", "estimate", "sampling", "statistics", "corrections", "metrics")
+MATHEMATICS = {
+    n for names, row in zip(LAYERS, TABLE, strict=True) if row[2] == "mathematics" for n in names
+}
 FORBIDDEN_IN_MATHEMATICS = {
     "diffusers",
     "transformers",
@@ -73,6 +69,12 @@ def violations(path, found):
 def test_imports_point_one_way(path):
     assert home(path) in LEVEL, f"{path} has no place in the layers"
     assert list(violations(path, imported(path))) == []
+
+
+def test_the_table_names_every_room_once():
+    rooms = [name for names in LAYERS for name in names]
+    assert sorted(rooms) == sorted({home(path) for path in FILES})
+    assert {"errors", "sampling", "statistics", "corrections", "metrics"} < MATHEMATICS
 
 
 def test_the_rule_can_fail():
