@@ -1,124 +1,123 @@
-"""Every correction on every linear scheduler: finite, identity without an error, refused with a reason."""
+"""Every correction keeps what every correction promises, and the check that says so can fail."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import diffusers as d
 import numpy as np
 import pytest
 import torch
-from scheduler_catalogue import LINEAR, SD_BETAS, Case
 
-from evenkeel.corrections import Identity, applicable
-from evenkeel.corrections.catalogue import ALL, EVIDENCE, available
-from evenkeel.hosts.actuators.corrector import Corrector
-from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.scheduler.interception import install
+from evenkeel.corrections import (
+    DCNC,
+    DNS,
+    TAC,
+    Composite,
+    Correction,
+    HeadFit,
+    Identity,
+    Readout,
+    SamplerPlan,
+    StepbaQ,
+    applicable,
+)
+from evenkeel.corrections.base import FromEvidence, Tables
+from evenkeel.corrections.catalogue import ALL, EVIDENCE
+from evenkeel.corrections.head_table import HeadTable
+from evenkeel.corrections.plan import OutputEdit, plain_plan
+from evenkeel.errors import CalibrationError, EvenkeelError, UnsupportedSampler
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.statistics.moments import PairedMoments
+from evenkeel.statistics.provenance import Provenance
+from evenkeel.testing import LINEAR, SOME, Case, check_correction, drawn_evidence
+from evenkeel.testing import check as checks
+from evenkeel.testing.evidence import evidence_of, law_of
+from evenkeel.testing.schedulers import SD_BETAS
 
-LAYOUT = LatentLayout(ndim=4, axis=1, channels=2, patch=1)
-NEEDS_NOTHING = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an error
-# One for each part of a plan: edit with noise, edit with absorption, edit with stretch, lags.
-SAMPLED = {"s-d2-dpm", "ptqd", "self-consistent", "tcec-window-1"}
-# The others have no step law of our form, and say so (tests/test_step_law.py).
+BASELINES = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an error
+# The others have no step law of our form, and say so (tests/sampling).
 PROBED = [c for c in LINEAR if c.name != "sa-tau1" and not c.name.startswith("edm")]
-MADE = [name for name, entry in ALL.items() if entry.source == EVIDENCE]
-MEASURED = [name for name in MADE if name not in NEEDS_NOTHING]
 
 
-class Pipeline:
-    """Stands for the pipeline that a correction is bound to."""
+def tac(evidence: Evidence) -> TAC:
+    """K from the moments, B the mean error."""
+    bias = evidence.pooled(per_channel=True).mean_d[..., None, None].float()
+    return replace(TAC.open_loop(evidence), bias=bias)
 
 
-PIPELINE = Pipeline()
-
-
-def measured(law: StepLaw, error: float, seed: int = 0) -> Evidence:
-    """Evidence from drawn outputs: the error has a gain, a bias, heavy tails and memory."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (6, law.steps, 2, 64)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    alpha, sigma = (
-        torch.from_numpy(v[:-1].copy()).reshape(1, -1, 1, 1) for v in (law.alpha, law.sigma)
-    )
-    x = x * (alpha**2 + sigma**2).sqrt()
-    e = 0.8 * x / (1 + x.std()) + 0.6 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    held = torch.randn(6, 1, 2, 64, generator=generator, dtype=torch.float64)
-    fresh = torch.randn(shape, generator=generator, dtype=torch.float64)
-    r = fresh * (1 + 0.5 * fresh**2) + held
-    noise = error * (0.3 * r + 0.05 * e + 0.02)
-    return Evidence(
-        law.prediction,
-        law.alpha[:-1],
-        law.sigma[:-1],
-        PairedMoments.of(e, noise, x),
-        gram=step_gram(noise),
+def stepbaq(evidence: Evidence) -> StepbaQ:
+    """The errors of the outputs stand for those of the states."""
+    kept = d.DDIMScheduler(beta_schedule="linear").alphas_cumprod.double().numpy()
+    return StepbaQ(
+        evidence.alpha,
+        evidence.sigma,
+        evidence.pooled(per_channel=True).mean_d[..., None, None],
+        evidence.by_step.dd[:, 0],
+        np.sqrt(1 / kept - 1),
+        source=evidence.source,
     )
 
 
-def unrobust(evidence: Evidence) -> dict[str, Any]:
-    """All corrections; those with a robust variance take the plain one (no histogram is drawn here)."""
-    from evenkeel.corrections import DCNC, DNS, Composite
-
-    made = {n: c for n, c in available(evidence, {})[0].items() if n in MADE}
-    made["dcnc"] = DCNC(evidence, estimator="std")
-    made["dcnc+dns"] = Composite((made["dcnc"], DNS(evidence)))
-    return made
-
-
-def sample(case: Case, correction: Any) -> torch.Tensor:
-    """A run of the real scheduler with a smooth toy denoiser; generator fixed."""
-    scheduler = case.ready()
-    if correction is not None:
-        install(scheduler, Corrector(correction, PIPELINE, layout=LAYOUT))
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 2, 4, 4, generator=generator) * float(
-        getattr(scheduler, "init_noise_sigma", 1.0)
-    )
-    # Not case.make(): some schedulers take a third of a second to make.
-    drawing = {"generator": generator} if _takes_generator(scheduler) else {}
-    for t in scheduler.timesteps:
-        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        m = torch.tanh(seen) * 0.7
-        x = scheduler.step(m, t, x, return_dict=False, **case.step, **drawing)[0]
-    return x
+def readout(evidence: Evidence) -> Readout:
+    """A change of the tiny pipeline's head that grows with the error."""
+    steps = len(evidence.alpha)
+    size = evidence.by_step.dd[:, :1, None, None]
+    weight = size * torch.linspace(-1, 1, 32 * 32).reshape(32, 32)
+    active = size[:, :, 0, 0] > 0
+    table = HeadTable.of(evidence.alpha, evidence.sigma, weight, weight[:, :, 0], active)
+    fits = tuple(HeadFit(k, 0, 0.1, 0.5, 0.6, "") for k in range(steps))
+    plain = replace(evidence, gram=None)
+    assert evidence.source is not None
+    return Readout(evidence.source, "proj_out_2", "per-step", table, fits, plain)
 
 
-def _takes_generator(scheduler: Any) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
+def dcnc(evidence: Evidence) -> DCNC:
+    """With the plain variance: no histogram is drawn."""
+    return DCNC(evidence, estimator="std")
+
+
+MADE: dict[str, Callable[[Evidence], Correction]] = {
+    **{name: entry.make for name, entry in ALL.items() if entry.source == EVIDENCE},
+    "dcnc": dcnc,
+    "dcnc+dns": lambda evidence: Composite((dcnc(evidence), DNS(evidence))),
+    "tac": tac,
+    "stepbaq": stepbaq,
+    "readout": readout,
+    "readout+drift": lambda evidence: readout(evidence).with_drift(),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_correction_keeps_what_all_of_them_promise(name: str) -> None:
+    check_correction(MADE[name], needs_error=name not in BASELINES)
+
+
+def test_the_catalogue_of_schedulers_is_whole() -> None:
+    assert [c for c in LINEAR if c in checks._linear(LINEAR)] == PROBED
+    assert set(SOME) <= set(PROBED)
 
 
 @pytest.mark.parametrize("case", PROBED, ids=str)
-def test_every_correction_is_finite_or_says_why_not(case: Case) -> None:
-    law = probe_scheduler(case.ready(), step_kwargs=case.step)
-    found, reasons = applicable(unrobust(measured(law, 0.3)), law)
-    assert found.keys() | reasons.keys() >= set(MEASURED)
-    assert all(len(reason) > 10 for reason in reasons.values())
-    for name, correction in found.items():
-        plan = correction.plan(law)
-        tables = [plan.factor, plan.noise, plan.base, plan.samples, plan.outputs]
-        if plan.edit is not None:
-            tables += [plan.edit.gain, plan.edit.sample, plan.edit.bias, plan.edit.std]
-        assert all(bool(torch.isfinite(t).all()) for t in tables), name
-    for name in found.keys() & SAMPLED:
-        assert bool(torch.isfinite(sample(case, found[name])).all()), name
+def test_identity_changes_no_bit(case: Case) -> None:
+    plain = checks.sampled_with(case, None)
+    assert torch.equal(checks.sampled_with(case, Identity()), plain)
+    without = MADE["self-consistent"](evidence_of(case, 0.0))
+    assert torch.equal(checks.sampled_with(case, without), plain)
 
 
 @pytest.mark.parametrize("case", PROBED, ids=str)
-def test_without_an_error_nothing_changes_bit_for_bit(case: Case) -> None:
-    law = probe_scheduler(case.ready(), step_kwargs=case.step)
-    made = unrobust(measured(law, 0.0))
-    plain = sample(case, None)
-    assert torch.equal(sample(case, Identity()), plain)
-    found, _ = applicable({name: made[name] for name in MEASURED}, law)
-    assert found == {}
-    assert torch.equal(sample(case, made["self-consistent"]), plain)
+# One for each part of a plan: edit with noise, edit with absorption, edit with stretch, lags.
+@pytest.mark.parametrize("name", ["s-d2-dpm", "ptqd", "self-consistent", "tcec-window-1"])
+def test_states_stay_finite_or_the_run_is_refused(case: Case, name: str) -> None:
+    correction = MADE[name](evidence_of(case, 0.3))
+    found, reasons = applicable({name: correction}, law_of(case))
+    assert len(found) + len(reasons) == 1 and all(len(r) > 10 for r in reasons.values())
+    if found:
+        assert bool(torch.isfinite(checks.sampled_with(case, correction)).all())
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,152 @@ def test_any_number_of_steps(kind: Any, steps: int) -> None:
     scheduler = kind(**SD_BETAS, **options)
     scheduler.set_timesteps(steps)
     law = probe_scheduler(scheduler)
-    found, reasons = applicable(unrobust(measured(law, 0.3)), law)
-    assert len(found) + len(reasons) == len(MADE)
-    for name, correction in found.items():
-        plan = correction.plan(law)
+    evidence = drawn_evidence(law, 0.3, channels=2)
+    for name, make in MADE.items():
+        try:
+            plan = make(evidence).plan(law)
+        except EvenkeelError as error:
+            assert len(str(error)) > 10, name
+            continue
         assert bool(torch.isfinite(plan.factor).all() and torch.isfinite(plan.base).all()), name
-        assert float((plan.factor - 1).abs().max()) <= 1.0, name
+        if ALL[name].source == EVIDENCE:  # StepbaQ goes up to the level of the error, however high
+            assert float((plan.factor - 1).abs().max()) <= 1.0, name
         assert np.isfinite(plan.outputs.abs().sum().item())
+
+
+# ---- companions: every part of the check can fail
+
+
+@dataclass(frozen=True)
+class Bent(FromEvidence):
+    """Keeps all promises; the classes below break one each."""
+
+    strength: float = 1.0
+    name = "bent"
+    references: ClassVar[tuple[str, ...]] = ("here",)
+    stages: ClassVar[tuple[str, ...]] = ("output",)
+
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        error = self.evidence.at(law, self.evidence.by_step.dd, log=False)[0]
+        return plain_plan(law, edit=OutputEdit.of(1 + self.strength * error))
+
+
+def test_the_plain_one_passes() -> None:
+    check_correction(Bent, schedulers=SOME)
+
+
+class Unseen(Bent):
+    def digest(self) -> str:
+        return self.name
+
+
+class PartlySeen(Bent):
+    def digest(self) -> str:
+        return Bent(self.evidence, 1.0).digest()
+
+
+class OfItsAddress(Bent):
+    def digest(self) -> str:
+        return f"{super().digest()} {id(self)}"
+
+
+class FitsAnything(Bent):
+    made_for = None  # type: ignore[assignment]
+
+
+class NotFinite(Bent):
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        gain = torch.full((law.steps, 1), float("nan"), dtype=torch.float64)
+        return plain_plan(law, edit=OutputEdit.of(gain))
+
+
+class Undeclared(Bent):
+    stages = ("increment",)
+
+
+class UnknownStage(Bent):
+    stages = ("output", "prompt")
+
+
+class HeadlessHead(Bent):
+    stages = ("head", "output")
+
+
+class Nameless(Bent):
+    name = ""
+
+
+class NowhereAtHome(Bent):
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        raise UnsupportedSampler("this one corrects no sampler that there is")
+
+
+class WithoutReason(Bent):
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        raise UnsupportedSampler("no")
+
+
+class Always(Bent):
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        return plain_plan(law, edit=OutputEdit.of(torch.full((law.steps, 1), 1.1).double()))
+
+
+class Forgetful(Bent):
+    def tables(self) -> Tables:
+        return Tables({"strength": self.strength})
+
+    @classmethod
+    def from_tables(cls, tables: Tables, made_for: Provenance) -> Correction:
+        return Always(evidence_of(SOME[0], 0.3), tables.described["strength"])
+
+
+class MissesSteps(Bent):
+    def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+        return replace(super().plan(law), explanations=("",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Unseen, r"its digest does not see \.evidence"),
+        (PartlySeen, r"its digest does not see \.strength"),
+        (OfItsAddress, "has two digests"),
+        (FitsAnything, "is measured, but made_for is None"),
+        (NotFinite, "a plan that is not finite"),
+        (Undeclared, r"changes \['output'\] on .*, which it does not declare"),
+        (UnknownStage, r"not \['prompt'\]"),
+        (HeadlessHead, "heads belong together"),
+        (Nameless, "name must be a text"),
+        (NowhereAtHome, "is refused everywhere: this one corrects no sampler"),
+        (WithoutReason, "is refused without a reason"),
+        (Always, "acts without an error"),
+        (Forgetful, "another one after saving"),
+        (MissesSteps, "explains 1 steps of 10"),
+    ],
+)
+def test_every_part_of_the_check_can_fail(kind: type[Bent], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_correction(kind, schedulers=SOME)
+
+
+def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "remove", lambda pipeline: None)
+    with pytest.raises(AssertionError, match=r"leaves another .*class of the scheduler"):
+        check_correction(Bent, schedulers=SOME)
+
+
+def test_states_that_run_away_are_seen() -> None:
+    class Louder(Bent):
+        def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
+            gain = torch.full((law.steps, 1), 1e38, dtype=torch.float64)
+            return plain_plan(law, edit=OutputEdit.of(gain))
+
+    with pytest.raises(AssertionError, match="leads to NaN or infinity"):
+        check_correction(Louder, schedulers=SOME)
+
+
+def test_tables_of_what_has_none_are_refused() -> None:
+    evidence = evidence_of(SOME[0], 0.3)
+    assert evidence.source is not None
+    with pytest.raises(CalibrationError, match="made from a record's evidence"):
+        DNS.from_tables(Tables(), evidence.source)

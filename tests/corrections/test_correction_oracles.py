@@ -15,7 +15,6 @@ import torch
 from gaussian_data import PIPELINE, SCALARS, denoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_catalogue import BY_NAME, SD_BETAS
 from scipy.optimize import brentq
 from synthetic_evidence import moments_of
 from torch import Tensor
@@ -39,6 +38,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.second_order import SecondOrder
+from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
 
 
 def linear_evidence(law: StepLaw, s: float, v: Any, gain: float = 0.0) -> Evidence:

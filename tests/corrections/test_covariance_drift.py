@@ -18,7 +18,6 @@ from gaussian_data import (
     euler,
     evidence,
 )
-from scheduler_catalogue import BY_NAME
 
 from evenkeel.corrections.covariance_drift import CovarianceDrift
 from evenkeel.corrections.exact_drift import ExactDrift
@@ -28,6 +27,7 @@ from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
+from evenkeel.testing.schedulers import BY_NAME
 
 
 def final_std(

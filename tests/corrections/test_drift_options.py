@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_catalogue import BY_NAME, SD_BETAS
 from synthetic_evidence import COUNT, evidence_for, moments_of, white_error
 
 from evenkeel.corrections import Correction, ExactDrift, Identity, QDrift
@@ -22,6 +21,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments, concatenate
+from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
 
 KINDS = [QDrift, ExactDrift]
 LEVELS = [8.0, 4.0, 2.0, 1.0, 0.5]

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from gaussian_data import PIPELINE, SCALARS, denoiser, error_variance, euler, karras
-from scheduler_catalogue import BY_NAME, SD_BETAS
 from synthetic_evidence import evidence_for
 
 from evenkeel.corrections import ExactDrift, QDrift, SamplerPlan
@@ -32,6 +31,7 @@ from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES
 from evenkeel.sampling.step_law import Array, StepLaw
+from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
 
 
 def sampled_std(

@@ -8,13 +8,13 @@ from typing import Any
 import diffusers as d
 import numpy as np
 import torch
-from scheduler_catalogue import SD_BETAS
 from synthetic_evidence import moments_of
 
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.sampling.prediction import clean_output, epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.evidence import Evidence
+from evenkeel.testing.schedulers import SD_BETAS
 
 SCALARS = LatentLayout(ndim=4, axis=1, channels=1, patch=1)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from scheduler_catalogue import BY_NAME, LINEAR, NONLINEAR, STEPS, Case
 from tiny_pipelines import ALL, NO_BFLOAT16, TinyPipeline, generate
 from torch import Tensor
+
+from evenkeel.testing.schedulers import BY_NAME, LINEAR, NONLINEAR, STEPS, Case
 
 CASES = [*LINEAR, *NONLINEAR]
 NOISY = [case for case in CASES if case.stochastic]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_catalogue import BY_NAME, NONLINEAR, SD_BETAS, Case
 from step_laws import (
     REFUSED,
     dpmpp_coefficients,
@@ -22,6 +21,7 @@ from evenkeel.errors import UnsupportedSampler
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES, clean_output, epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw, read_step_law
+from evenkeel.testing.schedulers import BY_NAME, NONLINEAR, SD_BETAS, Case
 
 # --- refused ---
 

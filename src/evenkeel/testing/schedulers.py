@@ -24,7 +24,7 @@ SD_BETAS: dict[str, Any] = {
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A scheduler and how to drive it.
 
@@ -201,9 +201,10 @@ def _predictor_corrector() -> list[Case]:
 
 
 def _flow_matching_and_edm() -> list[Case]:
-    euler, flow = d.FlowMatchEulerDiscreteScheduler, {"predicts": "flow_prediction"}
-    dynamic = {"use_dynamic_shifting": True, **flow}
-    shifted = {"sigmas": np.linspace(1.0, 1.0 / STEPS, STEPS), "mu": 1.15}
+    euler = d.FlowMatchEulerDiscreteScheduler
+    flow: dict[str, Any] = {"predicts": "flow_prediction"}
+    dynamic: dict[str, Any] = {"use_dynamic_shifting": True, **flow}
+    shifted: dict[str, Any] = {"sigmas": np.linspace(1.0, 1.0 / STEPS, STEPS), "mu": 1.15}
     dpm = d.EDMDPMSolverMultistepScheduler
     return [
         _case("flow-euler-shift1", euler, **flow),
@@ -241,3 +242,16 @@ NONLINEAR: list[Case] = [
 ]
 
 BY_NAME: dict[str, Case] = {case.name: case for case in [*LINEAR, *NONLINEAR]}
+# One of each kind: deterministic, stochastic, with memory, with stages, flow matching.
+SOME: list[Case] = [
+    BY_NAME[name]
+    for name in (
+        "euler-epsilon",
+        "ddim-v_prediction",
+        "ddim-eta1",
+        "heun-epsilon",
+        "dpmpp-2-karras",
+        "sde-dpmsolver++-2-midpoint",
+        "flow-euler-shift3",
+    )
+]
