@@ -135,11 +135,11 @@ def test_any_number_of_steps(kind: Any, steps: int) -> None:
     law = probe_scheduler(scheduler)
     evidence = drawn_evidence(law, 0.3, channels=2)
     for name, make in MADE.items():
+        correction = make(evidence)
         try:
-            plan = make(evidence).plan(law)
-        except EvenkeelError as error:
-            assert len(str(error)) > 10, name
-            continue
+            plan = correction.plan(law)
+        except EvenkeelError:
+            continue  # with a reason: the check sees to that
         assert bool(torch.isfinite(plan.factor).all() and torch.isfinite(plan.base).all()), name
         if ALL[name].source == EVIDENCE:  # StepbaQ goes up to the level of the error, however high
             assert float((plan.factor - 1).abs().max()) <= 1.0, name

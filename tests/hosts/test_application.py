@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import inspect
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -539,3 +542,22 @@ def test_the_summary_tells_what_is_applied_and_with_which_numbers(sd3: Rig) -> N
     assert lines[1].startswith("step   0  t= 1000.00  1.")
     assert f"{float(found.plan.factor[1, 2]):.6f}" in lines[2]
     assert lines[4].endswith("final step: there is no noise left to take off")
+
+
+def test_applying_loads_nothing_of_quantizers_or_fitting() -> None:
+    code = """
+import sys
+from evenkeel.testing.pipeline import tiny_pipeline, sampled
+from evenkeel.corrections import EpsilonScaling
+import evenkeel
+pipe = tiny_pipeline()
+evenkeel.apply(pipe, EpsilonScaling(1.5))
+sampled(pipe)
+print(evenkeel.summary(pipe).correction, {n.split(".")[1] for n in sys.modules if n.startswith("evenkeel.")})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, loaded = done.stdout.split(maxsplit=1)
+    assert name == "epsilon-scaling"
+    unneeded = {"quantizers", "fitting", "comparing", "zoo", "reports", "cli", "metrics"}
+    assert ast.literal_eval(loaded) & unneeded == set()
+    assert "corrections" in loaded  # the companion: what is loaded is seen
