@@ -1089,7 +1089,7 @@ def test_a_file_gives_back_every_bit(rig: Rig, tmp_path: Path) -> None:
     assert str(back) == str(rig.readout)
     assert back.evidence is not None and rig.readout.evidence is not None
     assert torch.equal(back.evidence.moments.central, rig.readout.evidence.moments.central)
-    written, again = (tensors_and_header(p) for p in (path, back.save(tmp_path / "again")))
+    written, again = (tensors_and_header(p) for p in (path, save(back, tmp_path / "again")))
     assert written[1] == again[1]
     assert all(torch.equal(again[0][n], written[0][n]) for n in written[0])
     with evenkeel.applied(rig.pipe, back):
