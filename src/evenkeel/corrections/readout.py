@@ -17,7 +17,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import MOMENTS, PairedMoments, moments_schema
 from evenkeel.statistics.provenance import Provenance
-from evenkeel.storage.schema import Number, Tensors, check_json, check_tensors
+from evenkeel.storage.checks import Number, Tensors, check_json, check_tensors
 
 FORMS = ("per-step", "shared", "hierarchical")
 # What its file holds.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
-from evenkeel.storage.schema import Tensors
+from evenkeel.storage.checks import Tensors
 
 # Joint central moments S_ij = sum (e - mean e)^i (D - mean D)^j, orders 2 to 4.
 ORDERS: tuple[tuple[int, int], ...] = tuple((n - j, j) for n in (2, 3, 4) for j in range(n + 1))

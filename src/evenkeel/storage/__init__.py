@@ -30,6 +30,10 @@ to one run. Of a folder, whatever writes a file may be given in place of its con
 """
 
 from evenkeel.storage.atomic import write_atomically as write_atomically
+from evenkeel.storage.checks import Number as Number
+from evenkeel.storage.checks import Tensors as Tensors
+from evenkeel.storage.checks import check_json as check_json
+from evenkeel.storage.checks import check_tensors as check_tensors
 from evenkeel.storage.digests import digest as digest
 from evenkeel.storage.digests import json_safe as json_safe
 from evenkeel.storage.digests import json_text as json_text
@@ -39,10 +43,6 @@ from evenkeel.storage.files import read_json as read_json
 from evenkeel.storage.files import read_tensors as read_tensors
 from evenkeel.storage.files import write_json as write_json
 from evenkeel.storage.files import write_tensors as write_tensors
-from evenkeel.storage.folders import claim as claim
-from evenkeel.storage.folders import read_folder as read_folder
-from evenkeel.storage.folders import write_folder as write_folder
-from evenkeel.storage.schema import Number as Number
-from evenkeel.storage.schema import Tensors as Tensors
-from evenkeel.storage.schema import check_json as check_json
-from evenkeel.storage.schema import check_tensors as check_tensors
+from evenkeel.storage.manifest import claim as claim
+from evenkeel.storage.manifest import read_folder as read_folder
+from evenkeel.storage.manifest import write_folder as write_folder

@@ -58,7 +58,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
-from test_folders import NEW, write
+from test_manifest import NEW, write
 real, left = os.replace, [int(sys.argv[2])]
 def cut(a, b):
     if left[0] == 0:

@@ -11,9 +11,9 @@ from typing import Any
 
 from evenkeel.errors import StorageError
 from evenkeel.storage.atomic import Content, write_atomically
+from evenkeel.storage.checks import check_json
 from evenkeel.storage.digests import file_digest, json_safe, json_text
 from evenkeel.storage.files import Kind, read_json, write_json
-from evenkeel.storage.schema import check_json
 
 FILES = "files"
 _NEW = ".new"
