@@ -329,7 +329,7 @@ def test_zoo_path_and_card(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
     assert run(capsys, "zoo", "path", "sana")[1].strip() == str(tmp_path / "sana")
     code, _, err = run(capsys, "zoo", "card", "sana")
-    assert code == 1 and "evenkeel.zoo.card sana" in err
+    assert code == 1 and "evenkeel.zoo.making.card sana" in err
 
 
 def test_another_scheduler_makes_other_pictures_and_needs_its_own_record(capsys, record, tmp_path):

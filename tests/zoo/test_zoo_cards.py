@@ -10,12 +10,12 @@ from PIL import Image
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
-from evenkeel.zoo.cards import card, parameters, training_of, write_card
 from evenkeel.zoo.differences import DIFFERENCES
 from evenkeel.zoo.folders import saved_dtypes
-from evenkeel.zoo.judging import Judge
+from evenkeel.zoo.making.cards import card, parameters, training_of, write_card
+from evenkeel.zoo.making.judging import Judge
+from evenkeel.zoo.making.quality import measure
 from evenkeel.zoo.pictures import KINDS
-from evenkeel.zoo.quality import measure
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_card_needs_what_training_noted(copied):
         with pytest.raises(EvenkeelError, match=r"training\.json"):
             training_of(copied)
     (copied / "training.json").unlink()
-    with pytest.raises(EvenkeelError, match=r"evenkeel\.zoo\.train"):
+    with pytest.raises(EvenkeelError, match=r"evenkeel\.zoo\.making\.train"):
         write_card("pixart-sigma", 100)
     assert not (copied / "README.md").exists()
 

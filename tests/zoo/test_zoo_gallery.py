@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evenkeel.zoo.gallery import (
+from evenkeel.zoo.making.gallery import (
     ABREAST,
     FULL_PRECISION,
     GAP,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from evenkeel import zoo
-from evenkeel.zoo import text_encoders
+from evenkeel.zoo.making import text_encoders
+from evenkeel.zoo.making.text_encoders import RECIPES, TOKENS, build, reading_loss, tokenize
 from evenkeel.zoo.scene_captions import vocabulary
-from evenkeel.zoo.text_encoders import RECIPES, TOKENS, build, reading_loss, tokenize
 
 NAMES = list(RECIPES)
 

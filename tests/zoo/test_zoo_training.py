@@ -9,12 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from evenkeel.hosts.pipeline.pipelines import run_pipeline
-from evenkeel.zoo import autoencoders, objectives, pools, scene_evaluation, text_encoders, twin
-from evenkeel.zoo import train as training
-from evenkeel.zoo.autoencoders import build, encode
+from evenkeel.zoo import scene_evaluation, twin
 from evenkeel.zoo.folders import saved_dtypes
+from evenkeel.zoo.making import autoencoders, objectives, pools, text_encoders
+from evenkeel.zoo.making import train as training
+from evenkeel.zoo.making.autoencoders import build, encode
+from evenkeel.zoo.making.training import Recipe
 from evenkeel.zoo.pictures import KINDS
-from evenkeel.zoo.training import Recipe
 
 SMALL = {"PICTURES": 100, "PAIRS": 100, "STARTS": 100, "STEPS": 2}
 
@@ -29,7 +30,8 @@ def work(tmp_path_factory):
 def _short(monkeypatch):
     """Two steps a network, few pictures."""
     modules = [
-        importlib.import_module(f"evenkeel.zoo.twins.{m}") for m, *_ in training.TRAINERS.values()
+        importlib.import_module(f"evenkeel.zoo.making.twins.{m}")
+        for m, *_ in training.TRAINERS.values()
     ]
     for module in {*modules, autoencoders, text_encoders, scene_evaluation}:
         for name, value in vars(module).copy().items():
@@ -80,7 +82,7 @@ def test_one_command_trains_from_data_to_a_saved_pipeline(name, work):
     assert images.shape == (2, 3, 32, 32)
     assert kind.evaluator(out).features(images).isfinite().all()
     told = json.loads((out / "training.json").read_text())
-    assert told["command"] == f"python -m evenkeel.zoo.train {name}"
+    assert told["command"] == f"python -m evenkeel.zoo.making.train {name}"
     networks = told["networks"]
     assert all(n["recipe"]["steps"] == 2 for n in networks.values())
     assert {f"loss-{n}.jsonl" for n in networks} == {p.name for p in out.glob("loss-*.jsonl")}
@@ -112,7 +114,7 @@ def test_latents_are_scaled_as_the_pipelines_unscale_them(name):
 def test_packing_is_what_flux_unpacks():
     from diffusers import FluxPipeline
 
-    from evenkeel.zoo.twins.flux import pack
+    from evenkeel.zoo.making.twins.flux import pack
 
     latents = torch.randn(2, 16, 8, 8)
     packed = pack(latents)

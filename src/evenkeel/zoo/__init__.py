@@ -44,8 +44,9 @@ def path_of(name: str) -> Path:
     place = find(name)
     if place is None:
         raise EvenkeelError(
-            f"the weights of {name} are in none of {[str(p) for p in places_of(name)]}; train them "
-            f"with python -m evenkeel.zoo.train {name}, or name a folder of twins in {FOLDER_VARIABLE}."
+            f"the weights of {name} are in none of {[str(p) for p in places_of(name)]}; train "
+            f"them with python -m evenkeel.zoo.making.train {name}, or name a folder of twins in "
+            f"{FOLDER_VARIABLE}."
         )
     return place
 

@@ -81,6 +81,6 @@ def card_of(name: str) -> str:
     file = zoo.path_of(name) / "README.md"
     if not file.is_file():
         raise EvenkeelError(
-            f"{file.parent} holds no README.md; write it with python -m evenkeel.zoo.card {name}."
+            f"{file.parent} holds no README.md; write it with python -m evenkeel.zoo.making.card {name}."
         )
     return file.read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evenkeel.zoo import objectives
 from evenkeel.zoo.handwriting import ATTRIBUTES, IMAGE_SIZE
+from evenkeel.zoo.making import objectives
 
 CAPTION_TOKENS = 24
 CAPTION_WIDTH = 96

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from evenkeel.zoo import EVALUATOR_FILE, networks
 from evenkeel.zoo.handwriting import UNSPECIFIED
+from evenkeel.zoo.making.training import Recipe, fit
 from evenkeel.zoo.scene_captions import read_caption
 from evenkeel.zoo.scenes import SCENE, sample_scene_pictures
-from evenkeel.zoo.training import Recipe, fit
 
 MATCHES = (
     "first digit",

@@ -1,4 +1,4 @@
-"""``python -m evenkeel.zoo.gallery``: each twin at full precision and quantized, from the same noise.
+"""``python -m evenkeel.zoo.making.gallery``: each twin at full precision and quantized, from the same noise.
 
 For each twin three rows of pictures (full precision, W4A4, W3A4), a column for each prompt. Writes
 ``gallery.html``, which needs nothing else and has the prompts, and ``gallery.png``, with fewer columns.

@@ -13,7 +13,7 @@ from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.metrics import mean_estimate
-from evenkeel.zoo.judging import Judge
+from evenkeel.zoo.making.judging import Judge
 from evenkeel.zoo.pictures import KINDS
 
 SEED = 31
@@ -70,7 +70,7 @@ def measure(
         }
     per_step = torch.tensor(seconds, dtype=torch.float64) / steps
     return {
-        "command": f"python -m evenkeel.zoo.card {twin.name} --images {images}",
+        "command": f"python -m evenkeel.zoo.making.card {twin.name} --images {images}",
         "images": images,
         "seed": SEED,
         "settings": settings,

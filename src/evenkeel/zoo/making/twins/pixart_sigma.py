@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.zoo import networks, objectives, text_encoders
-from evenkeel.zoo.autoencoders import build_kl, encode, fit_autoencoder
+from evenkeel.zoo import networks
 from evenkeel.zoo.captions import sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.handwriting import ATTRIBUTES, WIDE, sample_attributes, sample_pictures
-from evenkeel.zoo.pools import Pool, drop_captions
+from evenkeel.zoo.making import objectives, text_encoders
+from evenkeel.zoo.making.autoencoders import build_kl, encode, fit_autoencoder
+from evenkeel.zoo.making.pools import Pool, drop_captions
+from evenkeel.zoo.making.text_encoders import tokenize
+from evenkeel.zoo.making.training import Recipe, fit
 from evenkeel.zoo.scene_evaluation import as_decoded
-from evenkeel.zoo.text_encoders import tokenize
-from evenkeel.zoo.training import Recipe, fit
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evenkeel.zoo import objectives
-from evenkeel.zoo.autoencoders import encode
 from evenkeel.zoo.handwriting import CENTRED, DIGITS, sample_pictures
-from evenkeel.zoo.pools import Pool
-from evenkeel.zoo.training import Recipe, fit
+from evenkeel.zoo.making import objectives
+from evenkeel.zoo.making.autoencoders import encode
+from evenkeel.zoo.making.pools import Pool
+from evenkeel.zoo.making.training import Recipe, fit
 
 CLASSES, NULL = 1000, 1000
 RECIPES = (

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evenkeel.storage import write_atomically
+from evenkeel.zoo.making.text_encoders import caption_scenes
 from evenkeel.zoo.scenes import sample_scene_pictures
-from evenkeel.zoo.text_encoders import caption_scenes
 
 Tokens = Callable[[list[str]], dict[str, Tensor]]
 

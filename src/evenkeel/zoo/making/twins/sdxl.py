@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evenkeel.zoo import autoencoders, objectives, text_encoders
-from evenkeel.zoo.pools import Pool, scene_pool
-from evenkeel.zoo.training import Recipe, fit
+from evenkeel.zoo.making import autoencoders, objectives, text_encoders
+from evenkeel.zoo.making.pools import Pool, scene_pool
+from evenkeel.zoo.making.training import Recipe, fit
 
 DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=514)
 STUDENT = Recipe(steps=5000, learning_rate=5e-4, seed=516)

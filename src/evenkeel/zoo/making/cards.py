@@ -15,8 +15,8 @@ from evenkeel.reports.measures import value_text
 from evenkeel.storage import write_atomically
 from evenkeel.zoo.differences import DIFFERENCES
 from evenkeel.zoo.folders import saved_dtypes
+from evenkeel.zoo.making.quality import measure
 from evenkeel.zoo.pictures import KINDS
-from evenkeel.zoo.quality import measure
 
 GRID = (6, 10)
 _DATA = """\
@@ -60,7 +60,7 @@ def training_of(folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as e:
         raise EvenkeelError(
-            f"{file} cannot be read ({e}); python -m evenkeel.zoo.train writes it beside the weights."
+            f"{file} cannot be read ({e}); python -m evenkeel.zoo.making.train writes it beside the weights."
         ) from e
     expected = {"command", "machine", "torch"}
     if not isinstance(found, dict) or not expected <= set(found):

@@ -1,4 +1,4 @@
-"""``python -m evenkeel.zoo.train NAME``: from data to a saved pipeline.
+"""``python -m evenkeel.zoo.making.train NAME``: from data to a saved pipeline.
 
 Each network of the twin is trained in a folder of its own below ``--work`` and continues there after a
 kill; networks that twins share, and the teachers of the distilled ones, are trained first where they
@@ -20,7 +20,7 @@ import torch
 from evenkeel import zoo
 from evenkeel.zoo.scene_evaluation import train_evaluator
 
-# Module below evenkeel.zoo.twins, function, the networks it shares with others.
+# Module below evenkeel.zoo.making.twins, function, the networks it shares with others.
 TRAINERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pixart-sigma": ("pixart_sigma", "train", ()),
     "flux-dev": ("flux", "train_dev", ("kl-16", "clip-l", "t5")),
@@ -47,7 +47,7 @@ def train(name: str, work: Path) -> Path:
     teacher = zoo.twin(name).teacher
     place, out = work / name, work / name / "pipeline"
     place.mkdir(parents=True, exist_ok=True)
-    trainer = getattr(importlib.import_module(f"evenkeel.zoo.twins.{module}"), function)
+    trainer = getattr(importlib.import_module(f"evenkeel.zoo.making.twins.{module}"), function)
     if teacher is None:
         trainer(place, out)
     else:
@@ -102,7 +102,7 @@ def _describe(name: str, runs: list[Path], out: Path) -> dict[str, Any]:
         shutil.copy(curve, out / f"loss-{curve.parent.name}.jsonl")
     cuda = torch.cuda.is_available()
     return {
-        "command": f"python -m evenkeel.zoo.train {name}",
+        "command": f"python -m evenkeel.zoo.making.train {name}",
         "machine": torch.cuda.get_device_name()
         if cuda
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",

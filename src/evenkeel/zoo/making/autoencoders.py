@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.zoo.handwriting import IMAGE_SIZE
+from evenkeel.zoo.making.training import Recipe, fit
 from evenkeel.zoo.scenes import sample_scene_pictures
-from evenkeel.zoo.training import Recipe, fit
 
 RECIPES = {
     "kl-4": Recipe(steps=2500, learning_rate=2e-3, seed=112, weight_decay=1e-4, bfloat16=True),

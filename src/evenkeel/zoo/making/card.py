@@ -1,4 +1,4 @@
-"""``python -m evenkeel.zoo.card NAME [--images 1000]``: measure a twin and write its model card."""
+"""``python -m evenkeel.zoo.making.card NAME [--images 1000]``: measure a twin and write its model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
-from evenkeel.zoo.cards import write_card
+from evenkeel.zoo.making.cards import write_card
 
 
 def main() -> int:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evenkeel.zoo.making.training import Recipe, fit
 from evenkeel.zoo.scene_captions import mention, vocabulary, write_caption
 from evenkeel.zoo.scenes import SCENE, sample_scenes
-from evenkeel.zoo.training import Recipe, fit
 
 TOKENS = 18  # the longest caption has 16 words; CLIP adds two tokens
 WIDTHS = {"clip-l": 64, "clip-g": 96, "t5": 96, "gemma": 96}

@@ -1,0 +1,1 @@
+"""How twins are made, measured and described; nothing that only uses one imports from here."""
