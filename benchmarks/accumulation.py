@@ -24,10 +24,10 @@ from evenkeel.fitting import calibrate
 from evenkeel.statistics.error_structure import radial_spectrum, step_gram
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
-from evenkeel.zoo import networks
 from evenkeel.zoo.captions import vocabulary
 from evenkeel.zoo.making.autoencoders import build_kl
 from evenkeel.zoo.making.text_encoders import build_t5
+from evenkeel.zoo.making.twins import pixart_sigma as networks
 
 PROMPTS, STEPS, REPEATS = 32, 20, 40
 MEMORY_PROMPTS, MEMORY_BATCH, MEMORY_STEPS = (32, 128, 512), 8, 4

@@ -9,9 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from evenkeel.hosts.pipeline.pipelines import run_pipeline
-from evenkeel.zoo import scene_evaluation, twin
+from evenkeel.zoo import twin
 from evenkeel.zoo.folders import saved_dtypes
-from evenkeel.zoo.making import autoencoders, objectives, pools, text_encoders
+from evenkeel.zoo.making import autoencoders, evaluators, objectives, pools, text_encoders
 from evenkeel.zoo.making import train as training
 from evenkeel.zoo.making.autoencoders import build, encode
 from evenkeel.zoo.making.training import Recipe
@@ -33,7 +33,7 @@ def _short(monkeypatch):
         importlib.import_module(f"evenkeel.zoo.making.twins.{m}")
         for m, *_ in training.TRAINERS.values()
     ]
-    for module in {*modules, autoencoders, text_encoders, scene_evaluation}:
+    for module in {*modules, autoencoders, text_encoders, evaluators}:
         for name, value in vars(module).copy().items():
             if isinstance(value, Recipe):
                 monkeypatch.setattr(module, name, shortened(value))
@@ -43,7 +43,7 @@ def _short(monkeypatch):
                 monkeypatch.setattr(module, name, {k: shortened(r) for k, r in value.items()})
             elif name in SMALL and module in modules:
                 monkeypatch.setattr(module, name, SMALL[name])
-    monkeypatch.setattr(scene_evaluation, "HELD_OUT_PICTURES", 10)
+    monkeypatch.setattr(evaluators, "HELD_OUT_PICTURES", 10)
 
 
 def shortened(recipe):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from evenkeel.zoo import EVALUATOR_FILE, networks
+from evenkeel.zoo import EVALUATOR_FILE
 from evenkeel.zoo.captions import read_caption, sample_mentions, write_caption
 from evenkeel.zoo.handwriting import (
     ATTRIBUTES,
@@ -22,11 +22,42 @@ from evenkeel.zoo.handwriting import (
 )
 
 
+class AttributeNetwork(nn.Module):
+    """Sees pictures: 64 features for distances, and one score per value of every attribute.
+
+    Call it with pictures (n, 3, 32, 32) in [0, 1]; ``features`` returns (n, 64) float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(a: int, b: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU(inplace=True)
+            )
+
+        self.trunk = nn.Sequential(
+            block(3, 32, 1), block(32, 48, 2), block(48, 64, 1), block(64, 96, 2), block(96, 96, 2)
+        )
+        self.project = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 64), nn.SiLU())
+        self.heads = nn.ModuleDict({k: nn.Linear(64, len(v)) for k, v in ATTRIBUTES.items()})
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate activations (n, 64)."""
+        features: Tensor = self.project(self.trunk(images * 2 - 1))
+        return features
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Scores per attribute: name -> (n, number of values)."""
+        features = self.features(images)
+        return {k: head(features) for k, head in self.heads.items()}
+
+
 class HandwritingEvaluator:
     """Features of the attribute network, and which attributes of the caption an image shows."""
 
     def __init__(self, folder: Path) -> None:
-        self.network = networks.Evaluator().eval()
+        self.network = AttributeNetwork().eval()
         self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from evenkeel import zoo
-from evenkeel.zoo.scene_evaluation import train_evaluator
+from evenkeel.zoo.making.evaluators import train_evaluator
 
 # Module below evenkeel.zoo.making.twins, function, the networks it shares with others.
 TRAINERS: dict[str, tuple[str, str, tuple[str, ...]]] = {

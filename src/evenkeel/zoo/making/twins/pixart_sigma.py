@@ -14,15 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.zoo import networks
 from evenkeel.zoo.captions import sample_mentions, vocabulary, write_caption
-from evenkeel.zoo.handwriting import ATTRIBUTES, WIDE, sample_attributes, sample_pictures
+from evenkeel.zoo.evaluation import AttributeNetwork
+from evenkeel.zoo.handwriting import (
+    ATTRIBUTES,
+    IMAGE_SIZE,
+    WIDE,
+    sample_attributes,
+    sample_pictures,
+)
 from evenkeel.zoo.making import objectives, text_encoders
 from evenkeel.zoo.making.autoencoders import build_kl, encode, fit_autoencoder
+from evenkeel.zoo.making.evaluators import as_decoded
 from evenkeel.zoo.making.pools import Pool, drop_captions
 from evenkeel.zoo.making.text_encoders import tokenize
 from evenkeel.zoo.making.training import Recipe, fit
-from evenkeel.zoo.scene_evaluation import as_decoded
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
@@ -37,6 +43,42 @@ BATCH = 128
 DENOISER_BATCH = 64
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
 DROP_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
+CAPTION_TOKENS = 24
+CAPTION_WIDTH = 96
+LATENT_CHANNELS = 4
+LATENT_SIZE = IMAGE_SIZE // 4
+
+SCHEDULER = {
+    **objectives.BETAS,
+    "prediction_type": "epsilon",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+}
+
+
+def build_denoiser() -> Any:
+    """PixArt-Sigma's transformer: 8 blocks of width 96, patch 2, 1.4 million parameters."""
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=2,
+        num_layers=8,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        cross_attention_dim=96,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        caption_channels=CAPTION_WIDTH,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        use_additional_conditions=False,
+    )
 
 
 def train(work: Path, out: Path) -> None:
@@ -53,7 +95,7 @@ def train(work: Path, out: Path) -> None:
         text_encoder=encoder,
         vae=vae,
         transformer=denoiser.eval(),
-        scheduler=DPMSolverMultistepScheduler(**networks.SCHEDULER),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
     )
     pipe.save_pretrained(out)
     save_file(evaluator.state_dict(), out / "evaluator.safetensors")
@@ -84,11 +126,9 @@ def train_text_encoder(work: Path) -> tuple[Any, Any]:
     """T5 encoder that makes the mentioned attributes linearly readable from its mean token."""
     torch.manual_seed(TEXT_ENCODER.seed)
     tokenizer, encoder = text_encoders.build_t5(
-        vocabulary(), networks.CAPTION_TOKENS, networks.CAPTION_WIDTH, layers=2
+        vocabulary(), CAPTION_TOKENS, CAPTION_WIDTH, layers=2
     )
-    heads = nn.ModuleDict(
-        {k: nn.Linear(networks.CAPTION_WIDTH, len(v) + 1) for k, v in ATTRIBUTES.items()}
-    )
+    heads = nn.ModuleDict({k: nn.Linear(CAPTION_WIDTH, len(v) + 1) for k, v in ATTRIBUTES.items()})
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
@@ -112,14 +152,14 @@ def train_autoencoder(work: Path) -> Any:
     def pictures(n: int, rng: np.random.Generator) -> Tensor:
         return sample_pictures(n, rng, placement=WIDE)[0]
 
-    vae = build_kl(networks.LATENT_CHANNELS)
+    vae = build_kl(LATENT_CHANNELS)
     return fit_autoencoder(vae, pictures, AUTOENCODER, work / "autoencoder")
 
 
 def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
     """Attribute network on the training scans; returns its accuracy on held-out scans too."""
     torch.manual_seed(EVALUATOR.seed)
-    network = networks.Evaluator()
+    network = AttributeNetwork()
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
         device = next(module.parameters()).device
@@ -153,7 +193,7 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
     empty = dict(zip(("ids", "masks"), tokenize(tokenizer, [""]), strict=True))
     signal = objectives.alphas_cumprod()
     torch.manual_seed(DENOISER[0].seed)
-    denoiser = networks.build_denoiser()
+    denoiser = build_denoiser()
     # As the original: modulation and output start at zero.
     nn.init.zeros_(denoiser.proj_out.weight)
     nn.init.zeros_(denoiser.proj_out.bias)
