@@ -1,6 +1,8 @@
 """The embedded pipeline: its data, its grammar, its training loop, and how good its samples are."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +89,13 @@ def test_full_precision_samples_are_recognisable():
     # 90 % and 95 % are the goals; n = 200, so five standard errors below them can never pass by luck.
     assert shown["digit"] > 0.90 - 5 * (0.9 * 0.1 / 200) ** 0.5, shown
     assert shown["colour"] > 0.95 - 5 * (0.95 * 0.05 / 200) ** 0.5, shown
+
+
+def test_who_uses_a_twin_imports_nothing_that_makes_one():
+    house = Path(zoo.__file__).parent.parent
+    users = [p for p in house.rglob("*.py") if house / "zoo" / "making" not in p.parents]
+    found = [p for p in users if re.search(r"(from|import) evenkeel\.zoo\.making", p.read_text())]
+    assert users and found == []
 
 
 def test_unknown_twin():

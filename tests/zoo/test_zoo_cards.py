@@ -10,7 +10,6 @@ from PIL import Image
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
-from evenkeel.zoo.differences import DIFFERENCES
 from evenkeel.zoo.folders import saved_dtypes
 from evenkeel.zoo.making.cards import card, parameters, training_of, write_card
 from evenkeel.zoo.making.judging import Judge
@@ -30,8 +29,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_every_twin_says_how_it_differs():
-    assert set(DIFFERENCES) == set(zoo.TWINS)
-    assert all(DIFFERENCES.values())
+    assert all(twin.differences for twin in zoo.TWINS.values())
 
 
 @pytest.mark.parametrize("name", list(zoo.TWINS))
@@ -78,7 +76,7 @@ def test_a_card_says_what_was_measured(copied):
     count = sum(p.numel() for p in zoo.load("pixart-sigma").transformer.parameters())
     for part in (f"{count:,}", "train it", "| n | 10 | 0.001 | 5 | 1.5 |", "F32", "20 steps"):
         assert part in text, part
-    for line in DIFFERENCES["pixart-sigma"]:
+    for line in zoo.twin("pixart-sigma").differences:
         assert line in text
     assert text.splitlines()[0] == "# pixart-sigma: a twin of PixArt-Sigma"
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from evenkeel.hosts.pipeline.pipelines import run_pipeline
-from evenkeel.zoo import twin
+from evenkeel.zoo import TWINS, twin
 from evenkeel.zoo.folders import saved_dtypes
 from evenkeel.zoo.making import autoencoders, evaluators, objectives, pools, text_encoders
 from evenkeel.zoo.making import train as training
@@ -30,8 +30,8 @@ def work(tmp_path_factory):
 def _short(monkeypatch):
     """Two steps a network, few pictures."""
     modules = [
-        importlib.import_module(f"evenkeel.zoo.making.twins.{m}")
-        for m, *_ in training.TRAINERS.values()
+        importlib.import_module(f"evenkeel.zoo.making.twins.{t.maker.split(':')[0]}")
+        for t in TWINS.values()
     ]
     for module in {*modules, autoencoders, text_encoders, evaluators}:
         for name, value in vars(module).copy().items():
@@ -51,7 +51,7 @@ def shortened(recipe):
 
 
 # pixart-sigma is left out: training it here would prove nothing that its weights and these do not.
-NAMES = [name for name in training.TRAINERS if name != "pixart-sigma"]
+NAMES = [name for name in TWINS if name != "pixart-sigma"]
 
 
 @pytest.mark.slow
@@ -86,16 +86,18 @@ def test_one_command_trains_from_data_to_a_saved_pipeline(name, work):
     networks = told["networks"]
     assert all(n["recipe"]["steps"] == 2 for n in networks.values())
     assert {f"loss-{n}.jsonl" for n in networks} == {p.name for p in out.glob("loss-*.jsonl")}
-    assert set(training.TRAINERS[name][2]) <= set(networks)
+    assert set(twin(name).shares) <= set(networks)
     before = {p: p.read_bytes() for p in out.rglob("*.safetensors")}
     training.train(name, work)  # nothing left to do, and the same weights
     assert {p: p.read_bytes() for p in out.rglob("*.safetensors")} == before
 
 
-def test_every_twin_can_be_trained():
-    from evenkeel import zoo
-
-    assert set(training.TRAINERS) == set(zoo.TWINS)
+@pytest.mark.parametrize("name", list(TWINS))
+def test_every_twin_can_be_trained(name):
+    module, function = twin(name).maker.split(":")
+    assert callable(
+        getattr(importlib.import_module(f"evenkeel.zoo.making.twins.{module}"), function)
+    )
 
 
 @pytest.mark.parametrize("name", list(autoencoders.RECIPES))

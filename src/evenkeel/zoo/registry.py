@@ -1,4 +1,4 @@
-"""The twins of the zoo: what each is a twin of, how its original is sampled, and with which samplers."""
+"""The twins of the zoo: what each is a twin of, how its original is sampled, who makes it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Twin:
         num_inference_steps, guidance_scale: of the original's default inference; a pipeline without
             guidance has None.
         schedulers: the original's samplers by their short names, the pipeline's own first.
+        maker: ``module:function`` below ``evenkeel.zoo.making.twins``, which trains it and saves it.
+        differences: from the original, apart from being small and drawing digits.
+        shares: networks that it is made of and shares with other twins, by their makers' names.
         teacher: the twin it is distilled from.
 
     """
@@ -46,6 +49,9 @@ class Twin:
     num_inference_steps: int
     guidance_scale: float | None
     schedulers: Mapping[str, Sampler]
+    maker: str
+    differences: tuple[str, ...]
+    shares: tuple[str, ...] = ()
     teacher: str | None = None
 
     def sampler(self, name: str) -> Sampler:
@@ -61,6 +67,10 @@ class Twin:
             )
         return self.schedulers[name]
 
+
+_NOISE = "noise-to-signal ends at 14.6, as in Stable Diffusion, where the original's linear betas end at 157"
+_WEIGHTED = "loss weighted as an error of v, so that every noise level counts about the same"
+_PICTURES = "pictures of 32x32; latents of 8x8, four times smaller instead of eight times"
 
 # Clipping a sample to [-1, 1] is for pixels; a scheduler made from one that does not know of it clips.
 _UNCLIPPED = {"clip_sample": False}
@@ -81,6 +91,14 @@ _ALL = (
         num_inference_steps=20,
         guidance_scale=3.5,
         schedulers={"euler": _FLOW},
+        maker="flux:train_dev",
+        shares=("kl-16", "clip-l", "t5"),
+        differences=(
+            _PICTURES,
+            "2 double and 6 single blocks (19 and 38)",
+            "16 tokens are shifted by exp(1.15), as much as the original's 4,096 at 1024x1024",
+            "guidance is distilled from this twin itself, trained before with dropped captions",
+        ),
     ),
     Twin(
         "flux-schnell",
@@ -91,6 +109,13 @@ _ALL = (
         guidance_scale=0.0,
         schedulers={"euler": _FLOW},
         teacher="flux-dev",
+        maker="flux:train_schnell",
+        shares=("kl-16", "clip-l", "t5"),
+        differences=(
+            _PICTURES,
+            "2 double and 6 single blocks (19 and 38)",
+            "distilled by reflow, not by latent adversarial diffusion distillation",
+        ),
     ),
     Twin(
         "sdxl",
@@ -105,6 +130,14 @@ _ALL = (
             "ddim": _DDIM,
             "dpm-solver++": _DPM,
         },
+        maker="sdxl:train",
+        shares=("kl-4", "clip-l", "clip-g"),
+        differences=(
+            _PICTURES,
+            "two levels of resolution (three); all pictures have one size, so sizes and crops are constant",
+            _WEIGHTED,
+            "guidance 5.0, diffusers' default (the paper's experiments use 7.5)",
+        ),
     ),
     Twin(
         "sdxl-turbo",
@@ -115,6 +148,13 @@ _ALL = (
         guidance_scale=0.0,
         schedulers={"euler-ancestral": _ANCESTRAL, "euler": _EULER},
         teacher="sdxl",
+        maker="sdxl:train_turbo",
+        shares=("kl-4", "clip-l", "clip-g"),
+        differences=(
+            _PICTURES,
+            "two levels of resolution (three); all pictures have one size, so sizes and crops are constant",
+            "distilled by regression on where its guided teacher arrives, not adversarially",
+        ),
     ),
     Twin(
         "pixart-sigma",
@@ -124,6 +164,15 @@ _ALL = (
         num_inference_steps=20,
         guidance_scale=4.5,
         schedulers={"dpm-solver++": _DPM, "ddim": _DDIM},
+        maker="pixart_sigma:train",
+        differences=(
+            _PICTURES,
+            "8 blocks of width 96 (28 of 1152), two layers of T5",
+            _NOISE,
+            "no learned sigma, no resolution conditions; a call needs use_resolution_binning=False, "
+            "clean_caption=False and max_sequence_length=24, which evenkeel fills in by itself",
+            _WEIGHTED,
+        ),
     ),
     Twin(
         "sana",
@@ -138,6 +187,12 @@ _ALL = (
                 {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **_DPM.changes},
             ),
         },
+        maker="sana:train",
+        shares=("dc-32", "gemma"),
+        differences=(
+            "pictures of 32x32; latents of 4x4, eight times smaller instead of 32 times",
+            "three layers of Gemma 2, without the instruction in front of every caption",
+        ),
     ),
     Twin(
         "sd-v1.4",
@@ -147,6 +202,16 @@ _ALL = (
         num_inference_steps=50,
         guidance_scale=7.5,
         schedulers={"ddim": _DDIM, "plms": _PLMS, "dpm-solver++": _DPM},
+        maker="sd:train",
+        shares=("kl-4", "clip-l"),
+        differences=(
+            _PICTURES,
+            "two levels of resolution (four); text tokens of the last of three layers",
+            _WEIGHTED,
+            "DDIM is the pipeline's own sampler: the original's, PLMS, swings at guidance 7.5 on pictures as "
+            "simple as these",
+            "no safety checker",
+        ),
     ),
     Twin(
         "dit-xl",
@@ -156,6 +221,16 @@ _ALL = (
         num_inference_steps=50,
         guidance_scale=1.5,
         schedulers={"ddim": _DDIM, "ddpm": _DDPM},
+        maker="dit_xl:train",
+        differences=(
+            "pictures of 32x32; latents of 8x8, four times smaller instead of eight times",
+            "8 blocks of width 96 (28 of 1152)",
+            "a class is a large digit in the middle",
+            "10 classes; diffusers has 1,000 and the null class written into the pipeline, so rows 10 to "
+            "999 of every block's table are zero and were never trained",
+            _NOISE,
+            _WEIGHTED,
+        ),
     ),
     Twin(
         "ddim-cifar",
@@ -165,6 +240,13 @@ _ALL = (
         num_inference_steps=100,
         guidance_scale=None,
         schedulers={"ddim": _DDIM, "ddpm": _DDPM, "dpm-solver++": _DPM},
+        maker="ddim_cifar:train",
+        differences=(
+            "handwriting in place of CIFAR-10's photographs: one large white digit in the middle",
+            _NOISE,
+            "the pipeline's class is DDPMPipeline: DDIMPipeline turns every scheduler into DDIM",
+            _WEIGHTED,
+        ),
     ),
 )
 TWINS = {twin.name: twin for twin in _ALL}

@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 
 from evenkeel import zoo
+from evenkeel.storage import write_atomically
 from evenkeel.errors import EvenkeelError
 from evenkeel.reports.measures import value_text
-from evenkeel.storage import write_atomically
-from evenkeel.zoo.differences import DIFFERENCES
 from evenkeel.zoo.folders import saved_dtypes
 from evenkeel.zoo.making.quality import measure
 from evenkeel.zoo.pictures import KINDS
@@ -99,7 +98,7 @@ def card(
         f"**Training.** {_training(training)}",
         _table(("network", "steps", "rate", "seed", "minutes"), _recipe_rows(training)),
         "**Differences from the original**, besides size and data:\n\n"
-        + "\n".join(f"- {line};" for line in DIFFERENCES[twin.name])[:-1]
+        + "\n".join(f"- {line};" for line in twin.differences)[:-1]
         + ".",
         _quality_text(quality),
         _table(("", "samples", "held-out scans"), _quality_rows(quality)),

@@ -20,18 +20,6 @@ import torch
 from evenkeel import zoo
 from evenkeel.zoo.making.evaluators import train_evaluator
 
-# Module below evenkeel.zoo.making.twins, function, the networks it shares with others.
-TRAINERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "pixart-sigma": ("pixart_sigma", "train", ()),
-    "flux-dev": ("flux", "train_dev", ("kl-16", "clip-l", "t5")),
-    "flux-schnell": ("flux", "train_schnell", ("kl-16", "clip-l", "t5")),
-    "sdxl": ("sdxl", "train", ("kl-4", "clip-l", "clip-g")),
-    "sdxl-turbo": ("sdxl", "train_turbo", ("kl-4", "clip-l", "clip-g")),
-    "sana": ("sana", "train", ("dc-32", "gemma")),
-    "sd-v1.4": ("sd", "train", ("kl-4", "clip-l")),
-    "dit-xl": ("dit_xl", "train", ()),
-    "ddim-cifar": ("ddim_cifar", "train", ()),
-}
 SHARED, EMBEDDED = "shared", "pixart-sigma"
 
 
@@ -43,28 +31,28 @@ def train(name: str, work: Path) -> Path:
         work: folder of all runs; this twin's are in ``work / name``.
 
     """
-    module, function, shared = TRAINERS[name]
-    teacher = zoo.twin(name).teacher
+    twin = zoo.twin(name)
     place, out = work / name, work / name / "pipeline"
     place.mkdir(parents=True, exist_ok=True)
-    trainer = getattr(importlib.import_module(f"evenkeel.zoo.making.twins.{module}"), function)
-    if teacher is None:
-        trainer(place, out)
+    module, function = twin.maker.split(":")
+    make = getattr(importlib.import_module(f"evenkeel.zoo.making.twins.{module}"), function)
+    if twin.teacher is None:
+        make(place, out)
     else:
-        taught = work / teacher / "pipeline"
+        taught = work / twin.teacher / "pipeline"
         if not (taught / "model_index.json").is_file():
-            taught = train(teacher, work)
-        trainer(place, out, zoo.load_folder(taught))
+            taught = train(twin.teacher, work)
+        make(place, out, zoo.load_folder(taught))
     if name != EMBEDDED:  # what was measured on it was measured in single precision
         _halve(out)
     _bring_evaluator(name, work, out)
-    runs = [place, *(work / SHARED / x for x in shared)]
-    if zoo.twin(name).pictures == "scenes":
+    runs = [place, *(work / SHARED / x for x in twin.shares)]
+    if twin.pictures == "scenes":
         runs.append(work / SHARED / "evaluator")
     described = _describe(name, runs, out)
     (out / "training.json").write_text(json.dumps(described, indent=1) + "\n")
     (out / zoo.TWIN_FILE).write_text(
-        json.dumps({"name": name, "pictures": zoo.twin(name).pictures}, indent=1) + "\n"
+        json.dumps({"name": name, "pictures": twin.pictures}, indent=1) + "\n"
     )
     return out
 
@@ -114,7 +102,7 @@ def _describe(name: str, runs: list[Path], out: Path) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(TRAINERS))
+    parser.add_argument("name", choices=sorted(zoo.TWINS))
     parser.add_argument("--work", type=Path, default=Path("runs/zoo"), help="folder of all runs")
     parser.add_argument(
         "--out", type=Path, default=Path("zoo"), help="the twin's folder is made in here"
