@@ -9,6 +9,7 @@ EvenkeelError
 ├── UnsupportedSampler    a step is not of a form this library can correct
 ├── UnsupportedPipeline   no denoiser, an unknown latent layout, a missing component
 ├── QuantizationError     a quantizer specification or a layer that cannot be quantized
+├── MissingExtra          an optional package is not installed; names the extra that brings it
 └── MetricError           too few images, unequal numbers, shapes that do not match
 """
 
@@ -53,3 +54,7 @@ class QuantizationError(EvenkeelError, ValueError):
 
 class MetricError(EvenkeelError, ValueError):
     """Too few images, unequal numbers, or shapes that do not match."""
+
+
+class MissingExtra(EvenkeelError, ImportError):
+    """A package that an optional extra brings is not installed."""

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import evenkeel.reports as reports
-from evenkeel.errors import EvenkeelError
+from evenkeel.errors import EvenkeelError, MissingExtra
 from evenkeel.reports.measures import COLUMNS, MEASURES, difference_text, value_text, verdict
 
 BY_KEY = {measure.key: measure for measure in MEASURES}
@@ -390,6 +390,15 @@ def test_pyplot_is_never_used_and_matplotlib_is_not_needed_to_import(monkeypatch
     names = [a.name for n in imports if isinstance(n, ast.Import) for a in n.names]
     assert "json" in names  # the walk sees imports
     assert not [name for name in names if "pyplot" in name]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch, images):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for plot in (reports.factor_plot, reports.gain_slope_plot, reports.correlation_plot):
+        with pytest.raises(MissingExtra, match=r"pip install 'evenkeel\[reports\]'"):
+            plot(make_calibration())
+    with pytest.raises(MissingExtra, match=r"pip install 'evenkeel\[reports\]'"):
+        reports.image_grid(images, ["a", "b"])
 
 
 # --- image grid -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from evenkeel import zoo
+from evenkeel.errors import EvenkeelError, MissingExtra
 from evenkeel.comparing.generation import Arm, generate
-from evenkeel.errors import EvenkeelError
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures
@@ -96,6 +97,17 @@ def test_who_uses_a_twin_imports_nothing_that_makes_one():
     users = [p for p in house.rglob("*.py") if house / "zoo" / "making" not in p.parents]
     found = [p for p in users if re.search(r"(from|import) evenkeel\.zoo\.making", p.read_text())]
     assert users and found == []
+
+
+def test_scans_need_the_extra_and_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # importing it raises
+    load_scans.cache_clear()
+    try:
+        assert sample_prompts(3, 0) and HandwritingEvaluator(zoo.path_of("pixart-sigma"))
+        with pytest.raises(MissingExtra, match=r"pip install 'evenkeel\[zoo\]'"):
+            reference_images(sample_prompts(3, 0), 0)
+    finally:
+        load_scans.cache_clear()
 
 
 def test_unknown_twin():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.errors import EvenkeelError
+from evenkeel.errors import EvenkeelError, MissingExtra
 
 # In pixels of the picture. A power of two keeps inches exact, so that the canvas has the size asked.
 GRID_DPI = 128
@@ -18,10 +18,25 @@ GAP, MARGIN, NARROWEST = 8, 12, 96
 POINTS = 8.5  # font size
 
 
+def new_figure(**options: Any) -> Any:
+    """An empty figure of matplotlib, on no screen.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise MissingExtra(
+            "plots, image grids and report.html are drawn with matplotlib, which was not found: "
+            "pip install 'evenkeel[reports]'."
+        ) from e
+    return Figure(**options)
+
+
 def compose(arms: Mapping[str, Tensor], prompts: Sequence[str], scale: int) -> tuple[Any, int]:
     """The figure and its resolution; see :func:`evenkeel.reports.image_grid`."""
-    from matplotlib.figure import Figure
-
     check_images(arms, prompts)
     if scale < 1:
         raise EvenkeelError(f"scale must be at least 1, got {scale}.")
@@ -32,7 +47,7 @@ def compose(arms: Mapping[str, Tensor], prompts: Sequence[str], scale: int) -> t
     row = max(high, 3 * LINE) + GAP
     width = MARGIN + LABEL_WIDTH + len(arms) * (column + GAP) - GAP + MARGIN
     height = top + len(prompts) * row - GAP + MARGIN
-    figure = Figure(figsize=(width / GRID_DPI, height / GRID_DPI), dpi=GRID_DPI)
+    figure = new_figure(figsize=(width / GRID_DPI, height / GRID_DPI), dpi=GRID_DPI)
 
     def write(x: int, y: int, lines: Sequence[str], **style: Any) -> None:
         text = "\n".join(lines)

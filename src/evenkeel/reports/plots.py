@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from evenkeel.errors import EvenkeelError
-from evenkeel.reports.grid import compose
+from evenkeel.reports.grid import compose, new_figure
 
 Calibration = Mapping[str, Any]
 
@@ -76,10 +76,10 @@ def gain_slope_plot(calibration: Calibration) -> bytes:
 
     Args and Raises as for :func:`factor_plot`.
     """
-    from matplotlib.ticker import MaxNLocator
-
     steps = _steps(calibration)
     figure, (left, right) = _figure(columns=2)
+    from matplotlib.ticker import MaxNLocator
+
     x = [step["step"] for step in steps]
     colours: list[Any] = []
     for axes, key, label in (
@@ -110,8 +110,6 @@ def correlation_plot(calibration: Calibration) -> bytes:
         EvenkeelError: the matrix is empty or not square.
 
     """
-    from matplotlib.ticker import MaxNLocator
-
     matrix = calibration.get("step_correlation") or []
     if not matrix or any(len(row) != len(matrix) for row in matrix):
         raise EvenkeelError(
@@ -119,6 +117,8 @@ def correlation_plot(calibration: Calibration) -> bytes:
             f"lengths {[len(row) for row in matrix]}."
         )
     figure, axes = _figure(width=5.6, height=4.6)
+    from matplotlib.ticker import MaxNLocator
+
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="correlation")
     lag_one = [matrix[i][i + 1] for i in range(len(matrix) - 1)]
@@ -199,9 +199,9 @@ def _columns(steps: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
 
 
 def _figure(columns: int = 1, width: float = 0, height: float = 3.7) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width or (7.0 if columns == 1 else 9.0), height), layout="constrained")
+    figure = new_figure(
+        figsize=(width or (7.0 if columns == 1 else 9.0), height), layout="constrained"
+    )
     found = figure.subplots(1, columns)
     for axes in [found] if columns == 1 else found:
         axes.grid(True, color="#DDDDDD", linewidth=0.7)

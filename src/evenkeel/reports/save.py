@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from evenkeel.comparing.comparison import Comparison
-from evenkeel.record import Record
-from evenkeel.record.describe import describe
-from evenkeel.reports import write_report
 from evenkeel.storage import write_atomically
+from evenkeel.comparing.comparison import Comparison
+from evenkeel.errors import MissingExtra
+from evenkeel.record.describe import describe
+from evenkeel.record import Record
+from evenkeel.reports import write_report
 
 
 def save_results(
@@ -39,5 +41,8 @@ def save_results(
     results = json.loads(json.dumps(results, default=str))
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     grids = {name: images[:shown] for name, images in comparison.images.items()}
-    write_report(out / "report.html", results, grids, prompts[:shown])
+    try:
+        write_report(out / "report.html", results, grids, prompts[:shown])
+    except MissingExtra as e:  # the images took hours, the numbers are written
+        warnings.warn(f"{out / 'report.html'} was not written: {e}", stacklevel=2)
     return results

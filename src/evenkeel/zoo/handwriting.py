@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 
+from evenkeel.errors import MissingExtra
+
 IMAGE_SIZE = 32
 HELD_OUT_FRACTION = 0.25
 SPLIT_SEED = 20260101
@@ -98,8 +100,19 @@ class Scans:
 
 @cache
 def load_scans(held_out: bool) -> Scans:
-    """The training or the held-out scans, split per digit with a fixed seed; nothing is fetched."""
-    from sklearn.datasets import load_digits  # bundled with scikit-learn; slow to import
+    """The training or the held-out scans, split per digit with a fixed seed; nothing is fetched.
+
+    Raises:
+        MissingExtra: scikit-learn, which carries them, is not installed.
+
+    """
+    try:
+        from sklearn.datasets import load_digits  # bundled with scikit-learn; slow to import
+    except ImportError as e:
+        raise MissingExtra(
+            "the scans of handwritten digits, from which the zoo draws its training and reference "
+            "pictures, come with scikit-learn, which was not found: pip install 'evenkeel[zoo]'."
+        ) from e
 
     bunch = load_digits()
     rng = np.random.default_rng(SPLIT_SEED)

@@ -21,6 +21,7 @@ from evenkeel import zoo
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.reports.grid import new_figure
 from evenkeel.reports.plots import image_grid
 from evenkeel.reports.style import CSS
 from evenkeel.storage import write_atomically
@@ -56,15 +57,14 @@ def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
 
 def mosaic(twins: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     """PNG: twins in two columns; each has a row for every arm and a column for every prompt."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     arms = [FULL_PRECISION, *QUANTIZED]
     high, wide = (SCALE * side for side in next(iter(twins.values()))[arms[0]].shape[-2:])
     block_width, block_height = LABEL + SHOWN * wide + GAP, HEADING + len(arms) * high
     width = min(len(twins), ABREAST) * block_width
     height = -(-len(twins) // ABREAST) * block_height + GAP
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure = new_figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     for i, (name, made) in enumerate(twins.items()):
         left, top = i % ABREAST * block_width, i // ABREAST * block_height + HEADING
