@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.parts import complete
 from evenkeel.zoo.registry import TWINS as TWINS
 from evenkeel.zoo.registry import Sampler as Sampler
 from evenkeel.zoo.registry import Twin as Twin
@@ -29,13 +30,13 @@ def places_of(name: str) -> list[Path]:
 
 
 def find(name: str) -> Path | None:
-    """The twin's folder; None where its weights are in none of its places."""
+    """The twin's folder, as it lies there; None where its weights are in none of its places."""
     twin(name)
     return next((p for p in places_of(name) if (p / "model_index.json").is_file()), None)
 
 
 def path_of(name: str) -> Path:
-    """The twin's folder.
+    """The twin's folder, complete: networks that it shares with others are laid into it.
 
     Raises:
         EvenkeelError: no such twin, or its weights are nowhere; says where they were looked for.
@@ -44,11 +45,12 @@ def path_of(name: str) -> Path:
     place = find(name)
     if place is None:
         raise EvenkeelError(
-            f"the weights of {name} are in none of {[str(p) for p in places_of(name)]}; train "
-            f"them with python -m evenkeel.zoo.making.train {name}, or name a folder of twins in "
-            f"{FOLDER_VARIABLE}."
+            f"the weights of {name} are in none of {[str(p) for p in places_of(name)]}. An installed "
+            f"package carries pixart-sigma alone; the others are in the folder zoo/ of a checkout of "
+            f"the repository: name it in {FOLDER_VARIABLE}, or train the twin with python -m "
+            f"evenkeel.zoo.making.train {name}."
         )
-    return place
+    return complete(place)
 
 
 def load(name: str, scheduler: str | None = None, dtype: Any = None) -> Any:

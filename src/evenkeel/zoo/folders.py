@@ -10,6 +10,7 @@ from typing import Any
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.parts import files_of
 
 DENOISERS = ("transformer", "unet")
 
@@ -32,8 +33,8 @@ def described(twin: zoo.Twin) -> dict[str, Any]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Size of all files together."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    """Size of all files of a twin together, those that it shares with others included."""
+    return sum(p.stat().st_size for p in files_of(folder).values())
 
 
 def denoiser_weights(folder: Path) -> int:

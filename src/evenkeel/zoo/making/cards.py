@@ -90,7 +90,8 @@ def card(
     sections = [
         f"# {twin.name}: a twin of {twin.original}",
         f"diffusers' own `{twin.pipeline}` with small networks trained on handwriting. "
-        f"`DiffusionPipeline.from_pretrained` loads this folder; so does `evenkeel ... zoo:{twin.name}`. "
+        f"`DiffusionPipeline.from_pretrained` loads the folder that `evenkeel zoo path {twin.name}` "
+        f"prints; so does `evenkeel ... zoo:{twin.name}`. "
         f"Weights are stored in {', '.join(dtypes)} and were measured in single precision.",
         _table(("network", "class", "parameters"), _network_rows(networks)),
         f"**Data.** {_DATA.format(shows=shows)}",

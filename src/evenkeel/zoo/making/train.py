@@ -19,8 +19,9 @@ import torch
 
 from evenkeel import zoo
 from evenkeel.zoo.making.evaluators import train_evaluator
+from evenkeel.zoo.making.sharing import SHARED, share
 
-SHARED, EMBEDDED = "shared", "pixart-sigma"
+EMBEDDED = "pixart-sigma"
 
 
 def train(name: str, work: Path) -> Path:
@@ -109,7 +110,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     made = train(options.name, options.work)
-    print(shutil.copytree(made, options.out / options.name, dirs_exist_ok=True))
+    place = shutil.copytree(made, options.out / options.name, dirs_exist_ok=True)
+    share(place)
+    print(place)
 
 
 if __name__ == "__main__":
