@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from evenkeel import zoo
@@ -149,5 +150,11 @@ def test_training_resumes_where_it_was_killed(tmp_path):
     for folder in ("whole", "killed"):
         lines = (tmp_path / folder / "loss.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [50, 60]
+    assert not list(tmp_path.rglob("step-*"))
+    fit(linear(), loss_of, recipe, tmp_path / "kept", keep=(20, 60))
+    kept = {p.name: load_file(p) for p in (tmp_path / "kept").glob("step-*")}
+    assert set(kept) == {"step-20.safetensors", "step-60.safetensors"}
+    assert torch.equal(kept["step-60.safetensors"]["weight"], whole.weight)
+    assert not torch.equal(kept["step-20.safetensors"]["weight"], whole.weight)
     with pytest.raises(ValueError, match="another recipe"):
         fit(linear(), loss_of, Recipe(steps=10, learning_rate=1.0, seed=1), tmp_path / "killed")

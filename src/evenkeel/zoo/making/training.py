@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,11 +50,26 @@ class Recipe:
     bfloat16: bool = False
 
 
-def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.Module:
+def fit(
+    network: nn.Module,
+    loss_of: Loss,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    keep: Container[int] = (),
+) -> nn.Module:
     """Train ``network`` in place and return it holding its averaged (EMA) weights.
 
     ``folder`` receives ``state.safetensors`` (resume point), ``loss.jsonl`` (the loss curve) and
     ``recipe.json``. A folder that was made with another recipe is refused.
+
+    Args:
+        network: on any device; not copied.
+        loss_of: (network, generator of the step) -> scalar.
+        recipe: how long and how fast.
+        folder: of this run alone.
+        keep: numbers of steps after which the averaged weights are also kept, as ``step-N.safetensors``.
+
     """
     from accelerate import Accelerator
 
@@ -109,6 +124,9 @@ def fit(network: nn.Module, loss_of: Loss, recipe: Recipe, folder: Path) -> nn.M
             curve.write(json.dumps(line) + "\n")
             curve.flush()
             progress.set_postfix(loss=f"{running:.4f}")
+        if step + 1 in keep:
+            kept = {k: v.contiguous() for k, v in average.items()}
+            write_atomically(folder / f"step-{step + 1}.safetensors", save(kept))
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             _save(state, plain, optimizer, average, step + 1, spent + time.monotonic() - began)
     curve.close()

@@ -6,6 +6,7 @@ autoencoder, evaluator (which attributes does the picture show?), denoiser.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ BATCH = 128
 DENOISER_BATCH = 64
 POOL = 40_000  # pictures whose latents are encoded once for the denoiser
 DROP_CAPTION = 0.1  # share of empty captions, for classifier-free guidance
+WIDTH = 96
 CAPTION_TOKENS = 24
 CAPTION_WIDTH = 96
 LATENT_CHANNELS = 4
@@ -57,17 +59,18 @@ SCHEDULER = {
 }
 
 
-def build_denoiser() -> Any:
-    """PixArt-Sigma's transformer: 8 blocks of width 96, patch 2, 1.4 million parameters."""
+def build_denoiser(width: int = WIDTH) -> Any:
+    """PixArt-Sigma's transformer: 8 blocks, patch 2; 1.4 million parameters at width 96."""
     from diffusers import PixArtTransformer2DModel
 
+    head = 32 if width % 32 == 0 else 16
     return PixArtTransformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=2,
         num_layers=8,
-        num_attention_heads=3,
-        attention_head_dim=32,
-        cross_attention_dim=96,
+        num_attention_heads=width // head,
+        attention_head_dim=head,
+        cross_attention_dim=width,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         caption_channels=CAPTION_WIDTH,
@@ -180,20 +183,38 @@ def train_evaluator(work: Path) -> tuple[nn.Module, dict[str, float]]:
     return network, accuracy
 
 
-def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
-    """Epsilon prediction on latents encoded once; captions dropped at random for guidance."""
+def train_denoiser(
+    work: Path,
+    tokenizer: Any,
+    encoder: Any,
+    vae: Any,
+    *,
+    width: int = WIDTH,
+    recipes: Sequence[Recipe] | None = None,
+    keep: Container[int] = (),
+) -> Any:
+    """Epsilon prediction on latents encoded once; captions dropped at random for guidance.
+
+    Args:
+        work: folder of all runs; the pool of latents is kept there too.
+        tokenizer: of the pipeline.
+        encoder: of the pipeline, trained; so is the autoencoder.
+        vae: the autoencoder.
+        width: of the denoiser.
+        recipes: one stretch of training each; the embedded pipeline's own without.
+        keep: steps whose averaged weights are kept (:func:`evenkeel.zoo.making.training.fit`).
+
+    """
+    recipes = DENOISER if recipes is None else recipes
 
     def make() -> dict[str, Tensor]:
-        rng = np.random.default_rng(DENOISER[0].seed)
-        pictures, attributes = sample_pictures(POOL, rng)
-        ids, masks = tokenize(tokenizer, mention(attributes, rng)[0])
-        return {"latents": encode(vae, pictures), "ids": ids, "masks": masks}
+        return encoded(POOL, np.random.default_rng(recipes[0].seed), tokenizer, vae)
 
     pool = Pool.kept(work / "latents.safetensors", make)
     empty = dict(zip(("ids", "masks"), tokenize(tokenizer, [""]), strict=True))
     signal = objectives.alphas_cumprod()
-    torch.manual_seed(DENOISER[0].seed)
-    denoiser = build_denoiser()
+    torch.manual_seed(recipes[0].seed)
+    denoiser = build_denoiser(width)
     # As the original: modulation and output start at zero.
     nn.init.zeros_(denoiser.proj_out.weight)
     nn.init.zeros_(denoiser.proj_out.bias)
@@ -202,22 +223,42 @@ def train_denoiser(work: Path, tokenizer: Any, encoder: Any, vae: Any) -> Any:
         device = next(module.parameters()).device
         batch = pool.draw(DENOISER_BATCH, rng, device)
         batch = drop_captions(batch, empty, DROP_CAPTION, rng)
-        with torch.no_grad():
-            text = encoder.to(device)(batch["ids"], attention_mask=batch["masks"])[0]
+        return denoising_loss(module, batch, encoder.to(device), rng, signal)
 
-        def predict(noisy: Tensor, t: Tensor) -> Tensor:
-            output: Tensor = module(
-                noisy,
-                encoder_hidden_states=text,
-                encoder_attention_mask=batch["masks"],
-                timestep=t,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                return_dict=False,
-            )[0]
-            return output
-
-        return objectives.epsilon_loss(predict, batch["latents"], rng, signal)
-
-    for recipe, name in zip(DENOISER, DENOISER_RUNS, strict=True):
-        denoiser = fit(denoiser, loss, recipe, work / name)
+    for recipe, name in zip(recipes, DENOISER_RUNS, strict=False):
+        denoiser = fit(denoiser, loss, recipe, work / name, keep=keep)
     return denoiser.cpu()
+
+
+def encoded(
+    n: int, rng: np.random.Generator, tokenizer: Any, vae: Any, *, held_out: bool = False
+) -> dict[str, Tensor]:
+    """Latents of ``n`` pictures and the tokens of their captions: latents, ids, masks."""
+    pictures, attributes = sample_pictures(n, rng, held_out=held_out)
+    ids, masks = tokenize(tokenizer, mention(attributes, rng)[0])
+    return {"latents": encode(vae, pictures), "ids": ids, "masks": masks}
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    batch: dict[str, Tensor],
+    encoder: Any,
+    rng: np.random.Generator,
+    signal: Tensor,
+) -> Tensor:
+    """Loss of the denoiser on rows of :func:`encoded`; timesteps from ``rng``, noise from torch."""
+    with torch.no_grad():
+        text = encoder(batch["ids"], attention_mask=batch["masks"])[0]
+
+    def predict(noisy: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = denoiser(
+            noisy,
+            encoder_hidden_states=text,
+            encoder_attention_mask=batch["masks"],
+            timestep=t,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return output
+
+    return objectives.epsilon_loss(predict, batch["latents"], rng, signal)
