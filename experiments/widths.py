@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evenkeel import zoo
-from evenkeel.atomic import write_atomically
-from evenkeel.comparison import FULL_PRECISION, Arm, compare
-from evenkeel.hosts.pipelines import denoiser_of
+from evenkeel.comparing.comparison import FULL_PRECISION, Arm, compare
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.making import objectives
 from evenkeel.zoo.making.training import Recipe
 from evenkeel.zoo.making.twins import pixart_sigma

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from evenkeel import zoo
-from evenkeel.errors import EvenkeelError, MissingExtra
 from evenkeel.comparing.generation import Arm, generate
+from evenkeel.errors import EvenkeelError, MissingExtra
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures

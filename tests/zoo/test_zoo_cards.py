@@ -72,7 +72,8 @@ def test_a_card_says_what_was_measured(copied):
     nearest = quality["frechet_held_out_to_held_out"]["value"]
     assert 0 < nearest < quality["frechet_samples_to_held_out"]["value"]
     assert quality["first_prompts"] == KINDS["captions"].prompts(100, 31)[:60]
-    assert Image.open(copied / "samples.png").size == (640, 384)
+    with Image.open(copied / "samples.png") as picture:
+        assert picture.size == (640, 384)
     count = sum(p.numel() for p in zoo.load("pixart-sigma").transformer.parameters())
     for part in (f"{count:,}", "train it", "| n | 10 | 0.001 | 5 | 1.5 |", "F32", "20 steps"):
         assert part in text, part

@@ -55,7 +55,8 @@ def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["gallery", "pixart-sigma", "--out", str(tmp_path)])
     main()
     assert capsys.readouterr().out == "pixart-sigma\n"
-    assert Image.open(tmp_path / "gallery.png").size[0] == LABEL + SHOWN * SIDE + GAP
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert picture.size[0] == LABEL + SHOWN * SIDE + GAP
     page = (tmp_path / "gallery.html").read_text()
     assert "twin of PixArt-Sigma" in page and "DPMSolverMultistepScheduler, guidance 4.5" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)

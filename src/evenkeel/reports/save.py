@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from evenkeel.storage import write_atomically
 from evenkeel.comparing.comparison import Comparison
 from evenkeel.errors import MissingExtra
-from evenkeel.record.describe import describe
 from evenkeel.record import Record
+from evenkeel.record.describe import describe
 from evenkeel.reports import write_report
+from evenkeel.storage import write_atomically
 
 
 def save_results(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from evenkeel.atomic import write_atomically
 from evenkeel.errors import EvenkeelError
+from evenkeel.storage import write_atomically
 
 PARTS_FILE = "parts.json"
 PACKAGED = Path(__file__).resolve().parent / "weights"

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from evenkeel import zoo
-from evenkeel.storage import write_atomically
 from evenkeel.errors import EvenkeelError
 from evenkeel.reports.measures import value_text
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.folders import saved_dtypes
 from evenkeel.zoo.making.quality import measure
 from evenkeel.zoo.pictures import KINDS

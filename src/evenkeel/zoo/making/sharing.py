@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from evenkeel.atomic import write_atomically
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.parts import PACKAGED, PARTS_FILE
 
 SHARED = "shared"

@@ -95,7 +95,7 @@ def fit(
 
     network.train()
     began = time.monotonic()
-    curve = _curve_up_to(first, folder / "loss.jsonl").open("a")
+    curve = _curve_up_to(first, folder / "loss.jsonl")
     progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=folder.name)
     running = None
     for step in progress:
@@ -121,15 +121,14 @@ def fit(
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             seconds = spent + time.monotonic() - began
             line = {"step": step + 1, "loss": round(running, 6), "seconds": round(seconds, 1)}
-            curve.write(json.dumps(line) + "\n")
-            curve.flush()
+            with curve.open("a") as file:
+                file.write(json.dumps(line) + "\n")
             progress.set_postfix(loss=f"{running:.4f}")
         if step + 1 in keep:
             kept = {k: v.contiguous() for k, v in average.items()}
             write_atomically(folder / f"step-{step + 1}.safetensors", save(kept))
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             _save(state, plain, optimizer, average, step + 1, spent + time.monotonic() - began)
-    curve.close()
     plain.load_state_dict(average)
     return plain.eval()
 
