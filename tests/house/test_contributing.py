@@ -20,6 +20,7 @@ from evenkeel.hosts.backends import catalogue as backends
 from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.quantizers import load_quantized
 from evenkeel.quantizers.methods import catalogue as methods
+from evenkeel.testing import SOME, check_correction
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -97,6 +98,7 @@ def test_a_correction_is_one_file_and_one_entry(tmp_path, monkeypatch, tiny):
     mine = copied(monkeypatch, "Add a correction", tmp_path, changes)
     entry = corrections.Entry(corrections.EVIDENCE, mine.HalfDrift)
     monkeypatch.setitem(corrections.ALL, "half-drift", entry)
+    check_correction(mine.HalfDrift, schedulers=SOME)
 
     quantized, _ = evenkeel.quantize_module(tiny.model, evenkeel.QuantizerSpec(3))
     record = evenkeel.calibrate(tiny.pipe, quantized=quantized, **options(tiny))
