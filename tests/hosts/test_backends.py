@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.actuators.heads import find_head
+from evenkeel.hosts.backends import catalogue
 from evenkeel.hosts.backends.catalogue import backend_layers, backend_settings, stored_tensors
 from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -57,6 +59,16 @@ def test_layers_say_what_they_store(name: str) -> None:
     held = 32 if simulated else 8 if name == "torchao int4" else inside.bits  # bits per weight
     codes = weights * held // 8 + biases
     assert codes < inside.stored_bytes + simulated <= codes + 0.8 * weights  # with scales, factors
+
+
+def test_every_backend_is_one_file_and_on_the_page() -> None:
+    folder = Path(catalogue.__file__).parent
+    files = {p.stem for p in folder.glob("*.py")} - {"__init__", "base", "catalogue"}
+    assert {type(b).__module__.rpartition(".")[2] for b in catalogue.BACKENDS} == files
+    assert len(catalogue.BACKENDS) == len(files)
+    page = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
+    rows = " ".join(line.split("|")[1].lower() for line in page.splitlines() if line[:1] == "|")
+    assert [b.name for b in catalogue.BACKENDS if b.name not in rows] == ["evenkeel"]
 
 
 def test_a_plain_denoiser_has_no_backend() -> None:
