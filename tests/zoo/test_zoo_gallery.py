@@ -52,13 +52,13 @@ def test_every_picture_of_the_mosaic_is_where_its_arm_and_prompt_are(count):
 
 @pytest.mark.slow
 def test_the_command_writes_a_page_that_needs_nothing_else(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gallery", "pixart-sigma", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gallery", "flux-schnell", "--out", str(tmp_path)])
     main()
-    assert capsys.readouterr().out == "pixart-sigma\n"
+    assert capsys.readouterr().out == "flux-schnell\n"
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.size[0] == LABEL + SHOWN * SIDE + GAP
     page = (tmp_path / "gallery.html").read_text()
-    assert "twin of PixArt-Sigma" in page and "DPMSolverMultistepScheduler, guidance 4.5" in page
+    assert "twin of FLUX.1 [schnell]" in page and "FlowMatchEulerDiscreteScheduler" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     (grid,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert Image.open(io.BytesIO(base64.b64decode(grid))).size[0] > 12 * 32

@@ -54,7 +54,7 @@ def shortened(recipe):
 NAMES = [name for name in TWINS if name != "pixart-sigma"]
 
 
-@pytest.mark.slow
+@pytest.mark.rarely
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_command_trains_from_data_to_a_saved_pipeline(name, work):
