@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,28 +9,21 @@ import diffusers as d
 import numpy as np
 import pytest
 import torch
+from made_corrections import MADE
 
 from evenkeel.corrections import (
-    DCNC,
     DNS,
-    TAC,
-    Composite,
     Correction,
-    HeadFit,
     Identity,
-    Readout,
     SamplerPlan,
-    StepbaQ,
     applicable,
 )
 from evenkeel.corrections.base import FromEvidence, Tables
 from evenkeel.corrections.catalogue import ALL, EVIDENCE
-from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.plan import OutputEdit, plain_plan
 from evenkeel.errors import CalibrationError, EvenkeelError, UnsupportedSampler
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
-from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.testing import LINEAR, SOME, Case, check_correction, drawn_evidence
 from evenkeel.testing import check as checks
@@ -41,54 +33,6 @@ from evenkeel.testing.schedulers import SD_BETAS
 BASELINES = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an error
 # The others have no step law of our form, and say so (tests/sampling).
 PROBED = [c for c in LINEAR if c.name != "sa-tau1" and not c.name.startswith("edm")]
-
-
-def tac(evidence: Evidence) -> TAC:
-    """K from the moments, B the mean error."""
-    bias = evidence.pooled(per_channel=True).mean_d[..., None, None].float()
-    return replace(TAC.open_loop(evidence), bias=bias)
-
-
-def stepbaq(evidence: Evidence) -> StepbaQ:
-    """The errors of the outputs stand for those of the states."""
-    kept = d.DDIMScheduler(beta_schedule="linear").alphas_cumprod.double().numpy()
-    return StepbaQ(
-        evidence.alpha,
-        evidence.sigma,
-        evidence.pooled(per_channel=True).mean_d[..., None, None],
-        evidence.by_step.dd[:, 0],
-        np.sqrt(1 / kept - 1),
-        source=evidence.source,
-    )
-
-
-def readout(evidence: Evidence) -> Readout:
-    """A change of the tiny pipeline's head that grows with the error."""
-    steps = len(evidence.alpha)
-    size = evidence.by_step.dd[:, :1, None, None]
-    weight = size * torch.linspace(-1, 1, 32 * 32).reshape(32, 32)
-    active = size[:, :, 0, 0] > 0
-    table = HeadTable.of(evidence.alpha, evidence.sigma, weight, weight[:, :, 0], active)
-    fits = tuple(HeadFit(k, 0, 0.1, 0.5, 0.6, "") for k in range(steps))
-    plain = replace(evidence, gram=None)
-    assert evidence.source is not None
-    return Readout(evidence.source, "proj_out_2", "per-step", table, fits, plain)
-
-
-def dcnc(evidence: Evidence) -> DCNC:
-    """With the plain variance: no histogram is drawn."""
-    return DCNC(evidence, estimator="std")
-
-
-MADE: dict[str, Callable[[Evidence], Correction]] = {
-    **{name: entry.make for name, entry in ALL.items() if entry.source == EVIDENCE},
-    "dcnc": dcnc,
-    "dcnc+dns": lambda evidence: Composite((dcnc(evidence), DNS(evidence))),
-    "tac": tac,
-    "stepbaq": stepbaq,
-    "readout": readout,
-    "readout+drift": lambda evidence: readout(evidence).with_drift(),
-}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -22,7 +22,7 @@ from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install, uninstall
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
-from evenkeel.statistics.moments import concatenate
+from evenkeel.statistics.moments import PairedMoments
 from evenkeel.zoo.evaluation import sample_prompts
 
 STEPS = 12
@@ -32,7 +32,7 @@ def of_prompts(law, gains):
     """One prompt for each gain of the error; little noise beside it."""
     errors = error_variance(law, 1e-6)
     each = [evidence(law, 1.0, errors, 0.0, gain) for gain in gains]
-    moments = concatenate([e.moments for e in each])
+    moments = PairedMoments.joined([e.moments for e in each])
     return replace(each[0], moments=moments, gram=torch.cat([e.gram for e in each]))
 
 

@@ -20,7 +20,7 @@ from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
-from evenkeel.statistics.moments import PairedMoments, concatenate
+from evenkeel.statistics.moments import PairedMoments
 from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
 
 KINDS = [QDrift, ExactDrift]
@@ -401,7 +401,7 @@ def test_bootstrap_of_prompts_brackets_the_estimate() -> None:
     law = euler_at(*LEVELS)
     rng = np.random.default_rng(0)
     per_prompt = 0.02 * rng.lognormal(0, 0.4, size=(24, 1, 1)) * np.ones((1, 5, 2))
-    moments = concatenate([white_error(v[None]) for v in per_prompt])
+    moments = PairedMoments.joined([white_error(v[None]) for v in per_prompt])
     evidence = evidence_of(law, moments)
     correction = QDrift(evidence)
     band = resampled_factors(correction, law, resamples=200, seed=1)

@@ -19,7 +19,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import radial_spectrum, step_correlation, step_gram
 from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import BINS, REACH, ErrorHistogram, Frame
-from evenkeel.statistics.moments import ORDERS, PairedMoments, concatenate
+from evenkeel.statistics.moments import ORDERS, PairedMoments
 from evenkeel.statistics.residual import ResidualHistogram
 from evenkeel.statistics.second_order import SecondOrder
 
@@ -158,7 +158,9 @@ def test_merging_any_split_in_any_order_gives_the_moments_of_the_union(
     assert merged.count.tolist() == [40, 40]
     assert_moments(merged, two_pass(e, d, x), 1e-9)
     assert_moments(
-        concatenate([p.map(lambda t: t[None]) for p in parts]).pooled(0), two_pass(e, d, x), 1e-9
+        PairedMoments.joined([p.map(lambda t: t[None]) for p in parts]).pooled(0),
+        two_pass(e, d, x),
+        1e-9,
     )
 
 
@@ -483,6 +485,6 @@ def test_a_spectrum_needs_height_and_width() -> None:
 def test_every_field_of_the_moments_survives_map_and_concatenate() -> None:
     moments = PairedMoments.of(*triple(21, 4, 3, 10))
     halves = [moments.map(lambda t, s=s: t[s]) for s in (slice(0, 1), slice(1, 4))]
-    again = concatenate(halves)
+    again = PairedMoments.joined(halves)
     for field in fields(PairedMoments):
         assert torch.equal(getattr(again, field.name), getattr(moments, field.name))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.errors import OutOfRange
 from evenkeel.sampling.step_law import Array
-from evenkeel.statistics.evidence import SAME_LEVEL, log_snr
+from evenkeel.statistics.evidence import SAME_LEVEL, distinct_levels, log_snr
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ class HeadTable:
         of range: beyond the outermost levels by more than the distance to their neighbours.
         """
         known, wanted = log_snr(self.alpha, self.sigma), log_snr(alpha, sigma)
-        order = np.argsort(known, kind="stable")
-        groups = np.split(order, 1 + np.flatnonzero(np.diff(known[order]) >= SAME_LEVEL))
-        axis = np.array([known[group[0]] for group in groups])
+        axis, groups = distinct_levels(known)
         margin = [axis[1] - axis[0], axis[-1] - axis[-2]] if len(axis) > 1 else [0.0, 0.0]
         found: list[tuple[int, int, float] | None] = []
         for k, level in enumerate(wanted):

@@ -14,7 +14,13 @@ from evenkeel.corrections.plan import OutputEdit, SamplerPlan, plain_plan
 from evenkeel.corrections.reconstruction import GainSums, Reconstruction
 from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.statistics.evidence import SAME_LEVEL, Evidence, log_snr, same_levels
+from evenkeel.statistics.evidence import (
+    SAME_LEVEL,
+    Evidence,
+    distinct_levels,
+    log_snr,
+    same_levels,
+)
 from evenkeel.statistics.provenance import Provenance
 
 LIMITS = (0.5, 1.5)  # of K: beyond them the two outputs have little to do with each other
@@ -203,10 +209,8 @@ class TAC(Correction):
         if same_levels(law, self.alpha, self.sigma):
             return gain.double(), np.zeros(law.steps, dtype=bool)
         known, wanted = log_snr(self.alpha, self.sigma), log_snr(law.alpha[:-1], law.sigma[:-1])
-        order = np.argsort(known, kind="stable")
         # Two-stage solvers meet a level twice: between levels, the mean of its two calls counts.
-        groups = np.split(order, 1 + np.flatnonzero(np.diff(known[order]) >= SAME_LEVEL))
-        axis = np.array([known[group[0]] for group in groups])
+        axis, groups = distinct_levels(known)
         table = np.stack([gain.double().numpy()[group].mean(0) for group in groups])
         found = np.stack([np.interp(wanted, axis, column) for column in table.T], 1)
         outside = (wanted < axis[0] - SAME_LEVEL) | (wanted > axis[-1] + SAME_LEVEL)

@@ -31,6 +31,13 @@ def log_snr(alpha: Array, sigma: Array) -> Array:
     return np.asarray(np.clip(ratio, -LOG_SNR_LIMIT, LOG_SNR_LIMIT))
 
 
+def distinct_levels(known: Array) -> tuple[Array, list[np.ndarray]]:
+    """The different ones among levels in log-SNR, increasing, and which entries lie at each of them."""
+    order = np.argsort(known, kind="stable")
+    groups = np.split(order, 1 + np.flatnonzero(np.diff(known[order]) >= SAME_LEVEL))
+    return np.array([known[group[0]] for group in groups]), groups
+
+
 def same_levels(law: StepLaw, alpha: Array, sigma: Array) -> bool:
     """Whether a run's steps start at exactly these noise levels, in this order."""
     if len(alpha) != law.steps:

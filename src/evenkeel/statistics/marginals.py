@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evenkeel.errors import CalibrationError
 from evenkeel.statistics.error_structure import radial_spectrum
-from evenkeel.statistics.moments import PairedMoments, concatenate
+from evenkeel.statistics.moments import PairedMoments
 
 Statistic = Callable[[int | None], float]
 """A number of all prompts (None), or of all but prompt i."""
@@ -44,7 +44,7 @@ class PairedStates:
         """The prompts of several batches, in order."""
         spectra = [b.spectra for b in batches if b.spectra is not None]
         return cls(
-            moments=concatenate([b.moments for b in batches]),
+            moments=PairedMoments.joined([b.moments for b in batches]),
             spectra=torch.cat(spectra) if spectra else None,
             final_error=torch.cat([b.final_error for b in batches]),
         )

@@ -7,7 +7,7 @@ input, ``x`` that input. One row of moments describes one prompt, one step, one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -98,13 +98,12 @@ class PairedMoments:
         """``sum (e')^i (D')^j``."""
         return self.central[..., _POSITION[(i, j)]]
 
-    def map(self, change: object) -> PairedMoments:
-        """Apply ``change`` (a callable on tensors that keeps trailing axes) to every field."""
-        assert callable(change)
+    def map(self, change: Callable[[Tensor], Tensor]) -> PairedMoments:
+        """Apply ``change``, which keeps trailing axes, to every field."""
         return PairedMoments(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
     @classmethod
-    def joined(cls, parts: Sequence[PairedMoments], dim: int) -> PairedMoments:
+    def joined(cls, parts: Sequence[PairedMoments], dim: int = 0) -> PairedMoments:
         """Sets side by side along one of the leading dimensions."""
         names = [f.name for f in fields(cls)]
         return cls(**{n: torch.cat([getattr(p, n) for p in parts], dim) for n in names})
@@ -152,7 +151,7 @@ class PairedMoments:
 
     def __add__(self, other: PairedMoments) -> PairedMoments:
         """The moments of the union of two disjoint sets of elements."""
-        return concatenate([self.map(_leading), other.map(_leading)]).pooled(0)
+        return PairedMoments.joined([self.map(_leading), other.map(_leading)]).pooled(0)
 
 
 # What a file holds; the count follows from the latents' size.
@@ -168,13 +167,3 @@ def moments_schema(prefix: str = "moments.", *, optional: bool = False) -> dict[
 
 def _leading(t: Tensor) -> Tensor:
     return t[None]
-
-
-def concatenate(parts: list[PairedMoments], dim: int = 0) -> PairedMoments:
-    """Put rows of several sets side by side along a leading dimension."""
-    return PairedMoments(
-        **{
-            f.name: torch.cat([getattr(p, f.name) for p in parts], dim)
-            for f in fields(PairedMoments)
-        }
-    )
