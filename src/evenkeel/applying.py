@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from evenkeel.hosts.actuators.correcting import interceptors_of
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
-from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
+from evenkeel.hosts.scheduler.interception import install, installed, set_aside, uninstall
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe
 
@@ -33,6 +33,7 @@ def apply(
     allow: Collection[str] = (),
     guidance_scale: float | None = None,
     layout: LatentLayout | None = None,
+    recognise: Callable[[nn.Module], str] = fingerprint,
 ) -> None:
     """Let ``correction`` change how this pipeline samples, until ``remove``.
 
@@ -49,6 +50,7 @@ def apply(
         guidance_scale: what you are going to sample with, if the pipeline does not tell (most tell
             while they run; PixArt does not).
         layout: where the latent's channels are; found by itself for known pipelines.
+        recognise: gives the denoiser's fingerprint; of one that is known already, without looking again.
 
     Raises:
         Incompatible: the evidence was measured on another denoiser, scheduler or guidance scale; or
@@ -67,7 +69,7 @@ def apply(
         allow = {*allow, "guidance"}  # a head acts before guidance
     if provenance is not None:
         with _heads_at_rest(pipeline):
-            _refuse_mismatch(pipeline, provenance, allow, guidance_scale)
+            _refuse_mismatch(pipeline, provenance, allow, guidance_scale, recognise)
         layout = layout or LatentLayout(**provenance.layout)
 
     def check(running: Any) -> None:
@@ -83,7 +85,13 @@ def apply(
         check=check,
     )
     remove(pipeline)
-    _put(pipeline, interceptors)
+    install(pipeline.scheduler, *interceptors)
+    pipeline.__dict__[_APPLIED] = interceptors
+    for interceptor in interceptors:
+        interceptor.attach()
+    # The denoiser warns when the scheduler is replaced.
+    guard = _SwapGuard(pipeline)
+    pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
 
 
 def remove(pipeline: Any) -> None:
@@ -96,16 +104,6 @@ def remove(pipeline: Any) -> None:
     handle = pipeline.__dict__.pop(_GUARD, None)
     if handle is not None:
         handle.remove()
-
-
-def _put(pipeline: Any, interceptors: list[Interceptor]) -> None:
-    install(pipeline.scheduler, *interceptors)
-    pipeline.__dict__[_APPLIED] = interceptors
-    for interceptor in interceptors:
-        interceptor.attach()
-    # The denoiser warns when the scheduler is replaced.
-    guard = _SwapGuard(pipeline)
-    pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
 
 
 @contextmanager
@@ -128,17 +126,19 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
     Args:
         pipeline: as for ``apply``.
         correction: as for ``apply``.
-        **options: ``allow``, ``guidance_scale``, ``layout``, as for ``apply``.
+        **options: ``allow``, ``guidance_scale``, ``layout``, ``recognise``, as for ``apply``.
 
     """
-    before = installed(pipeline.scheduler)
-    apply(pipeline, correction, **options)
+    kept = {n: pipeline.__dict__.pop(n) for n in (_GUARD, _APPLIED) if n in pipeline.__dict__}
     try:
-        yield pipeline
+        with set_aside(pipeline.scheduler):
+            apply(pipeline, correction, **options)
+            try:
+                yield pipeline
+            finally:
+                remove(pipeline)
     finally:
-        remove(pipeline)
-        if before:
-            _put(pipeline, before)
+        pipeline.__dict__.update(kept)
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,14 @@ def summary(pipeline: Any) -> Summary:
 
 
 def _refuse_mismatch(
-    pipeline: Any, made_for: Provenance, allow: Collection[str], guidance_scale: float | None
+    pipeline: Any,
+    made_for: Provenance,
+    allow: Collection[str],
+    guidance_scale: float | None,
+    recognise: Callable[[nn.Module], str],
 ) -> None:
     if "denoiser" not in allow:
-        found = fingerprint(denoiser_of(pipeline))
+        found = recognise(denoiser_of(pipeline))
         if found == made_for.reference:
             raise Incompatible(
                 f"the pipeline's {made_for.denoiser} is the full-precision one; put the quantized one "

@@ -58,3 +58,7 @@ class MetricError(EvenkeelError, ValueError):
 
 class MissingExtra(EvenkeelError, ImportError):
     """A package that an optional extra brings is not installed."""
+
+
+#: Ends the sentence about a value that is NaN or infinite.
+OVERFLOW = "float16 often overflows where bfloat16 does not."

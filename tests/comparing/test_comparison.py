@@ -9,7 +9,7 @@ from tiny_pipelines import ALL
 import evenkeel
 from evenkeel.comparing.comparison import Arm, Comparison, compare, standard_arms
 from evenkeel.corrections import Identity, QDrift
-from evenkeel.errors import EvenkeelError, MetricError
+from evenkeel.errors import EvenkeelError, MetricError, StorageError
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 
 
@@ -75,10 +75,10 @@ def test_images_are_kept_and_reused(tiny, quantized, tmp_path):
     assert len(files) == 6
     assert [f.stat().st_mtime_ns for f in files] == times
     assert torch.equal(first.images["quantized"], again.images["quantized"])
-    with pytest.raises(MetricError, match="other prompts or settings"):
+    with pytest.raises(StorageError, match="other prompts or settings"):
         run(tiny, quantized, folder=tmp_path, seed=5)
     other = quantize_module(tiny.model, QuantizerSpec.parse("w8a8-g8"))[0]
-    with pytest.raises(MetricError, match="other prompts or settings"):
+    with pytest.raises(StorageError, match="other prompts or settings"):
         run(tiny, other, folder=tmp_path)
 
 

@@ -24,7 +24,7 @@ from evenkeel.errors import CalibrationError, OutOfRange
 from evenkeel.fitting import calibrate, fit_readout
 from evenkeel.fitting.closed_loop.fit_tac import fit_tac
 from evenkeel.fitting.closed_loop.loop import Rule, run_closed_loop
-from evenkeel.fitting.request import Settings
+from evenkeel.hosts.run import Run
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.sampling.step_law import StepLaw
@@ -335,12 +335,11 @@ class MeanError(Rule):
         self.size: list[float] = []
         self.scale = 1.0  # of the states: what float32 can resolve
 
-    def state(self, step: int, results: Any, layout: Any, law: Any) -> tuple[None, bool]:
+    def state(self, step: int, results: Any, layout: Any, law: Any) -> None:
         error = torch.cat([q.double() - e.double() for e, q in results])
         self.mean.append(float(error.mean(0).abs().max()))
         self.size.append(float(error.abs().max()))
         self.scale = max(self.scale, *(float(q.abs().max()) for _, q in results))
-        return None, False
 
 
 def errors_with(
@@ -349,20 +348,16 @@ def errors_with(
     """The run that a user gets, against the full-precision one."""
     c = common(tiny) | o
     call, seen = c["call"], MeanError()
-    settings = Settings.of(
-        tiny.pipe, quantized, c["num_inference_steps"], c["guidance_scale"], call
-    )
-    result = run_closed_loop(
+    run = Run(
         tiny.pipe,
-        quantized,
         c["prompts"],
-        seen,
-        settings=settings,
-        seed=0,
+        c["num_inference_steps"],
+        guidance_scale=c["guidance_scale"],
         batch_size=2,
-        correction=correction,
-        progress=False,
+        call=call,
+        quantized=quantized,
     )
+    result = run_closed_loop(run, seen, correction=correction, progress=False)
     return result.law, seen
 
 

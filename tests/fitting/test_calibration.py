@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import evenkeel
 from evenkeel.corrections import Identity, QDrift
-from evenkeel.errors import CalibrationError, Incompatible, UnsupportedPipeline
+from evenkeel.errors import CalibrationError, Incompatible, StorageError, UnsupportedPipeline
 from evenkeel.fitting import calibrate
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
@@ -295,8 +295,8 @@ def worker(folder: str, out: str) -> None:
 def child(tmp_path: Path, *launcher: str, code: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "child.py"
     script.write_text(f"import test_calibration as t\n{code}\n")
-    here = str(Path(__file__).parents[1] / "helpers")
-    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
+    path = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, *launcher, str(script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -378,7 +378,7 @@ def test_the_folder_of_another_calibration_is_refused(
     dit.pipe.scheduler = type(scheduler).from_config(
         scheduler.config, **change.get("scheduler", {})
     )
-    with pytest.raises(CalibrationError, match="another calibration"):
+    with pytest.raises(StorageError, match="another calibration"):
         measure(dit, twin, **{**options, **changed, **correction})
     dit.pipe.scheduler = scheduler
     assert (folder / "part-00000.safetensors").exists()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting import fit_readout
+from evenkeel.fitting.closed_loop import paused_call
 from evenkeel.fitting.closed_loop.loop import LoopResult, Pair, Rule, run_closed_loop
-from evenkeel.fitting.lockstep import paused_call
-from evenkeel.fitting.request import Settings
 from evenkeel.hosts.actuators.correcting import heads_attached, interceptors_of
 from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, run_pipeline
+from evenkeel.hosts.run import Run
 from evenkeel.hosts.scheduler.interception import install, installed, plain_class, uninstall
 from evenkeel.hosts.scheduler.tape import Recorder, Tape
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -69,9 +69,16 @@ def looped(
     call = {k: v for k, v in tiny.call.items() if k != "output_type"} | changes.pop("call", {})
     steps = changes.pop("steps", STEPS)
     guidance = changes.pop("guidance_scale", tiny.guidance_scale)
-    settings = Settings.of(tiny.pipe, quantized, steps, guidance, call)
-    options = {"settings": settings, "seed": 0, "batch_size": batch_size, "progress": False}
-    return run_closed_loop(tiny.pipe, quantized, prompts_of(tiny, n), rule, **(options | changes))
+    run = Run(
+        tiny.pipe,
+        prompts_of(tiny, n),
+        steps,
+        guidance_scale=guidance,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
+    )
+    return run_closed_loop(run, rule, progress=False, **changes)
 
 
 class Observer(Rule):
@@ -85,9 +92,8 @@ class Observer(Rule):
         assert step == len(self.pairs)
         self.pairs.append(pairs)
 
-    def state(self, step: int, results: Any, layout: Any, law: Any) -> tuple[None, bool]:
+    def state(self, step: int, results: Any, layout: Any, law: Any) -> None:
         self.results.append(results)
-        return None, False
 
 
 def recorded(tiny: TinyPipeline, denoiser: Any, prompts: list[Any], seed: int, **o: Any) -> Tape:
@@ -184,11 +190,12 @@ class Replace(Observer):
 
     def output(self, step: int, pairs: list[Pair], layout: Any, law: Any) -> Any:
         super().output(step, pairs, layout, law)
-        return lambda output, sample, pair: pair.reference_output + 0.1 * sample
+        return None, [p.reference_output + 0.1 * p.sample for p in pairs]
 
     def state(self, step: int, results: Any, layout: Any, law: Any) -> Any:
         super().state(step, results, layout, law)
-        return (lambda result: result + 1.0), step == self.synchronized
+        states = [quantized + 1.0 for _, quantized in results]
+        return (states if step == self.synchronized else None), states
 
 
 @pytest.mark.parametrize("name", ["pixart_sigma", "dit"])

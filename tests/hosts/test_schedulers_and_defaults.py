@@ -9,6 +9,7 @@ import torch
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import UnsupportedSampler
 from evenkeel.hosts.pipeline.pipelines import call_defaults, denoiser_of, run_pipeline
+from evenkeel.hosts.run import Run
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
 
 
@@ -112,9 +113,9 @@ def test_noise_from_the_global_generator_is_seeded_and_the_generator_left_alone(
     change_scheduler(tiny.pipe, "DDPMScheduler")  # DiTPipeline gives it no generator
 
     def images(seed):
-        options = {"num_inference_steps": 3, "guidance_scale": 1.5, "call": {}}
+        run = Run(tiny.pipe, [3, 7], 3, guidance_scale=1.5, seed=seed)
         arm = Arm("arm", denoiser_of(tiny.pipe))
-        return generate(tiny.pipe, arm, [3, 7], seed, 2, options, None, lambda: None)[0]
+        return generate(run, arm)[0]
 
     state = torch.get_rng_state()
     first = images(1)

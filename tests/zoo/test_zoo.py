@@ -14,6 +14,7 @@ from torch import nn
 from evenkeel import zoo
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import EvenkeelError, MissingExtra
+from evenkeel.hosts.run import Run
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures
@@ -78,13 +79,16 @@ def test_full_precision_samples_are_recognisable():
     pipe = zoo.load("pixart-sigma")
     twin = zoo.twin("pixart-sigma")
     prompts = sample_prompts(200, seed=21)
-    options = {
-        "num_inference_steps": twin.num_inference_steps,
-        "guidance_scale": twin.guidance_scale,
-        "call": {},
-    }
+    run = Run(
+        pipe,
+        prompts,
+        twin.num_inference_steps,
+        guidance_scale=twin.guidance_scale,
+        seed=21,
+        batch_size=50,
+    )
     arm = Arm("full-precision", pipe.transformer)
-    images, _ = generate(pipe, arm, prompts, 21, 50, options, None, lambda: None)
+    images, _ = generate(run, arm)
     evaluator = HandwritingEvaluator(zoo.path_of("pixart-sigma"))
     matches = evaluator.matches(images.float() / 255, prompts)
     shown = dict(zip(ATTRIBUTES, matches.nanmean(0).tolist(), strict=True))

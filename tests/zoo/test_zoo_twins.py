@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline
 
 import evenkeel
 from evenkeel import zoo
-from evenkeel.comparing.generation import Arm, generate, law_of_run
+from evenkeel.comparing.generation import Arm, generate
 from evenkeel.corrections import QDrift
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.pipeline.pipelines import denoiser_name, denoiser_of
+from evenkeel.hosts.run import Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.folders import bytes_in, denoiser_weights
 from evenkeel.zoo.pictures import KINDS
@@ -31,9 +32,8 @@ def asked(twin):
 def samples(pipeline, twin, denoiser=None):
     """(PROMPTS, 3, 32, 32) uint8."""
     arm = Arm("samples", denoiser or denoiser_of(pipeline))
-    settings = {**asked(twin), "call": {}}
-    prompts = settings.pop("prompts")
-    images, _ = generate(pipeline, arm, prompts, 5, PROMPTS, settings, None, lambda: None)
+    run = Run(pipeline, **asked(twin), seed=5, batch_size=PROMPTS)
+    images, _ = generate(run, arm)
     return images
 
 
@@ -102,10 +102,7 @@ def test_every_scheduler_of_the_original_runs_and_has_a_law(name, scheduler):
     first = samples(pipeline, twin)
     assert first.float().std() > 1
     assert torch.equal(samples(pipeline, twin), first)
-    settings = {**asked(twin), "call": {}}
-    prompt = settings.pop("prompts")[0]
-    law = law_of_run(pipeline, denoiser_of(pipeline), prompt, settings)
-    assert law.steps >= STEPS
+    assert Run(pipeline, **asked(twin)).law().steps >= STEPS
 
 
 def test_the_first_scheduler_is_the_pipelines_own(twin):

@@ -67,6 +67,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import load_prompts
     from evenkeel.comparing.generation import Arm, generate
     from evenkeel.errors import EvenkeelError
+    from evenkeel.hosts.run import Run
 
     if (options.correction is None) != (not options.record):
         raise EvenkeelError("--correction and --record belong together: give both, or neither.")
@@ -77,9 +78,8 @@ def _run_sample(options: argparse.Namespace) -> None:
         chosen = corrections(options.record, [options.correction])[0][options.correction]
     arm = Arm("sample", quantized, chosen, tuple(options.allow))
     with tqdm(desc="sample", unit="batch", disable=options.json) as bar:
-        images, seconds = generate(
-            pipeline, arm, prompts, options.seed, options.batch_size, settings, None, bar.update
-        )
+        run = Run(pipeline, prompts, seed=options.seed, batch_size=options.batch_size, **settings)
+        images, seconds = generate(run, arm, on_batch=bar.update)
     options.out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, image in enumerate(images):
@@ -111,9 +111,9 @@ def add_compare(commands: Any) -> None:
 def _run_compare(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import evaluator_for, load_prompts, references_for
     from evenkeel.comparing.comparison import compare, standard_arms
-    from evenkeel.comparing.generation import law_of_run
     from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
+    from evenkeel.hosts.run import Run
     from evenkeel.reports import text_table
     from evenkeel.reports.save import save_results
 
@@ -125,7 +125,7 @@ def _run_compare(options: argparse.Namespace) -> None:
     chosen, reasons, record = corrections(options.record, names)
     pipeline, quantized, settings = loaded(options)
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
-    law = law_of_run(pipeline, quantized, prompts[0], settings)
+    law = Run(pipeline, prompts, **settings).law(quantized)
     chosen, others = applicable(chosen, law, allow_range="range" in options.allow)
     reasons |= others
     comparison = compare(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
-from evenkeel.hosts.pipeline.pipelines import Prompt, call_parameters, denoiser_of, load
+from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
+from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
 from evenkeel.quantizers import (
     QuantizationReport,

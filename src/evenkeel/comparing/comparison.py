@@ -16,7 +16,9 @@ from evenkeel.comparing.generation import check_corrections, generate
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
-from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_of
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.metrics import (
     alignment,
     frechet_difference,
@@ -127,6 +129,7 @@ def compare(
 
     Raises:
         MetricError: unequal numbers of images, or no arms.
+        StorageError: the folder holds images of other prompts or settings, or damaged ones.
         EvenkeelError: a correction was not made for this pipeline; nothing has been generated then.
 
     """
@@ -140,21 +143,23 @@ def compare(
             f"Frechet distances depend on the number of images: give as many reference images as "
             f"prompts ({len(prompts)}), got {len(reference_images)}."
         )
-    options: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "call": dict(call or {}),
-    }
-    check_corrections(pipeline, arms, guidance_scale)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+    )
+    check_corrections(run, arms)
     images: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
-    total = -(-len(prompts) // batch_size) * len(arms)
+    total = len(run.batches()) * len(arms)
     with tqdm(total=total, desc="generate", unit="batch", disable=not progress) as bar:
         for arm in arms:
             bar.set_postfix_str(arm.name)
-            images[arm.name], seconds[arm.name] = generate(
-                pipeline, arm, prompts, seed, batch_size, options, folder, bar.update
-            )
+            images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
     results = measure(images, seconds, prompts, evaluator, reference_images)
     if QUANTIZED in seconds:
         for result in results:

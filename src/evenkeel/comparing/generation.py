@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction, digest_of
-from evenkeel.errors import MetricError, UnsupportedSampler
-from evenkeel.hosts.pipeline.fingerprint import fingerprint
-from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_swapped, quiet, run_pipeline
-from evenkeel.hosts.scheduler.interception import install, installed, uninstall
-from evenkeel.hosts.scheduler.tape import Recorder, Tape
-from evenkeel.sampling.step_law import StepLaw
-from evenkeel.storage import write_atomically
+from evenkeel.errors import MetricError
+from evenkeel.hosts.pipeline.pipelines import global_noise_kept
+from evenkeel.hosts.run import Batch, Run
+from evenkeel.storage import Kind, Tensors, check_tensors, read_tensors, write_tensors
+
+IMAGES = Kind("images", 1, "remove that folder or use another", keys=("made_by", "seconds"))
+_SCHEMA = {"images": Tensors(torch.uint8, ("images", 3, "height", "width"))}
 
 
 @dataclass(frozen=True)
@@ -39,156 +36,115 @@ class Arm:
 
 
 def generate(
-    pipeline: Any,
+    run: Run,
     arm: Arm,
-    prompts: Sequence[Prompt],
-    seed: int,
-    batch_size: int,
-    options: Mapping[str, Any],
-    folder: str | os.PathLike[str] | None,
-    on_batch: Callable[[], Any],
+    folder: str | os.PathLike[str] | None = None,
+    on_batch: Callable[[], Any] = lambda: None,
 ) -> tuple[Tensor, list[float]]:
     """Images (n, 3, H, W) uint8 of one arm, and seconds per image of every batch.
 
     Args:
-        pipeline: any diffusers image pipeline.
+        run: of any diffusers image pipeline.
         arm: which denoiser and correction.
-        prompts: texts or class labels.
-        seed: of the first prompt's noise; prompt i uses ``seed + i``.
-        batch_size: prompts per pipeline call.
-        options: ``num_inference_steps``, ``guidance_scale`` and ``call`` of ``run_pipeline``.
         folder: where finished batches are kept and looked for; None keeps nothing.
         on_batch: called after every batch, for progress.
 
     Raises:
-        MetricError: the folder holds images of something else, or the pipeline makes no images.
+        StorageError: the folder holds images of something else, or damaged ones.
+        MetricError: the pipeline makes no images.
 
     """
     made, seconds = [], []
-    identity = _identity(pipeline, arm) if folder is not None else ""
-    with (
-        quiet(pipeline),
-        denoiser_swapped(pipeline, arm.denoiser),
-        corrected(pipeline, arm, options["guidance_scale"]),
-    ):
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            path = None
-            if folder is not None:
-                path = Path(folder) / arm.name / f"{start:06d}-{len(batch):03d}.safetensors"
-            key = json.dumps([identity, seed, [str(p) for p in batch], {**options}], default=str)
-            kept = _kept(path, key)
-            if kept is None:
-                began = time.perf_counter()
-                pictures = _pictures(pipeline, batch, seed + start, options)
-                each = (time.perf_counter() - began) / len(batch)
-                if path is not None:
-                    _keep(path, key, pictures, each)
+    identity = {} if folder is None else _identity(run, arm)
+    with sampling_as(run, arm):
+        for batch in run.batches():
+            if folder is None:
+                pictures, each = _timed(run, batch)
             else:
-                pictures, each = kept
+                path = Path(folder) / arm.name / f"{batch.first:06d}-{len(batch):03d}.safetensors"
+                asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.texts}
+                pictures, each = _kept(path, asked) if path.exists() else _timed(run, batch)
+                if not path.exists():
+                    header = {"made_by": asked, "seconds": each}
+                    write_tensors(path, IMAGES, header, {"images": pictures})
             made.append(pictures)
             seconds.append(each)
             on_batch()
     return torch.cat(made), seconds
 
 
-def law_of_run(
-    pipeline: Any, denoiser: nn.Module, prompt: Prompt, options: Mapping[str, Any]
-) -> StepLaw:
-    """The step law of a run with these options, read off one run of one prompt.
+@contextmanager
+def sampling_as(run: Run, arm: Arm) -> Iterator[None]:
+    """Inside, the pipeline samples with the arm's denoiser and correction, and nothing else.
 
-    Args:
-        pipeline: any diffusers pipeline.
-        denoiser: to run with.
-        prompt: any.
-        options: as for ``generate``.
+    The correction is applied once for many batches: planning may take as long as a batch.
 
     Raises:
-        UnsupportedSampler: the scheduler has no law of our form.
+        EvenkeelError: it was made for another denoiser, scheduler or guidance scale.
 
     """
-    tape = Tape()
-    before = installed(pipeline.scheduler)
-    install(pipeline.scheduler, Recorder(tape))
-    try:
-        with quiet(pipeline), denoiser_swapped(pipeline, denoiser):
-            run_pipeline(pipeline, [prompt], [0], output_type="latent", **options)
-    finally:
-        uninstall(pipeline.scheduler)
-        if before:
-            install(pipeline.scheduler, *before)
-    if tape.law is None:
-        raise UnsupportedSampler(
-            f"{type(pipeline).__name__} never called its scheduler's step; nothing can be corrected."
-        )
-    return tape.law
+    with run.undisturbed(arm.denoiser):
+        if arm.correction is None:
+            yield
+            return
+        with applied(
+            run.pipeline,
+            arm.correction,
+            allow=arm.allow,
+            guidance_scale=run.guidance_scale,
+            recognise=run.fingerprint,
+        ):
+            yield
 
 
-def corrected(pipeline: Any, arm: Arm, guidance_scale: float | None) -> AbstractContextManager[Any]:
-    """Applied once for the whole arm: checking the denoiser and planning cost as much as a batch."""
-    if arm.correction is None:
-        return nullcontext()
-    return applied(pipeline, arm.correction, allow=arm.allow, guidance_scale=guidance_scale)
-
-
-def check_corrections(pipeline: Any, arms: Sequence[Arm], guidance_scale: float | None) -> None:
+def check_corrections(run: Run, arms: Sequence[Arm]) -> None:
     """Apply every arm's correction once: what is refused is refused before anything is generated.
 
-    Costs a fingerprint of the denoiser for each arm; plans are only made when the pipeline runs.
+    Plans are only made when the pipeline runs, and every denoiser is recognised once.
 
     Raises:
         EvenkeelError: a correction was made for another denoiser, scheduler or guidance scale.
 
     """
     for arm in arms:
-        with denoiser_swapped(pipeline, arm.denoiser), corrected(pipeline, arm, guidance_scale):
+        with sampling_as(run, arm):
             pass
 
 
-def _pictures(pipeline: Any, batch: list[Prompt], seed: int, options: Mapping[str, Any]) -> Tensor:
-    seeds = range(seed, seed + len(batch))
+def _timed(run: Run, batch: Batch) -> tuple[Tensor, float]:
+    """A batch's images, and seconds for each of them."""
+    began = time.perf_counter()
     # DiTPipeline hands its generators to no scheduler: DDPM draws from the global one.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        array = np.asarray(run_pipeline(pipeline, batch, seeds, output_type="np", **options))
+    with global_noise_kept():
+        torch.manual_seed(batch.seed)
+        array = np.asarray(run.sample(batch, output_type="np"))
     if array.ndim != 4:
         raise MetricError(
-            f"expected images (n, H, W, 3) from {type(pipeline).__name__}, got shape {array.shape}; "
+            f"expected images (n, H, W, 3) from {type(run.pipeline).__name__}, got shape {array.shape}; "
             f"compare works on images, not on video."
         )
-    return (torch.from_numpy(array).permute(0, 3, 1, 2) * 255).round().clamp(0, 255).to(torch.uint8)
+    pictures = torch.from_numpy(array).permute(0, 3, 1, 2) * 255
+    return pictures.round().clamp(0, 255).to(torch.uint8), (time.perf_counter() - began) / len(
+        batch
+    )
 
 
-def _identity(pipeline: Any, arm: Arm) -> str:
-    """Whatever else decides about an arm's images: networks, scheduler, correction and its evidence."""
-    scheduler = pipeline.scheduler
-    digest = hashlib.sha256(fingerprint(arm.denoiser).encode())
-    digest.update(type(scheduler).__name__.encode())
-    config = dict(scheduler.config)
-    # A list made from a set: its order differs from process to process.
-    if "_use_default_values" in config:
-        config["_use_default_values"] = sorted(config["_use_default_values"])
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(f"{digest_of(arm.correction)} {sorted(arm.allow)}".encode())
-    return digest.hexdigest()
-
-
-def _keep(path: Path, key: str, pictures: Tensor, seconds: float) -> None:
-    tensors = {
-        "images": pictures.contiguous(),
-        "seconds": torch.tensor([seconds], dtype=torch.float64),
-        "key": torch.tensor(list(key.encode()), dtype=torch.uint8),
+def _identity(run: Run, arm: Arm) -> dict[str, Any]:
+    """Whatever decides about an arm's images beside prompts and seeds."""
+    return {
+        **run.identity,
+        "denoiser": run.fingerprint(arm.denoiser),
+        "correction": digest_of(arm.correction),
+        "allow": sorted(arm.allow),
     }
-    write_atomically(path, save(tensors))
 
 
-def _kept(path: Path | None, key: str) -> tuple[Tensor, float] | None:
-    if path is None or not path.exists():
-        return None
-    found = load_file(path)
-    if bytes(found["key"].tolist()).decode() != key:
-        raise MetricError(
+def _kept(path: Path, asked: dict[str, Any]) -> tuple[Tensor, float]:
+    header, tensors = read_tensors(path, IMAGES)
+    with IMAGES.valid(path):
+        check_tensors(tensors, _SCHEMA)
+    if header["made_by"] != asked:
+        raise IMAGES.error(
             f"{path} holds images of other prompts or settings; remove that folder or use another."
         )
-    return found["images"], float(found["seconds"])
+    return tensors["images"], float(header["seconds"])

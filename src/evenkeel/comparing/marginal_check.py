@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from evenkeel.applying import applied
-from evenkeel.comparing.generation import Arm
-from evenkeel.corrections.base import Identity
+from evenkeel.comparing.generation import Arm, sampling_as
 from evenkeel.errors import CalibrationError, EvenkeelError
 from evenkeel.estimate import Estimate
-from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
-from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_swapped, quiet, run_pipeline
-from evenkeel.hosts.scheduler.interception import Interceptor, install, installed, uninstall
+from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Batch, Run
+from evenkeel.hosts.scheduler.interception import Interceptor, install, installed
 from evenkeel.metrics.mean import mean_difference
 from evenkeel.metrics.state_scores import PRACTICAL, Verdict, scores_of, verdict_of
 from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
@@ -133,30 +131,30 @@ def marginal_check(
 
     """
     _check_request(arms, prompts, batch_size)
-    options: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "call": dict(call or {}),
-    }
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+    )
     parts: dict[str, list[PairedStates]] = {arm.name: [] for arm in arms[1:]}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms[1:]}
     reasons: dict[str, str] = {}
-    total = -(-len(prompts) // batch_size) * len(arms)
-    with (
-        applied(pipeline, Identity()),  # sets aside what is applied, and brings it back
-        quiet(pipeline),
-        tqdm(total=total, desc="check", unit="batch", disable=not progress) as bar,
-    ):
-        uninstall(pipeline.scheduler)
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            origin = _Watch(pipeline, len(batch), None)
+    total = len(run.batches()) * len(arms)
+    with tqdm(total=total, desc="check", unit="batch", disable=not progress) as bar:
+        for batch in run.batches():
+            origin = _Watch(run, batch, None)
             for index, arm in enumerate(arms):
                 bar.set_postfix_str(arm.name)
-                watch = _Watch(pipeline, len(batch), origin.states) if index else origin
+                watch = _Watch(run, batch, origin.states) if index else origin
                 try:
                     if arm.name not in reasons:
-                        _run(pipeline, arm, watch, batch, seed + start, start > 0, options)
+                        with sampling_as(run, arm):
+                            install(pipeline.scheduler, *installed(pipeline.scheduler), watch)
+                            run.sample(batch)
                         if index:
                             parts[arm.name].append(watch.result())
                             seconds[arm.name].append(watch.seconds_per_step / len(batch))
@@ -190,39 +188,13 @@ def _check_request(arms: Sequence[Arm], prompts: Sequence[Prompt], batch_size: i
         )
 
 
-def _run(
-    pipeline: Any,
-    arm: Arm,
-    watch: _Watch,
-    batch: list[Prompt],
-    seed: int,
-    recognised: bool,
-    options: dict[str, Any],
-) -> None:
-    """One batch of one arm; afterwards the pipeline is as before, whatever happened."""
-    with denoiser_swapped(pipeline, arm.denoiser), ExitStack() as stack:
-        if arm.correction is not None:
-            # Recognising the denoiser by its weights takes long and was done for the first batch.
-            allow = {*arm.allow, *(("denoiser", "scheduler") if recognised else ())}
-            scale = options["guidance_scale"]
-            stack.enter_context(
-                applied(pipeline, arm.correction, allow=allow, guidance_scale=scale)
-            )
-        stack.callback(uninstall, pipeline.scheduler)
-        install(pipeline.scheduler, *installed(pipeline.scheduler), watch)
-        seeds = range(seed, seed + len(batch))
-        run_pipeline(pipeline, batch, seeds, output_type="latent", **options)
-
-
 class _Watch(Interceptor):
     """Keeps the states of one batch, or compares them with those kept of the full-precision arm."""
 
-    def __init__(self, pipeline: Any, prompts: int, reference: list[Tensor] | None) -> None:
+    def __init__(self, run: Run, batch: Batch, reference: list[Tensor] | None) -> None:
         self.states: list[Tensor] = []
-        self._prompts = prompts
-        self._pipeline, self._reference = pipeline, reference
-        self._layout: LatentLayout | None = None
-        self._run = PairedRun()
+        self._run, self._prompts, self._reference = run, len(batch), reference
+        self._pairs = PairedRun()
         self._dtype = torch.float32
         self._steps, self._seconds, self._left = 0, 0.0, math.nan
 
@@ -238,7 +210,7 @@ class _Watch(Interceptor):
                 f"this arm took {self._steps} steps and the full-precision one "
                 f"{len(self._reference or ())}; their states cannot be compared step by step."
             )
-        return self._run.result()
+        return self._pairs.result()
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
@@ -257,19 +229,12 @@ class _Watch(Interceptor):
         return result
 
     def _keep(self, state: Tensor) -> None:
-        n = self._prompts
-        if len(state) == 2 * n and torch.equal(state[:n], state[n:]):
-            state = state[:n]  # class-conditional guidance doubles every row
-        if len(state) != n:
-            raise CalibrationError(
-                f"the scheduler was handed {len(state)} samples for {n} prompts; check with "
-                f"num_images_per_prompt=1."
-            )
+        state = one_per_prompt(state, self._prompts)
         if self._reference is None:
             self.states.append(state)
         elif self._steps < len(self._reference):
-            layout = self._layout = self._layout or find_layout(self._pipeline, state)
-            self._run.add(
+            layout = self._run.layout(state)
+            self._pairs.add(
                 self._reference[self._steps], state, layout.as_channels, layout.is_spatial
             )
 

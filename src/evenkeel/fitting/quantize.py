@@ -14,13 +14,9 @@ from tqdm.auto import tqdm
 
 from evenkeel.errors import QuantizationError
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    denoiser_of,
-    denoiser_swapped,
-    quiet,
-    run_pipeline,
-)
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.quantizers.methods.base import Method
 from evenkeel.quantizers.saved.folder import save_quantized
 from evenkeel.quantizers.saved.report import QuantizationReport
@@ -154,27 +150,27 @@ def calibration_set(
             "calibration_steps and batch_size must be at least 1, got "
             f"{calibration_steps} and {batch_size}."
         )
-    denoiser = denoiser_of(pipeline)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+    )
     chosen: list[Any] = []
-    starts = range(0, len(prompts), batch_size)
-    with quiet(pipeline), denoiser_swapped(pipeline, denoiser):
-        for start in tqdm(starts, desc="calibration calls", disable=not progress, leave=False):
-            batch = list(prompts[start : start + batch_size])
+    with run.undisturbed():
+        for batch in tqdm(
+            run.batches(), desc="calibration calls", disable=not progress, leave=False
+        ):
             seen: list[Any] = []
-            hook = denoiser.register_forward_pre_hook(
+            hook = run.denoiser.register_forward_pre_hook(
                 lambda _, given, named, seen=seen: seen.append((given, dict(named))),
                 with_kwargs=True,
             )
             try:
-                run_pipeline(
-                    pipeline,
-                    batch,
-                    range(seed + start, seed + start + len(batch)),
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    output_type="latent",
-                    call=call or {},
-                )
+                run.sample(batch)
             finally:
                 hook.remove()
             places = (

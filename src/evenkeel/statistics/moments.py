@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from evenkeel.errors import CalibrationError
+from evenkeel.errors import OVERFLOW, CalibrationError
 from evenkeel.storage.checks import Tensors
 
 # Joint central moments S_ij = sum (e - mean e)^i (D - mean D)^j, orders 2 to 4.
@@ -69,8 +69,7 @@ class PairedMoments:
         mean_e, mean_d, mean_x = e.mean(-1), d.mean(-1), x.mean(-1)
         if not torch.isfinite(mean_e + mean_d + mean_x).all():
             raise CalibrationError(
-                "a model output or sample is not finite (NaN or infinity): check the denoisers; "
-                "float16 often overflows where bfloat16 does not."
+                f"a model output or sample is not finite (NaN or infinity): check the denoisers; {OVERFLOW}"
             )
         e, d, x = e - mean_e[..., None], d - mean_d[..., None], x - mean_x[..., None]
         e2, ed, d2 = e * e, e * d, d * d

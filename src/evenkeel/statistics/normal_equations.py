@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lapack
 from torch import Tensor
 
-from evenkeel.errors import CalibrationError
+from evenkeel.errors import OVERFLOW, CalibrationError
 
 Array = NDArray[np.float64]
 Solution = tuple[Tensor, Tensor]  # (F, O) weights and (O,) constant
@@ -87,8 +87,7 @@ class NormalEquations:
             # Before anything is added, so that a refusal leaves no half of the rows behind.
             if not all(bool(x[s : s + CHUNK].isfinite().all()) for s in starts):
                 raise CalibrationError(
-                    "a feature or target is not finite (NaN or infinity); float16 often overflows "
-                    "where bfloat16 does not."
+                    f"a feature or target is not finite (NaN or infinity); {OVERFLOW}"
                 )
         for s in starts:
             self._add(_float64(h[s : s + CHUNK]), _float64(t[s : s + CHUNK]))

@@ -16,25 +16,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evenkeel.corrections.base import Correction
+from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.calibration.batch import calibrate_batch, with_noise_floor
-from evenkeel.fitting.calibration.parts import (
-    Parts,
-    barrier,
-    claim_folder,
-    part_folder,
-    process,
-    tidy,
-)
-from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
-from evenkeel.fitting.closed_loop.fit_tac import fit_tac
-from evenkeel.fitting.request import TRAJECTORIES, Settings, check_request
+from evenkeel.fitting.calibration.batch import FULL_PRECISION, SideBySide
+from evenkeel.fitting.calibration.parts import Parts, barrier, process
+from evenkeel.fitting.closed_loop.fit_stepbaq import StepbaQFit
+from evenkeel.fitting.closed_loop.fit_tac import TACFit
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    quiet,
-)
-from evenkeel.hosts.scheduler.interception import install, installed, uninstall
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.record import Record
 from evenkeel.record.closed_loop import ClosedLoop
 
@@ -93,13 +83,25 @@ def calibrate(
 
     Raises:
         CalibrationError: no prompts, identical twins, non-finite outputs, outputs of another shape,
-            a pipeline that is not repeatable, a resume folder of another calibration.
+            a pipeline that is not repeatable.
+        StorageError: the resume folder is of another calibration, or damaged.
         UnsupportedPipeline, UnsupportedSampler: see there.
 
     Example: see ``examples/three_lines.py``.
 
     """
-    check_request(pipeline, quantized, prompts, batch_size)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
+        layout=layout,
+        side_by_side=side_by_side,
+    )
     _check_trajectory(trajectory, correction)
     if closed_loop and (correction is not None or not side_by_side):
         raise CalibrationError(
@@ -107,69 +109,38 @@ def calibrate(
             "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
         )
     rank, world = process()
-    starts = range(0, len(prompts), batch_size)
-    batches = [(list(prompts[i : i + batch_size]), seed + i) for i in starts]
-    folder = part_folder(resume, world)
-    settings = Settings.of(
-        pipeline,
-        quantized,
-        num_inference_steps,
-        guidance_scale,
-        call,
-        trajectory=trajectory,
-        correction=correction,
-        layout=layout,
-        histograms=histograms,
-        side_by_side=side_by_side,
-    )
-    if folder is not None:
-        claim_folder(folder, pipeline, settings, batches)
-    before = installed(pipeline.scheduler)
-    parts = Parts(folder)
+    parts = Parts.of(run, resume, world, trajectory, correction, histograms)
+    pairs = SideBySide(run, trajectory, correction, histograms)
+    batches = run.batches()
     frame = pilot.frame if pilot is not None else None
-    try:
-        with quiet(pipeline):
-            mine = [0, *(i for i in range(1, len(batches)) if i % world == rank)]
-            if rank != 0:
-                barrier(world)  # the first batch makes the frame that all histograms share
-                mine = mine[1:]
-            bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
-            for index in bar:
-                if not parts.has(index):
-                    if frame is None and index != 0:
-                        frame = parts.frame()
-                    batch = batches[index]
-                    part = calibrate_batch(pipeline, quantized, batch, settings, frame)
-                    if index == 0:
-                        part = with_noise_floor(part, pipeline, batch, settings, noise_floor_limit)
-                    parts.put(index, part)
-                if index == 0 and rank == 0:
-                    barrier(world)
-        barrier(world)
-    finally:
-        uninstall(pipeline.scheduler)
-        if before:
-            install(pipeline.scheduler, *before)
+    mine = [0, *(i for i in range(1, len(batches)) if i % world == rank)]
+    if rank != 0:
+        barrier(world)  # the first batch makes the frame that all histograms share
+        mine = mine[1:]
+    bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
+    for index in bar:
+        if not parts.has(index):
+            if frame is None and index != 0:
+                frame = parts.frame()
+            part = pairs.record(batches[index], frame)
+            if index == 0:
+                part = pairs.with_noise_floor(part, batches[index], noise_floor_limit)
+            parts.put(index, part)
+        if index == 0 and rank == 0:
+            barrier(world)
+    barrier(world)
     record = parts.merged(len(batches))
     barrier(world)
-    if folder is not None and rank == 0:
-        tidy(folder)
+    if rank == 0:
+        parts.tidy()
     if closed_loop:
-        asked: dict[str, Any] = dict(
-            quantized=quantized,
-            prompts=prompts,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            seed=seed,
-            batch_size=batch_size,
-            call=call,
-            progress=progress,
-        )
-        fitted = ClosedLoop(
-            {"tac": fit_tac(pipeline, **asked), "stepbaq": fit_stepbaq(pipeline, **asked)}
-        )
-        record = replace(record, closed_loop=fitted)
+        tac = TACFit(Reconstruction()).fitted(run, progress=progress)
+        stepbaq = StepbaQFit().fitted(run, progress=progress)
+        record = replace(record, closed_loop=ClosedLoop({"tac": tac, "stepbaq": stepbaq}))
     return record
+
+
+TRAJECTORIES = (FULL_PRECISION, "quantized", "corrected")
 
 
 def _check_trajectory(trajectory: str, correction: Correction | None) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from evenkeel.corrections.base import digest_of
+from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.request import Settings
-from evenkeel.hosts.pipeline.pipelines import Prompt
-from evenkeel.hosts.scheduler.interception import plain_class
-from evenkeel.hosts.scheduler.schedulers import config_of
+from evenkeel.hosts.run import Run
 from evenkeel.record import Record, canonical_order, prompt_key
 from evenkeel.statistics.histogram import Frame
-from evenkeel.storage import json_safe, write_atomically
+from evenkeel.storage import Kind, claim
+
+CLAIM = Kind("calibration", 1, "remove that folder or pass another one", keys=("calibration",))
 
 
 class Parts:
@@ -30,6 +27,44 @@ class Parts:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._folded: Record | None = None
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        resume: str | os.PathLike[str] | None,
+        world: int,
+        trajectory: str,
+        correction: Correction | None,
+        histograms: bool,
+    ) -> Parts:
+        """In the folder ``resume``, marked as this calibration's; several processes need one.
+
+        Raises:
+            CalibrationError: several processes and no folder.
+            StorageError: the folder belongs to another calibration.
+
+        """
+        if resume is None:
+            if world > 1:
+                raise CalibrationError(
+                    "several processes exchange finished batches through a folder: pass "
+                    "resume=<folder>, the same for all of them."
+                )
+            return cls(None)
+        asked = {
+            **run.identity,
+            "correction": digest_of(correction),
+            "trajectory": trajectory,
+            "histograms": histograms,
+            "twins": run.twins,
+            "prompts": [
+                [b.seed, *(bytes(prompt_key(text).tolist()).hex() for text in b.prompts.texts)]
+                for b in run.batches()
+            ],
+        }
+        claim(Path(resume) / "calibration.json", CLAIM, asked)
+        return cls(Path(resume))
 
     def path(self, index: int) -> Path | None:
         """The file of one batch; None when nothing is kept on disk."""
@@ -68,61 +103,15 @@ class Parts:
         assert torch.equal(order, torch.arange(len(order)))
         return record
 
-
-def part_folder(resume: str | os.PathLike[str] | None, world: int) -> Path | None:
-    """Where finished batches go; several processes cannot do without."""
-    if resume is None and world > 1:
-        raise CalibrationError(
-            "several processes exchange finished batches through a folder: pass resume=<folder>, the "
-            "same for all of them."
-        )
-    return None if resume is None else Path(resume)
-
-
-def claim_folder(
-    folder: Path,
-    pipeline: Any,
-    settings: Settings,
-    batches: list[tuple[list[Prompt], int]],
-) -> None:
-    """Mark the folder as this calibration's, or refuse one that belongs to another."""
-    claim = json.dumps(
-        {
-            "pipeline": type(pipeline).__name__,
-            "scheduler": [
-                plain_class(pipeline.scheduler).__name__,
-                config_of(pipeline.scheduler),
-            ],
-            "correction": digest_of(settings.correction),
-            "layout": None if settings.layout is None else settings.layout.as_dict(),
-            "steps": settings.num_inference_steps,
-            "guidance_scale": settings.guidance_scale,
-            "trajectory": settings.trajectory,
-            "call": json_safe(settings.call),
-            "histograms": settings.histograms,
-            "twins": settings.twins,
-            "prompts": [
-                [b[1], *(bytes(prompt_key(str(p)).tolist()).hex() for p in b[0])] for b in batches
-            ],
-        },
-        sort_keys=True,
-    )
-    path = folder / "calibration.json"
-    if path.exists() and path.read_text() != claim:
-        raise CalibrationError(
-            f"{folder} holds the finished batches of another calibration (other models, prompts or "
-            f"settings). Remove it, or pass another folder."
-        )
-    write_atomically(path, claim)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what calibration wrote, and the folder itself unless it holds something else."""
-    for pattern in ("part-*.safetensors*", "calibration.json*"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    def tidy(self) -> None:
+        """Remove what calibration wrote, and the folder itself unless it holds something else."""
+        if self._folder is None:
+            return
+        for pattern in ("part-*.safetensors*", "calibration.json*"):
+            for path in self._folder.glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
 
 def process() -> tuple[int, int]:

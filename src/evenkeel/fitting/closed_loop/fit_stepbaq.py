@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.corrections.stepbaq import StepbaQ
 from evenkeel.errors import CalibrationError, UnsupportedSampler
-from evenkeel.fitting.closed_loop.loop import _Loop
-from evenkeel.fitting.request import Settings, check_request
+from evenkeel.fitting.closed_loop.loop import Answers, Pair, Rule, run_closed_loop
 from evenkeel.hosts.actuators.step_change import StepChange
 from evenkeel.hosts.actuators.told_level import LevelTeller
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import Prompt, denoiser_of, quiet
-from evenkeel.hosts.pipeline.strand import Finished
+from evenkeel.hosts.pipeline.pipelines import uncompiled
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.provenance import Provenance
 
@@ -71,25 +70,21 @@ def fit_stepbaq(
         UnsupportedPipeline: its denoiser cannot be told another level.
 
     """
-    check_request(pipeline, quantized, prompts, batch_size)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
+    )
     if fence is not None and not fence >= 0:
         raise CalibrationError(
             f"fence is a factor on the interquartile range, at least 0, or None; got {fence}."
         )
-    settings = Settings.of(pipeline, quantized, num_inference_steps, guidance_scale, call)
-    fit = _Fit(pipeline.scheduler, fence, relabel_time)
-    with quiet(pipeline), _told(pipeline, quantized, fit):
-        loop = _Corrected(pipeline, quantized, list(prompts), settings, seed, batch_size, None)
-        try:
-            with tqdm(
-                total=num_inference_steps, desc="StepbaQ", unit="step", disable=not progress
-            ) as bar:
-                while loop.corrected_step(fit):
-                    bar.update()
-        finally:
-            loop.abandon()
-    made_for = loop.result().provenance(pipeline, settings)
-    return fit.correction(made_for.levels, made_for)
+    return StepbaQFit(fence, relabel_time).fitted(run, progress=progress)
 
 
 def training_levels(scheduler: Any, prediction: str) -> Array | None:
@@ -113,16 +108,72 @@ def training_levels(scheduler: Any, prediction: str) -> Array | None:
         return np.asarray(np.sqrt((1 - kept) / kept))
 
 
-class _Fit:
-    """The errors so far, and what follows from them for the coming step."""
+class StepbaQFit(Rule):
+    """The errors so far, and what follows from them for the coming step, in both runs.
 
-    def __init__(self, scheduler: Any, fence: float | None, relabel_time: bool) -> None:
-        self.tellers = (LevelTeller(), LevelTeller())
-        self._scheduler, self._fence, self._relabel_time = scheduler, fence, relabel_time
+    The step after a relabelling must be the same step in both: same level, same rewritten output, same
+    length. The arguments are those of ``fit_stepbaq``.
+    """
+
+    def __init__(self, fence: float | None = None, relabel_time: bool = True) -> None:
+        self._fence, self._relabel_time = fence, relabel_time
+        self._tellers = (LevelTeller(), LevelTeller())
         self._means: list[Tensor] = []
         self._variances: list[float] = []
+        self._scheduler: Any = None
         self._training: Array | None = None
         self._plan: SamplerPlan | None = None
+        self._change = StepChange(None, None)
+        #: Per run and batch the sample and output of the step; what a stretch of its result needs.
+        self._entered: list[tuple[tuple[Tensor, Tensor], ...]] = []
+
+    def fitted(self, run: Run, *, progress: bool = True) -> StepbaQ:
+        """The correction for this run."""
+        self._scheduler = run.pipeline.scheduler
+        assert run.quantized is not None
+        with ExitStack() as told:
+            for module, teller in zip((run.denoiser, run.quantized), self._tellers, strict=True):
+                hook = uncompiled(module).register_forward_pre_hook(teller, with_kwargs=True)
+                told.callback(hook.remove)
+            made_for = run_closed_loop(run, self, title="StepbaQ", progress=progress).provenance
+        return self.correction(made_for.levels, made_for)
+
+    def output(
+        self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
+    ) -> Answers | None:
+        """Rewrite the outputs of both runs where the earlier steps ask for it."""
+        if self._plan is not None:
+            device = pairs[0].output.device
+            self._change = StepChange.of(self._plan, step, layout, device)
+        edit = self._change.edit
+        outputs = [(p.reference_output, p.output) for p in pairs]
+        if edit is not None:
+            outputs = [
+                (edit(e, p.reference_sample, None), edit(q, p.sample, None))
+                for (e, q), p in zip(outputs, pairs, strict=True)
+            ]
+        if self._change.stretch is not None:
+            self._entered = [
+                ((p.reference_sample, e), (p.sample, q))
+                for (e, q), p in zip(outputs, pairs, strict=True)
+            ]
+        return None if edit is None else ([e for e, _ in outputs], [q for _, q in outputs])
+
+    def state(
+        self, step: int, results: list[tuple[Tensor, Tensor]], layout: LatentLayout, law: StepLaw
+    ) -> Answers | None:
+        """Measure the error after this step; where it is taken off, both runs go on without it."""
+        stretch = self._change.stretch
+        if stretch is not None:
+            results = [
+                (stretch(e, [ours[0]], [ours[1]]), stretch(q, [theirs[0]], [theirs[1]]))
+                for (e, q), (ours, theirs) in zip(results, self._entered, strict=True)
+            ]
+        mean = self._measured(step, results, layout, law)
+        if mean is not None:
+            states = [q - mean.to(q.device) for _, q in results]
+            return states, states
+        return None if stretch is None else ([e for e, _ in results], [q for _, q in results])
 
     def correction(self, levels: tuple[Array, Array], source: Provenance | None = None) -> StepbaQ:
         """Of the steps so far; later ones have no error yet."""
@@ -137,13 +188,7 @@ class _Fit:
             source=source,
         )
 
-    def change(self, step: int, layout: LatentLayout, device: torch.device) -> StepChange:
-        """What is done to the output and the result of this step, in both runs."""
-        if self._plan is None:
-            return StepChange(None, None)
-        return StepChange.of(self._plan, step, layout, device)
-
-    def measured(
+    def _measured(
         self,
         step: int,
         results: list[tuple[Tensor, Tensor]],
@@ -160,7 +205,7 @@ class _Fit:
         self._plan = self.correction((law.alpha[:-1], law.sigma[:-1])).plan(law)
         if step + 1 == law.steps:
             return None
-        for teller in self.tellers:
+        for teller in self._tellers:
             teller.shape = tuple(results[0][0].shape[1:])
             teller.started_at(float(law.timesteps[0]))
             teller.put_step(self._plan, step + 1)
@@ -182,74 +227,3 @@ def fenced_variance(errors: Tensor, fence: float | None) -> float:
         reach = fence * (high - low)
         found = found[(found >= low - reach) & (found <= high + reach)]
     return float(found.var())
-
-
-@contextmanager
-def _told(pipeline: Any, quantized: nn.Module, fit: _Fit) -> Iterator[None]:
-    """Inside, both denoisers are told the level of the coming step."""
-    twins = [getattr(m, "_orig_mod", m) for m in (denoiser_of(pipeline), quantized)]
-    handles = [
-        twin.register_forward_pre_hook(teller, with_kwargs=True)
-        for twin, teller in zip(twins, fit.tellers, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Corrected(_Loop):
-    """The closed loop with the full-precision runs corrected like the quantized ones.
-
-    ``Rule`` changes the quantized runs only. Here the step after a relabelling must be the same step in
-    both: same level, same rewritten output, same length.
-    """
-
-    def corrected_step(self, fit: _Fit) -> bool:
-        """Every call takes one step; False once they have returned."""
-        if self._advance() == Finished:
-            return False
-        pairs = self._compare()
-        law, layout = self.references[0].law, self._layout
-        assert law is not None and layout is not None
-        change = fit.change(self.step, layout, pairs[0].output.device)
-        outputs = [
-            (
-                _edited(change, p.reference_output, p.reference_sample),
-                _edited(change, p.output, p.sample),
-            )
-            for p in pairs
-        ]
-        if change.edit is not None:
-            self._answers = ([e for e, _ in outputs], [q for _, q in outputs])
-        else:
-            self._answers = ([None] * len(pairs), [None] * len(pairs))
-        self._advance()
-        results = [
-            (
-                _stretched(change, r.kept(r.result), pair.reference_sample, e),
-                _stretched(change, q.kept(q.result), pair.sample, edited),
-            )
-            for r, q, pair, (e, edited) in zip(
-                self.references, self.quantized, pairs, outputs, strict=True
-            )
-        ]
-        mean = fit.measured(self.step, results, layout, law)
-        if mean is not None:
-            states = [q - mean.to(q.device) for _, q in results]
-            self._answers = (states, states)
-        elif change.stretch is not None:
-            self._answers = ([e for e, _ in results], [q for _, q in results])
-        else:
-            self._answers = ([None] * len(pairs), [None] * len(pairs))
-        self.step += 1
-        return True
-
-
-def _edited(change: StepChange, output: Tensor, sample: Tensor) -> Tensor:
-    return output if change.edit is None else change.edit(output, sample, None)
-
-
-def _stretched(change: StepChange, result: Tensor, sample: Tensor, output: Tensor) -> Tensor:
-    return result if change.stretch is None else change.stretch(result, [sample], [output])

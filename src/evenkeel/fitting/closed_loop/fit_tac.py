@@ -15,17 +15,11 @@ from evenkeel.corrections.plan import OutputEdit
 from evenkeel.corrections.reconstruction import GainSums, Reconstruction
 from evenkeel.corrections.tac import TAC, limited
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.closed_loop.loop import (
-    OutputChange,
-    Pair,
-    Rule,
-    StateChange,
-    run_closed_loop,
-)
-from evenkeel.fitting.request import Settings, check_request
+from evenkeel.fitting.closed_loop.loop import Answers, Pair, Rule, run_closed_loop
 from evenkeel.hosts.actuators.step_change import Edit
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import Prompt
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import StepLaw
 
 
@@ -87,51 +81,38 @@ def fit_tac(
             options that do not go together, or no unconditional branch where one is asked for.
 
     """
-    check_request(pipeline, quantized, prompts, batch_size)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
+    )
     if not (reconstruct or input_bias) or (reconstruct_unconditional and not reconstruct):
         raise CalibrationError(
             f"reconstruct={reconstruct}, input_bias={input_bias}, "
             f"reconstruct_unconditional={reconstruct_unconditional}: at least one part must be "
             f"fitted, and the unconditional branch only with reconstruct=True."
         )
-    settings = Settings.of(
-        pipeline, quantized, num_inference_steps, guidance_scale, call, correction=correction
-    )
     how = Reconstruction(lambda_1, lambda_2, threshold, mask, form=form)
-    rule = _Fit(
+    rule = TACFit(
         how if reconstruct else None, input_bias, input_bias_per_channel, reconstruct_unconditional
     )
-    result = run_closed_loop(
-        pipeline,
-        quantized,
-        prompts,
-        rule,
-        settings=settings,
-        seed=seed,
-        batch_size=batch_size,
-        correction=correction,
-        progress=progress,
-    )
-    made_for = result.provenance(pipeline, settings)
-    return TAC(
-        *made_for.levels,
-        gain=torch.stack(rule.gains) if reconstruct else None,
-        bias=torch.stack(rule.biases) if input_bias else None,
-        branch=rule.chosen_branch() if reconstruct_unconditional else None,
-        reconstruction=how if reconstruct else None,
-        source=made_for,
-    )
+    return rule.fitted(run, correction=correction, progress=progress)
 
 
-class _Fit(Rule):
-    """Collects K and B, and goes on with what they leave."""
+class TACFit(Rule):
+    """Collects K and B, and goes on with what they leave; the arguments are those of ``fit_tac``."""
 
     def __init__(
         self,
         how: Reconstruction | None,
-        input_bias: bool,
-        per_channel: bool,
-        unconditional: bool,
+        input_bias: bool = True,
+        per_channel: bool = False,
+        unconditional: bool = False,
     ) -> None:
         self.how, self.input_bias = how, input_bias
         self.per_channel, self.unconditional = per_channel, unconditional
@@ -139,16 +120,32 @@ class _Fit(Rule):
         self.biases: list[Tensor] = []
         self._branch: int | None = None
 
+    def fitted(
+        self, run: Run, *, correction: Correction | None = None, progress: bool = True
+    ) -> TAC:
+        """The correction for this run."""
+        made_for = run_closed_loop(
+            run, self, correction=correction, title="TAC", progress=progress
+        ).provenance
+        return TAC(
+            *made_for.levels,
+            gain=None if self.how is None else torch.stack(self.gains),
+            bias=torch.stack(self.biases) if self.input_bias else None,
+            branch=self._chosen_branch() if self.unconditional else None,
+            reconstruction=self.how,
+            source=made_for,
+        )
+
     def output(
         self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
-    ) -> OutputChange | None:
+    ) -> Answers | None:
         """Fit K of this step, multiply."""
         if self.how is None:
             return None
         if not self.unconditional:
             gain = self._fit(self.how, [(p.reference_output, p.output) for p in pairs], layout)
             edit = _edit(gain, layout, pairs[0].output.device)
-            return lambda output, sample, pair: edit(output, sample, None)
+            return None, [edit(p.output, p.sample, None) for p in pairs]
         branch = self._unconditional(step, pairs)
         if branch is None:
             self.gains.append(torch.ones(layout.channels, dtype=torch.float64))
@@ -157,29 +154,29 @@ class _Fit(Rule):
         gain = self._fit(self.how, both, layout)
         change = _edit(gain - 1, layout, pairs[0].output.device)
 
-        def guided(output: Tensor, sample: Tensor, pair: Pair) -> Tensor:
-            """Guidance is linear: what is added to a branch arrives with the branch's share."""
+        outputs = []
+        for pair in pairs:
+            # Guidance is linear: what is added to a branch arrives with the branch's share.
             assert pair.shares is not None
-            added = change(pair.branches[branch].to(output), sample, None)
-            return output + float(pair.shares[branch]) * added
-
-        return guided
+            added = change(pair.branches[branch].to(pair.output), pair.sample, None)
+            outputs.append(pair.output + float(pair.shares[branch]) * added)
+        return None, outputs
 
     def state(
         self, step: int, results: list[tuple[Tensor, Tensor]], layout: LatentLayout, law: StepLaw
-    ) -> tuple[StateChange | None, bool]:
+    ) -> Answers | None:
         """Measure B after this step, subtract."""
         if not self.input_bias:
-            return None, False
+            return None
         bias = self._mean_error(results, layout)
         if law.intermediate[step]:
             bias = torch.zeros_like(bias)
         self.biases.append(bias[0].cpu())
         if law.intermediate[step]:
-            return None, False
-        return lambda result: result - bias, False
+            return None
+        return None, [quantized - bias for _, quantized in results]
 
-    def chosen_branch(self) -> int:
+    def _chosen_branch(self) -> int:
         """Which branch K acted on."""
         if self._branch is None:
             raise CalibrationError(

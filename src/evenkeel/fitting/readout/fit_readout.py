@@ -3,7 +3,7 @@
 Each denoiser call of the quantized network pauses at its output head. When all prompts are there, the
 normal equations of the step are solved, and every prompt goes on with the head that was fitted
 *without* it: the states of later steps are those that new prompts will meet, and the error that is
-left is an honest one. Only one step's sums are held. ``head_run`` runs it, ``head_strategies`` solves.
+left is an honest one. Only one step's sums are held. ``head_run`` runs it, ``strategies`` solves.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from torch import nn
 
 from evenkeel.corrections.readout import FORMS, Readout
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.readout.run import HeadRun
+from evenkeel.fitting.readout.head_run import HeadRun
 from evenkeel.fitting.readout.strategies import Fixed, PerStep, Shared, Solved
-from evenkeel.fitting.request import Settings, check_request
 from evenkeel.hosts.pipeline.layouts import LatentLayout
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    quiet,
-)
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 
 
 def fit_readout(
@@ -79,29 +76,30 @@ def fit_readout(
     Example: see ``examples/readout.py``.
 
     """
-    check_request(pipeline, quantized, prompts, batch_size)
-    if form not in FORMS:
-        raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
-    settings = Settings.of(
+    run = Run(
         pipeline,
-        quantized,
+        prompts,
         num_inference_steps,
-        guidance_scale,
-        call,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
         layout=layout,
         side_by_side=side_by_side,
     )
-    fit = HeadRun(
-        pipeline, quantized, list(prompts), seed, batch_size, settings, head, feature_memory
-    )
-    with torch.no_grad(), quiet(pipeline), fit.in_place():
+    if form not in FORMS:
+        raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
+    fit = HeadRun(run, head, feature_memory)
+    with torch.no_grad(), run.undisturbed(), fit.in_place():
         shares = fit.guidance()
         fit.shares = shares if guided_rows else None
         solved: Solved = PerStep(fit)
         if form != "per-step":
             shared = Shared(fit)
-            fit.run(shared, progress)
+            fit.go_through(shared, progress)
             prior = shared.solution()
             solved = Fixed(fit, prior) if form == "shared" else PerStep(fit, prior)
-        fit.run(solved, progress)
-    return solved.readout(form)
+        passed = fit.go_through(solved, progress)
+    made_for = run.provenance(passed.law, passed.first, correction=f"readout(form={form!r})")
+    return solved.readout(form, made_for, passed.moments)

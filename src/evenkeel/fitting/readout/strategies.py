@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.readout import HeadFit, Readout
-from evenkeel.fitting.lockstep.lockstep_batch import Batch
-from evenkeel.fitting.provenance import provenance_of
-from evenkeel.fitting.readout.solve import CallFit, Judge, new_folds, take_in
-from evenkeel.record import Provenance
+from evenkeel.fitting.readout.head_call import HeadCall
+from evenkeel.fitting.readout.solve import CallFit, Judge, Unit, new_folds, take_in
+from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.normal_equations import NormalEquations
+from evenkeel.statistics.provenance import Provenance
 
-if TYPE_CHECKING:
-    from evenkeel.fitting.readout.run import HeadRun
+
+class Rows(Protocol):
+    """Where rows come from: the paused calls of a run.
+
+    Attributes:
+        head: whose inputs and errors they are.
+        corrected: of its targets, which are fitted.
+        units: which rows stand or fall together.
+
+    """
+
+    head: Head
+    corrected: Tensor
+    units: list[Unit]
+
+    def rows(self, call: HeadCall) -> Iterator[tuple[Unit, int | None, slice, Tensor, Tensor]]:
+        """Unit, sample (None: a combination of branches), positions, inputs, errors of a paused call."""
+        ...
 
 
 class Strategy:
-    """One pass over all steps; called as ``open``, ``take`` per batch, ``close``, at the end ``finish``."""
+    """One pass over all steps; ``open``, ``take`` per call, ``close`` at every pause, then ``finish``."""
 
     title = "readout"
-    #: Called with a batch: (sample, positions, change of the head's output); empty: no change.
+    #: Called with a paused call: (sample, positions, change of the head's output); empty: no change.
     answer: Any
 
-    def __init__(self, fit: HeadRun) -> None:
+    def __init__(self, fit: Rows) -> None:
         self.fit = fit
-        self.batches: list[Batch] = []
 
     def open(self, step: int, branch: int) -> None:
         """A denoiser call begins."""
 
-    def take(self, batch: Batch) -> None:
-        """All rows of one batch."""
+    def take(self, call: HeadCall) -> None:
+        """All rows of one paused call."""
 
     def close(self) -> None:
         """All rows have been seen."""
@@ -50,8 +64,8 @@ class Strategy:
         head = self.fit.head
         return new_folds(self.fit.units, head.features, len(head.corrected), head.has_bias)
 
-    def _take_in(self, folds: Sequence[NormalEquations], batch: Batch) -> None:
-        take_in(folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(batch)))
+    def _take_in(self, folds: Sequence[NormalEquations], call: HeadCall) -> None:
+        take_in(folds, ((unit, h, t) for unit, _, _, h, t in self.fit.rows(call)))
 
 
 class Shared(Strategy):
@@ -59,14 +73,14 @@ class Shared(Strategy):
 
     title = "readout: shared change"
 
-    def __init__(self, fit: HeadRun) -> None:
+    def __init__(self, fit: Rows) -> None:
         super().__init__(fit)
         self.answer = []
         self._folds: list[NormalEquations] = []
 
-    def take(self, batch: Batch) -> None:
+    def take(self, call: HeadCall) -> None:
         self._folds = self._folds or self._new_folds()
-        self._take_in(self._folds, batch)
+        self._take_in(self._folds, call)
 
     def solution(self) -> CallFit:
         """The change that suits all steps best."""
@@ -76,7 +90,7 @@ class Shared(Strategy):
 class Solved(Strategy):
     """Advances every prompt with the solution that was fitted without it, and judges it."""
 
-    def __init__(self, fit: HeadRun) -> None:
+    def __init__(self, fit: Rows) -> None:
         super().__init__(fit)
         self.answer = self._answer
         self.calls: dict[tuple[int, int], CallFit] = {}
@@ -84,17 +98,19 @@ class Solved(Strategy):
         self._call: CallFit | None = None
         self._judge: Judge | None = None
 
-    def _answer(self, batch: Batch) -> Iterator[tuple[int, slice, Tensor]]:
+    def _answer(self, call: HeadCall) -> Iterator[tuple[int, slice, Tensor]]:
         assert self._call is not None and self._judge is not None
-        for unit, sample, place, h, t in self.fit.rows(batch):
+        for unit, sample, place, h, t in self.fit.rows(call):
             weight, constant = self._call.without[unit.fold]
             change = h @ weight.to(h) + constant.to(h)
             self._judge.see(unit, t, t - change)
             if sample is not None:
                 yield sample, place, change
 
-    def readout(self, form: str) -> Readout:
-        """Table, verdicts and the evidence that is left."""
+    def readout(
+        self, form: str, provenance: Provenance, moments: Sequence[list[PairedMoments] | None]
+    ) -> Readout:
+        """Table, verdicts and the evidence that is left: of every batch, its moments per step."""
         fit = self.fit
         steps = 1 + max(step for step, _ in self.calls)
         branches = 1 + max(branch for _, branch in self.calls)
@@ -105,33 +121,22 @@ class Solved(Strategy):
             weight[step, branch][:, fit.corrected] = call.whole[0].float()
             constant[step, branch][fit.corrected] = call.whole[1].float()
             active[step, branch] = not self.fits[step, branch].explanation
-        provenance = self._provenance(form)
         table = HeadTable.of(*provenance.levels, weight, constant, active)
-        evidence = self._evidence(provenance)
+        evidence = None
+        if not any(steps is None for steps in moments):
+            runs = [PairedMoments.joined(steps, 1) for steps in moments if steps is not None]
+            joined = PairedMoments.joined(runs, 0)
+            evidence = Evidence(
+                provenance.prediction, *provenance.levels, joined, source=provenance
+            )
         fits = tuple(self.fits[key] for key in sorted(self.fits))
         return Readout(provenance, fit.head.name, form, table, fits, evidence)
-
-    def _provenance(self, form: str) -> Provenance:
-        watch = self.batches[0].watch
-        assert watch.law is not None and watch.sample is not None and watch.layout is not None
-        sample = watch.sample.unsqueeze(1)
-        fit = self.fit
-        made = provenance_of(fit.pipeline, watch.law, sample, watch.layout, fit.settings)
-        return replace(made, correction=f"readout(form={form!r})")
-
-    def _evidence(self, provenance: Provenance) -> Evidence | None:
-        parts = [batch.watch.moments for batch in self.batches]
-        if any(p is None for p in parts):
-            return None
-        runs = [PairedMoments.joined(p, 1) for p in parts if p is not None]
-        moments = PairedMoments.joined(runs, 0)
-        return Evidence(provenance.prediction, *provenance.levels, moments, source=provenance)
 
 
 class PerStep(Solved):
     """A head per denoiser call, drawn to the shared change if there is one."""
 
-    def __init__(self, fit: HeadRun, prior: CallFit | None = None) -> None:
+    def __init__(self, fit: Rows, prior: CallFit | None = None) -> None:
         super().__init__(fit)
         self._prior = prior
         self._key = (0, 0)
@@ -143,8 +148,8 @@ class PerStep(Solved):
         self._folds = self._new_folds()
         self._judge = Judge(self.fit.units)
 
-    def take(self, batch: Batch) -> None:
-        self._take_in(self._folds, batch)
+    def take(self, call: HeadCall) -> None:
+        self._take_in(self._folds, call)
 
     def close(self) -> None:
         self._call = self.calls[self._key] = CallFit.of(self._folds, self._prior)
@@ -158,7 +163,7 @@ class PerStep(Solved):
 class Fixed(Solved):
     """The shared change at every step, judged as a whole."""
 
-    def __init__(self, fit: HeadRun, call: CallFit) -> None:
+    def __init__(self, fit: Rows, call: CallFit) -> None:
         super().__init__(fit)
         self._call = call
         self._judge = Judge(fit.units)

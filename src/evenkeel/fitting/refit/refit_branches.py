@@ -18,15 +18,8 @@ from tqdm.auto import tqdm
 
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.refit.site import LayerRefit, Site
-from evenkeel.fitting.request import check_request
-from evenkeel.hosts.pipeline.pipelines import (
-    Prompt,
-    denoiser_of,
-    denoiser_swapped,
-    quiet,
-    run_pipeline,
-)
-from evenkeel.hosts.scheduler.interception import install, installed, uninstall
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
 from evenkeel.quantizers.layers.quantized_layers import Quantized, QuantizedLinear
 from evenkeel.statistics.group_scales import Scales
 from evenkeel.statistics.reduced_rank import SMALLEST_PENALTY, LowRank
@@ -146,46 +139,39 @@ def refit_branches(
         UnsupportedPipeline: see there.
 
     """
-    check_request(pipeline, quantized, prompts, batch_size)
+    run = Run(
+        pipeline,
+        prompts,
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        call=call,
+        quantized=quantized,
+    )
     _check(prompts, penalty, memory)
     refitted = copy.deepcopy(quantized)
     folds = min(FOLDS, len(prompts))
-    sites = _sites(refitted, denoiser_of(pipeline))
-    groups = _groups(sites, memory / folds)
-    starts = range(0, len(prompts), batch_size)
-    bar = tqdm(total=len(groups) * len(starts), desc="refit", unit="batch", disable=not progress)
+    sites = _sites(refitted, run.denoiser)
+    groups, batches = _groups(sites, memory / folds), run.batches()
+    bar = tqdm(total=len(groups) * len(batches), desc="refit", unit="batch", disable=not progress)
     penalties = PENALTIES if penalty is None else (penalty,)
     decided: dict[str, tuple[LayerRefit, LowRank | Scales | None]] = {}
-    before = installed(pipeline.scheduler)
-    uninstall(pipeline.scheduler)
-    try:
-        with bar, quiet(pipeline), denoiser_swapped(pipeline, refitted):
-            for group in groups:
-                for site in group:
-                    site.open(folds)
-                for start in starts:
-                    batch = prompts[start : start + batch_size]
-                    with ExitStack() as stack:
-                        for site in group:
-                            site.prompts = (start, len(batch))
-                            hook = site.layer.register_forward_hook(site.look, with_kwargs=True)
-                            stack.callback(hook.remove)
-                        run_pipeline(
-                            pipeline,
-                            batch,
-                            range(seed + start, seed + start + len(batch)),
-                            num_inference_steps=num_inference_steps,
-                            guidance_scale=guidance_scale,
-                            output_type="latent",
-                            call=dict(call or {}),
-                        )
-                    bar.update()
-                for site in group:
-                    decided[site.name] = site.decide(penalties)
-                    site.folds.clear()  # what is kept is as small as the branch
-    finally:
-        if before:
-            install(pipeline.scheduler, *before)
+    with bar, run.undisturbed(refitted):
+        for group in groups:
+            for site in group:
+                site.open(folds)
+            for batch in batches:
+                with ExitStack() as stack:
+                    for site in group:
+                        site.prompts = (batch.first, len(batch))
+                        hook = site.layer.register_forward_hook(site.look, with_kwargs=True)
+                        stack.callback(hook.remove)
+                    run.sample(batch)
+                bar.update()
+            for site in group:
+                decided[site.name] = site.decide(penalties)
+                site.folds.clear()  # what is kept is as small as the branch
     # Only now: all groups of layers must see the same trajectory.
     for site in sites:
         site.put(decided[site.name][1])

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.corrections.plan import Refresh, SamplerPlan
-from evenkeel.errors import CalibrationError, Incompatible, UnsupportedPipeline, UnsupportedSampler
+from evenkeel.errors import (
+    OVERFLOW,
+    CalibrationError,
+    Incompatible,
+    UnsupportedPipeline,
+    UnsupportedSampler,
+)
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.step_change import ImageNoise
 from evenkeel.hosts.pipeline.denoiser_calls import (
@@ -232,7 +238,7 @@ class Requery(Interceptor):
         if not bool(mu.isfinite().all()):
             raise CalibrationError(
                 f"the denoiser, asked again at step {self._index}, gives values that are not finite (NaN "
-                f"or infinity); float16 often overflows where bfloat16 does not."
+                f"or infinity); {OVERFLOW}"
             )
         return mu
 

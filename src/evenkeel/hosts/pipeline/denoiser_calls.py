@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.errors import UnsupportedPipeline
+from evenkeel.errors import OVERFLOW, CalibrationError, UnsupportedPipeline
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # else 3e-2: guidance in half precision
 _SAMPLE_NAMES = ("hidden_states", "sample")
@@ -69,6 +69,42 @@ def branches_of(output: Tensor, like: Tensor, rows: int) -> list[Tensor]:
     return list(torch.split(output, rows))
 
 
+def is_doubled(rows: Tensor) -> bool:
+    """Whether every row is there twice, as class-conditional guidance (DiT) hands them to the scheduler."""
+    half = len(rows) // 2
+    return len(rows) == 2 * half and torch.equal(rows[:half], rows[half:])
+
+
+def one_per_prompt(rows: Tensor, prompts: int) -> Tensor:
+    """What a scheduler was handed for so many prompts, a row for each of them.
+
+    Raises:
+        CalibrationError: neither one row per prompt nor each of them twice.
+
+    """
+    if len(rows) == 2 * prompts and is_doubled(rows):
+        return rows[:prompts]
+    if len(rows) != prompts:
+        raise CalibrationError(
+            f"the scheduler was handed {len(rows)} samples for {prompts} prompts; each prompt can have "
+            f"one: pass num_images_per_prompt=1."
+        )
+    return rows
+
+
+def refuse_non_finite(output: Tensor, whose: str, step: int) -> None:
+    """Refuse what a denoiser gave where it is NaN or infinite, before anything is made of it.
+
+    Raises:
+        CalibrationError: says whose output it is, and at which step.
+
+    """
+    if not bool(output.isfinite().all()):
+        raise CalibrationError(
+            f"the {whose} denoiser gave a non-finite output (NaN or infinity) at step {step}; {OVERFLOW}"
+        )
+
+
 def guidance_of(outputs: Sequence[Tensor], given: Tensor) -> tuple[int, Tensor]:
     """How a pipeline made ``given`` of the denoiser's outputs: rows per branch, and shares.
 
@@ -78,9 +114,7 @@ def guidance_of(outputs: Sequence[Tensor], given: Tensor) -> tuple[int, Tensor]:
         UnsupportedPipeline: not by a linear combination.
 
     """
-    half = len(given) // 2
-    doubled = len(given) == 2 * half and torch.equal(given[:half], given[half:])
-    for rows in (len(given), half) if doubled else (len(given),):
+    for rows in (len(given), len(given) // 2) if is_doubled(given) else (len(given),):
         parts = [p for output in outputs for p in branches_of(output, given, rows)]
         shares = shares_of(parts, given[:rows]) if parts else None
         if shares is not None:

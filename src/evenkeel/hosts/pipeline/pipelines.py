@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from evenkeel.errors import UnsupportedPipeline
-
-Prompt = str | int
+from evenkeel.hosts.pipeline.prompts import Prompt as Prompt
+from evenkeel.hosts.pipeline.prompts import Prompts
 
 
 def load(place: Any, **options: Any) -> Any:
@@ -64,6 +64,12 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     """The denoiser itself."""
     module: nn.Module = getattr(pipeline, denoiser_name(pipeline))
     return module
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The network that ``torch.compile`` wraps, or the module itself."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
 
 
 @contextmanager
@@ -135,7 +141,7 @@ def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
 
 def run_pipeline(
     pipeline: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Prompts,
     seeds: Sequence[int],
     *,
     num_inference_steps: int,
@@ -151,12 +157,7 @@ def run_pipeline(
     """
     parameters = call_parameters(pipeline)
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps, **call_defaults(pipeline)}
-    if "prompt" in parameters:
-        given["prompt"] = [str(p) for p in prompts]
-    elif "class_labels" in parameters:
-        given["class_labels"] = [int(p) for p in prompts]
-    elif "batch_size" in parameters:
-        given["batch_size"] = len(prompts)
+    given |= Prompts.of(prompts).arguments(parameters)
     if guidance_scale is not None:
         given["guidance_scale"] = guidance_scale
     if "output_type" in parameters:
@@ -175,6 +176,12 @@ def run_pipeline(
     return out[0] if isinstance(out, tuple) else out
 
 
+def default_guidance(pipeline: Any) -> float | None:
+    """The guidance scale of a call that names none; None where the pipeline has no such argument."""
+    default = getattr(call_parameters(pipeline).get("guidance_scale"), "default", None)
+    return float(default) if isinstance(default, (int, float)) else None
+
+
 class _NumpyOfBfloat16(TorchFunctionMode):
     """Inside, ``Tensor.numpy`` widens bfloat16, which numpy does not know.
 
@@ -185,6 +192,14 @@ class _NumpyOfBfloat16(TorchFunctionMode):
         if func is torch.Tensor.numpy and args[0].dtype == torch.bfloat16:
             args = (args[0].float(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def global_noise_kept() -> Iterator[None]:
+    """Afterwards, the global generators are as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +87,30 @@ def uninstall(scheduler: Any) -> None:
 def installed(scheduler: Any) -> list[Interceptor]:
     """The interceptors of this instance, if any."""
     return list(scheduler.__dict__.get(_STATE, ()))
+
+
+@contextmanager
+def set_aside(scheduler: Any) -> Iterator[None]:
+    """Inside, the scheduler is its own, and so is a denoiser that was changed along with it.
+
+    Afterwards what was installed is back, and nothing else, whatever happened inside.
+    """
+    before = installed(scheduler)
+    _let_go(scheduler)
+    try:
+        yield
+    finally:
+        _let_go(scheduler)
+        if before:
+            install(scheduler, *before)
+        for interceptor in before:
+            interceptor.attach()
+
+
+def _let_go(scheduler: Any) -> None:
+    for interceptor in installed(scheduler):
+        interceptor.detach()
+    uninstall(scheduler)
 
 
 def plain_class(scheduler: Any) -> type:

@@ -40,8 +40,7 @@ class Recorder(Interceptor):
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
         if self.tape.law is None:
-            begin = step_index(scheduler, timestep)
-            self.tape.law = probe_scheduler(scheduler, step_kwargs=steering(kwargs), begin=begin)
+            self.tape.law = law_of_run(scheduler, timestep, kwargs)
         self.tape.timesteps.append(float(timestep))
         self.tape.samples.append(sample.detach().clone())  # clone: CUDA graphs reuse buffers
 
@@ -87,6 +86,12 @@ class Replayer(Interceptor):
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
         return self.tape.results[len(self.outputs) - 1]
+
+
+def law_of_run(scheduler: Any, timestep: Any, kwargs: dict[str, Any]) -> StepLaw:
+    """The step law of a run, from what its first step is called with."""
+    begin = step_index(scheduler, timestep)
+    return probe_scheduler(scheduler, step_kwargs=steering(kwargs), begin=begin)
 
 
 def step_index(scheduler: Any, timestep: Any) -> int:

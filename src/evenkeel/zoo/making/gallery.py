@@ -12,7 +12,6 @@ import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from evenkeel import zoo
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.run import Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports.grid import new_figure
 from evenkeel.reports.plots import image_grid
@@ -40,18 +40,21 @@ def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
     twin = zoo.twin(name)
     pipeline = zoo.load(name)
     prompts = KINDS[twin.pictures].prompts(count, SEED)
-    options: dict[str, Any] = {
-        "num_inference_steps": twin.num_inference_steps,
-        "guidance_scale": twin.guidance_scale,
-        "call": {},
-    }
+    run = Run(
+        pipeline,
+        prompts,
+        twin.num_inference_steps,
+        guidance_scale=twin.guidance_scale,
+        seed=SEED,
+        batch_size=count,
+    )
     denoisers = {FULL_PRECISION: denoiser_of(pipeline)}
     for label, text in QUANTIZED.items():
         denoisers[label] = quantize_module(denoiser_of(pipeline), QuantizerSpec.parse(text))[0]
     made = {}
     for label, denoiser in denoisers.items():
         arm = Arm(label, denoiser)
-        made[label], _ = generate(pipeline, arm, prompts, SEED, count, options, None, lambda: None)
+        made[label], _ = generate(run, arm)
     return made, [str(p) for p in prompts]
 
 

@@ -12,6 +12,7 @@ from evenkeel import zoo
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.run import Run
 from evenkeel.metrics import mean_estimate
 from evenkeel.zoo.making.judging import Judge
 from evenkeel.zoo.pictures import KINDS
@@ -139,5 +140,8 @@ def _sample(
     }
     kept = None if folder is None else folder / f"{scheduler or 'own'}-{steps}"
     arm = Arm(twin.name, denoiser_of(pipeline))
-    made, seconds = generate(pipeline, arm, prompts, SEED, BATCH, options, kept, lambda: None)
+    run = Run(
+        pipeline, prompts, steps, guidance_scale=twin.guidance_scale, seed=SEED, batch_size=BATCH
+    )
+    made, seconds = generate(run, arm, kept)
     return made, seconds, {**options, "scheduler": type(pipeline.scheduler).__name__}

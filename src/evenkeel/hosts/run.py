@@ -1,0 +1,312 @@
+"""A run: one way to sample with a pipeline, resolved once and passed along whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.errors import CalibrationError, UnsupportedSampler
+from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
+from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
+from evenkeel.hosts.pipeline.pipelines import (
+    default_guidance,
+    denoiser_name,
+    quiet,
+    run_pipeline,
+    uncompiled,
+)
+from evenkeel.hosts.pipeline.prompts import Prompt, Prompts
+from evenkeel.hosts.scheduler.interception import Interceptor, install, plain_class, set_aside
+from evenkeel.hosts.scheduler.schedulers import config_of
+from evenkeel.hosts.scheduler.tape import Recorder, Tape
+from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.provenance import Provenance
+from evenkeel.storage import json_safe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that share one pipeline call, and the seeds of their noise.
+
+    Attributes:
+        prompts: of this call.
+        first: index of its first prompt among all.
+        seed: of the first prompt's noise; the next one has the next.
+
+    """
+
+    prompts: Prompts
+    first: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def span(self) -> range:
+        """The prompts' indices among all."""
+        return range(self.first, self.first + len(self))
+
+    @property
+    def seeds(self) -> range:
+        """One per prompt."""
+        return range(self.seed, self.seed + len(self))
+
+    @property
+    def alone(self) -> Batch:
+        """Its first prompt only."""
+        return Batch(self.prompts[:1], self.first, self.seed)
+
+
+class Run:
+    """A pipeline, what it is asked for, and what follows from both.
+
+    Every measurement, fit and comparison makes one and passes it along. Its parts can be read; none of
+    them changes. What takes long (fingerprints) or needs a latent (the layout) is found when it is first
+    asked for, and kept.
+
+    Args:
+        pipeline: a diffusers pipeline with its full-precision denoiser.
+        prompts: texts, or class labels for class-conditional pipelines.
+        num_inference_steps: as passed to the pipeline.
+        guidance_scale: as passed to the pipeline; None uses the pipeline's default.
+        seed: of the first prompt's initial noise; prompt i starts from ``seed + i``.
+        batch_size: prompts per pipeline call.
+        call: further arguments of the pipeline call, such as ``{"height": 512}``.
+        quantized: the denoiser's quantized twin, where there is one.
+        layout: where the latent's channels are; found by itself for known pipelines.
+        side_by_side: keep both denoisers where they are; False lets them take turns on the device.
+
+    Attributes:
+        name, denoiser: of the pipeline's own, full-precision denoiser.
+        quantizer: what quantized the twin, as text.
+        given_layout: the layout, where it was given or has been found.
+        (others): as given, the guidance scale resolved.
+
+    Raises:
+        CalibrationError: no prompts, a single text in place of a list, an empty batch, or the
+            pipeline's own denoiser in place of its quantized copy.
+        UnsupportedPipeline: no denoiser, or two.
+
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[Prompt] | Prompts,
+        num_inference_steps: int,
+        *,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        call: dict[str, Any] | None = None,
+        quantized: nn.Module | None = None,
+        layout: LatentLayout | None = None,
+        side_by_side: bool = True,
+    ) -> None:
+        if isinstance(prompts, str) or len(prompts) == 0:
+            raise CalibrationError(
+                f"expected a non-empty list of prompts, got {prompts!r}; a few dozen are plenty."
+            )
+        if batch_size < 1:
+            raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
+        self.pipeline, self.prompts = pipeline, Prompts.of(prompts)
+        self.name = denoiser_name(pipeline)
+        self.denoiser: nn.Module = getattr(pipeline, self.name)
+        if quantized is self.denoiser:
+            raise CalibrationError(
+                "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "
+                "full-precision one in the pipeline."
+            )
+        self.quantized = quantized
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = (
+            default_guidance(pipeline) if guidance_scale is None else guidance_scale
+        )
+        self.seed, self.batch_size, self.call = seed, batch_size, dict(call or {})
+        self.side_by_side = side_by_side
+        self.given_layout = layout
+        self._fingerprints: dict[nn.Module, str] = {}
+
+    # ---- what it is made of
+
+    def fingerprint(self, module: nn.Module) -> str:
+        """The module's fingerprint, computed once."""
+        module = uncompiled(module)
+        if module not in self._fingerprints:
+            self._fingerprints[module] = fingerprint(module)
+        return self._fingerprints[module]
+
+    @cached_property
+    def twins(self) -> tuple[str, str]:
+        """Fingerprints of the full-precision and the quantized denoiser.
+
+        Raises:
+            CalibrationError: the quantized denoiser computes the same as the full-precision one.
+
+        """
+        assert self.quantized is not None
+        found = self.fingerprint(self.denoiser), self.fingerprint(self.quantized)
+        if found[0] == found[1]:
+            raise CalibrationError(
+                "the quantized denoiser is identical to the full-precision one: nothing was "
+                "quantized, or the same object was passed twice."
+            )
+        return found
+
+    @cached_property
+    def quantizer(self) -> str:
+        """What quantized the twin, as text."""
+        assert self.quantized is not None
+        return quantizer_text(self.quantized)
+
+    @cached_property
+    def scheduler(self) -> tuple[str, dict[str, Any]]:
+        """Class and configuration of the scheduler."""
+        scheduler = self.pipeline.scheduler
+        return plain_class(scheduler).__name__, config_of(scheduler)
+
+    def layout(self, latent: Tensor) -> LatentLayout:
+        """Where the channels are of what enters the scheduler.
+
+        Raises:
+            UnsupportedPipeline: it cannot be told.
+
+        """
+        if self.given_layout is None:
+            self.given_layout = find_layout(self.pipeline, latent)
+        return self.given_layout
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything but prompts and denoisers that decides about results, as JSON."""
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "scheduler": list(self.scheduler),
+            "steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "call": json_safe(self.call),
+            "layout": None if self.given_layout is None else self.given_layout.as_dict(),
+        }
+
+    def provenance(
+        self, law: StepLaw, x: Tensor, *, trajectory: str = "corrected", correction: str = ""
+    ) -> Provenance:
+        """Everything two records of such runs must agree on before they may be merged or applied.
+
+        Args:
+            law: of the steps.
+            x: (prompts, steps, ...) what entered the scheduler.
+            trajectory: whose outputs advanced the sample.
+            correction: that acted meanwhile, as text.
+
+        """
+        layout = self.layout(x[:, 0])
+        scheduler_class, scheduler_config = self.scheduler
+        return Provenance(
+            pipeline_class=type(self.pipeline).__name__,
+            denoiser=self.name,
+            reference=self.twins[0],
+            quantized=self.twins[1],
+            quantizer=self.quantizer,
+            scheduler_class=scheduler_class,
+            scheduler_config=scheduler_config,
+            prediction=law.prediction,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            timesteps=law.timesteps.tolist(),
+            alpha=law.alpha[:-1].tolist(),
+            sigma=law.sigma[:-1].tolist(),
+            call=json_safe(self.call),
+            trajectory=trajectory,
+            layout=layout.as_dict(),
+            latent_shape=list(x.shape[2:]),
+            dtype=str(x.dtype).removeprefix("torch."),
+            elements=x[0, 0].numel() // layout.channels,
+            versions={
+                name: importlib.metadata.version(name)
+                for name in ("evenkeel", "diffusers", "torch", "transformers")
+            },
+            correction=correction,
+        )
+
+    # ---- sampling
+
+    def batches(self) -> list[Batch]:
+        """All prompts, ``batch_size`` at a time."""
+        size = self.batch_size
+        starts = range(0, len(self.prompts), size)
+        return [Batch(self.prompts[i : i + size], i, self.seed + i) for i in starts]
+
+    def sample(self, batch: Batch, *, output_type: str = "latent", on: Any = None) -> Any:
+        """One pipeline call: the batch's latents, or whatever ``output_type`` says.
+
+        Args:
+            batch: of this run.
+            output_type: as the pipeline takes it.
+            on: a copy of the pipeline to call in its place.
+
+        """
+        return run_pipeline(
+            self.pipeline if on is None else on,
+            batch.prompts,
+            batch.seeds,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            output_type=output_type,
+            call=self.call,
+        )
+
+    @contextmanager
+    def undisturbed(
+        self, denoiser: nn.Module | None = None, *interceptors: Interceptor
+    ) -> Iterator[None]:
+        """Inside, the pipeline samples with this denoiser, with these interceptors and no others.
+
+        Corrections that are applied are set aside, and bars are not shown. Afterwards the pipeline is as
+        it was, whatever happened inside.
+        """
+        with set_aside(self.pipeline.scheduler), quiet(self.pipeline):
+            if denoiser is not None:
+                setattr(self.pipeline, self.name, denoiser)
+            try:
+                if interceptors:
+                    install(self.pipeline.scheduler, *interceptors)
+                for interceptor in interceptors:
+                    interceptor.attach()
+                yield
+            finally:
+                setattr(self.pipeline, self.name, self.denoiser)
+
+    def place(self, active: nn.Module) -> None:
+        """With twins taking turns on the device: bring this one, send the other away."""
+        if self.side_by_side or self.quantized is None:
+            return
+        twins = (self.denoiser, self.quantized)
+        idle = twins[uncompiled(active) is uncompiled(twins[0])]
+        idle.to("cpu")
+        active.to(torch.device(getattr(self.pipeline, "_execution_device", "cpu")))
+
+    def law(self, denoiser: nn.Module | None = None) -> StepLaw:
+        """The step law, read off one call of the first prompt with this denoiser or the own one.
+
+        Raises:
+            UnsupportedSampler: the scheduler has no law of our form, or its step is never called.
+
+        """
+        tape = Tape()
+        with self.undisturbed(denoiser, Recorder(tape)):
+            self.sample(self.batches()[0].alone)
+        if tape.law is None:
+            raise UnsupportedSampler(
+                f"{type(self.pipeline).__name__} never called its scheduler's step; nothing can be "
+                f"corrected."
+            )
+        return tape.law
