@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 Prompt = str | int
@@ -36,7 +36,7 @@ class Prompts:
 
     def __getitem__(self, span: slice) -> Prompts:
         """Some of the prompts, each with all of its inputs."""
-        return Prompts(**{f.name: getattr(self, f.name)[span] for f in fields(self)})
+        return replace(self, **{f.name: getattr(self, f.name)[span] for f in fields(self)})
 
     @property
     def texts(self) -> list[str]:
