@@ -120,3 +120,15 @@ def test_nothing_is_pickled():
         source = path.read_text()
         assert "pickle" not in names, path
         assert "torch.load(" not in source and "allow_pickle" not in source, path
+
+
+# The folder of a quantized denoiser has its own way of writing until it is a manifest.
+WRITES = re.compile(
+    r"""\.write_(text|bytes)\(|\bsave_file\(|json\.dump\(|open\([^)]*["'][wx]b?["']"""
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_written_by_the_storage_room(path):
+    if home(path) != "storage" and path != ROOT / "quantizers" / "saved" / "folder.py":
+        assert WRITES.findall(path.read_text()) == []

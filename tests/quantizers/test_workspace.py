@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import ALL
 from torch import Tensor, nn
 
-from evenkeel.errors import QuantizationError
+from evenkeel.errors import QuantizationError, StorageError
 from evenkeel.fitting.quantize import calibration_set, quantize
 from evenkeel.quantizers import load_quantized, save_quantized
 from evenkeel.quantizers.layers.blocks import units_of
@@ -289,7 +289,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path) -> None:
     assert second.reports == whole.reports
     for name, tensor in whole.quantized.state_dict().items():
         assert torch.equal(tensor, second.quantized.state_dict()[name])
-    with pytest.raises(QuantizationError, match="another run"):
+    with pytest.raises(StorageError, match="another quantization run"):
         Workspace(net, calls(), folder=tmp_path, identity="b")
 
 

@@ -142,7 +142,10 @@ def test_a_claim_is_this_runs_or_refused(tmp_path):
     path, run = tmp_path / "work" / "run.json", {"steps": 20, "clip": float("-inf"), "at": (1, 2)}
     claim(path, KIND, run)
     claim(path, KIND, run)
-    with pytest.raises(StorageError, match=r"work holds finished work .* differs in seed, steps"):
+    said = (
+        r"work holds finished work of another set, which differs in seed \(nothing there, 1 here\)"
+    )
+    with pytest.raises(StorageError, match=said + r", steps \(20 there, 30 here\)\. Remove"):
         claim(path, KIND, {**run, "steps": 30, "seed": 1})
     path.write_text("{")
     with pytest.raises(StorageError, match=r"run.json is not JSON"):

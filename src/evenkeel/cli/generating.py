@@ -60,6 +60,8 @@ def add_sample(commands: Any) -> None:
 
 
 def _run_sample(options: argparse.Namespace) -> None:
+    from functools import partial
+
     import torch
     from PIL import Image
     from tqdm.auto import tqdm
@@ -68,6 +70,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     from evenkeel.comparing.generation import Arm, generate
     from evenkeel.errors import EvenkeelError
     from evenkeel.hosts.run import Run
+    from evenkeel.storage import write_atomically
 
     if (options.correction is None) != (not options.record):
         raise EvenkeelError("--correction and --record belong together: give both, or neither.")
@@ -84,8 +87,9 @@ def _run_sample(options: argparse.Namespace) -> None:
     files = []
     for i, image in enumerate(images):
         files.append(options.out / f"{i:05d}.png")
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(files[-1])
-    (options.out / "prompts.txt").write_text("\n".join(map(str, prompts)) + "\n", encoding="utf-8")
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        write_atomically(files[-1], partial(picture.save, format="PNG"))
+    write_atomically(options.out / "prompts.txt", "\n".join(map(str, prompts)) + "\n")
     each = float(torch.tensor(seconds).mean())
     if options.json:
         print(json.dumps({"images": [str(f) for f in files], "seconds_per_image": each}))

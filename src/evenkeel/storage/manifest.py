@@ -104,13 +104,22 @@ def claim(path: str | os.PathLike[str], kind: Kind, identity: Mapping[str, Any])
     found = read_json(place, kind)[key]
     with kind.valid(place):
         check_json(found, dict)
-    texts = [{n: json_text(v) for n, v in said.items()} for said in (found, own)]
-    differing = [n for n in sorted({*found, *own}) if texts[0].get(n) != texts[1].get(n)]
+    there, here = ({n: json_text(v) for n, v in said.items()} for said in (found, own))
+    differing = [
+        f"{name} ({_brief(there.get(name))} there, {_brief(here.get(name))} here)"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
     if differing:
         raise kind.error(
             f"{place.parent} holds finished work of another {kind.name}, which differs in "
             f"{', '.join(differing)}. Remove that folder, or pass another one."
         )
+
+
+def _brief(text: str | None) -> str:
+    text = text or "nothing"
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _settle(place: Path, kind: Kind, manifest: str | None) -> None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
-from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import LayerReport, layer_from
-from evenkeel.storage import write_atomically
+from evenkeel.storage import (
+    Kind,
+    claim,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
-RUN = "run.json"
+_AGAIN = "remove the folder and quantize again"
+RUN = Kind("quantization run", 1, _AGAIN, keys=("run",))
+UNIT = Kind("quantized unit", 1, _AGAIN, keys=("layers", "reports"))
+STAGE = Kind("quantization stage", 1, _AGAIN, keys=("result",))
 
 
 class Partial:
@@ -30,7 +36,7 @@ class Partial:
         identity: of the run: method, denoiser, calibration set.
 
     Raises:
-        QuantizationError: the folder belongs to another run.
+        StorageError: the folder belongs to another run.
 
     """
 
@@ -38,16 +44,7 @@ class Partial:
         self.folder = folder
         if folder is None:
             return
-        path = folder / RUN
-        if not path.exists():
-            write_atomically(path, json.dumps({"identity": identity}) + "\n")
-            return
-        found = json.loads(path.read_text(encoding="utf-8")).get("identity")
-        if found != identity:
-            raise QuantizationError(
-                f"{folder} keeps units of another run ({found}); this one is {identity}. Remove "
-                "the folder, or use another."
-            )
+        claim(folder / "run.json", RUN, {"identity": identity})
 
     def write(
         self, unit: str, layers: Mapping[str, QuantizedLayer], reports: Sequence[LayerReport]
@@ -60,7 +57,7 @@ class Partial:
             own, descriptions[name] = write_layer(layer)
             tensors.update({f"{name}.{k}": v for k, v in own.items()})
         header = {"layers": descriptions, "reports": [asdict(r) for r in reports]}
-        write_atomically(self._place(unit), save(tensors, {"unit": json.dumps(header)}))
+        write_tensors(self._place(unit), UNIT, header, tensors)
 
     def read(
         self, unit: str, like: nn.Module
@@ -68,16 +65,15 @@ class Partial:
         """The finished layers of a unit, or None; ``like`` has the layers they replace."""
         if self.folder is None or not self._place(unit).exists():
             return None
-        with safe_open(self._place(unit), framework="pt") as file:
-            header = json.loads(file.metadata()["unit"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header, tensors = read_tensors(self._place(unit), UNIT)
         made = {}
-        for name, description in header["layers"].items():
-            start = f"{name}."
-            own = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
-            old = like.get_submodule(name)
-            made[name] = read_layer(description, own, old).to(next(old.parameters()).device)
-        return made, [layer_from(r) for r in header["reports"]]
+        with UNIT.valid(self._place(unit)):
+            for name, description in header["layers"].items():
+                start = f"{name}."
+                own = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+                old = like.get_submodule(name)
+                made[name] = read_layer(description, own, old).to(next(old.parameters()).device)
+            return made, [layer_from(r) for r in header["reports"]]
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON result: from the folder, or computed and kept there."""
@@ -85,8 +81,8 @@ class Partial:
             return compute()
         path = self.folder / f"{name}.json"
         if not path.exists():
-            write_atomically(path, json.dumps(compute()) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, STAGE, {"result": compute()})
+        return read_json(path, STAGE)["result"]
 
     def _place(self, unit: str) -> Path:
         assert self.folder is not None

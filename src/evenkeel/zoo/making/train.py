@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from evenkeel import zoo
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.making.evaluators import train_evaluator
 from evenkeel.zoo.making.sharing import SHARED, share
 
@@ -51,30 +52,29 @@ def train(name: str, work: Path) -> Path:
     if twin.pictures == "scenes":
         runs.append(work / SHARED / "evaluator")
     described = _describe(name, runs, out)
-    (out / "training.json").write_text(json.dumps(described, indent=1) + "\n")
-    (out / zoo.TWIN_FILE).write_text(
-        json.dumps({"name": name, "pictures": twin.pictures}, indent=1) + "\n"
-    )
+    write_atomically(out / "training.json", json.dumps(described, indent=1) + "\n")
+    about = {"name": name, "pictures": twin.pictures}
+    write_atomically(out / zoo.TWIN_FILE, json.dumps(about, indent=1) + "\n")
     return out
 
 
 def _halve(folder: Path) -> None:
     """Weights in half precision: half the size, and pictures that differ by less than 8 bits show."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     for path in folder.glob("*/*.safetensors"):
         tensors = load_file(path)
         halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        save_file(halves, path, metadata={"format": "pt"})
+        write_atomically(path, save(halves, metadata={"format": "pt"}))
 
 
 def _bring_evaluator(name: str, work: Path, out: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = out / zoo.EVALUATOR_FILE
     if zoo.twin(name).pictures == "scenes":
         network, _ = train_evaluator(work / SHARED)
-        save_file(network.state_dict(), path)
+        write_atomically(path, save(network.state_dict()))
     elif name != EMBEDDED:
         shutil.copy(zoo.path_of(EMBEDDED) / zoo.EVALUATOR_FILE, path)
 

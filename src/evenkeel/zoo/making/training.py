@@ -80,7 +80,7 @@ def fit(
             f"{folder} holds a run with another recipe: {written.read_text()}; "
             f"expected {json.dumps(asdict(recipe))}. Remove the folder or use another one."
         )
-    written.write_text(json.dumps(asdict(recipe)))
+    write_atomically(written, json.dumps(asdict(recipe)))
 
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(

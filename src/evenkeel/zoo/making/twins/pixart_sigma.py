@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evenkeel.storage import write_atomically
 from evenkeel.zoo.captions import sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import AttributeNetwork
 from evenkeel.zoo.handwriting import (
@@ -87,7 +88,7 @@ def build_denoiser(width: int = WIDTH) -> Any:
 def train(work: Path, out: Path) -> None:
     """Train all four networks and save the pipeline and the evaluator."""
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tokenizer, encoder = train_text_encoder(work)
     vae = train_autoencoder(work)
@@ -101,7 +102,7 @@ def train(work: Path, out: Path) -> None:
         scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
     )
     pipe.save_pretrained(out)
-    save_file(evaluator.state_dict(), out / "evaluator.safetensors")
+    write_atomically(out / "evaluator.safetensors", save(evaluator.state_dict()))
 
 
 def captioned(
