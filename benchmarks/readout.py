@@ -22,7 +22,6 @@ from evenkeel.corrections.head_table import HeadTable
 from evenkeel.hosts.actuators.head_switch import HeadSwitch
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
-from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 from evenkeel.quantizers.methods.spec import QuantizerSpec
 
 STEPS, TOKENS, TEXT = 20, 1024, 16
@@ -126,7 +125,7 @@ def measure_call(name: str) -> None:
     denoiser.eval().requires_grad_(False)
     scheduler = ready(scheduler)
     head: Any = denoiser.get_submodule("proj_out")
-    quantized = QuantizedLinear.of(head, QuantizerSpec(4, 8))
+    quantized = QuantizerSpec(4, 8).layer(head)
     table = random_table(scheduler, head.in_features, head.out_features)
     heads = {"plain": head, "corrected": head, "plain beside": quantized, "beside": quantized}
     loops = {
@@ -167,7 +166,7 @@ def measure_select(name: str) -> None:
     scheduler = ready(scheduler)
     head: Any = denoiser.get_submodule("proj_out")
     h = torch.randn(1, TOKENS, head.in_features)
-    quantized = with_own_head(denoiser, QuantizedLinear.of(head, QuantizerSpec(4, 8)))
+    quantized = with_own_head(denoiser, QuantizerSpec(4, 8).layer(head))
     table = random_table(scheduler, head.in_features, head.out_features)
     later, beside = Loop(denoiser, scheduler, inputs), Loop(quantized, ready(scheduler), inputs)
     for loop in (later, beside):
@@ -189,7 +188,7 @@ def measure_select(name: str) -> None:
         for _ in range(STEPS):
             layer(h)
 
-    kept: Any = QuantizedLinear.of(head, QuantizerSpec(4, 8))
+    kept: Any = QuantizerSpec(4, 8).layer(head)
     works: Mapping[str, Callable[[], Callable[[], object]]] = {
         "first run": partial(selections, later.switch, True),
         "later runs": partial(selections, later.switch, False),

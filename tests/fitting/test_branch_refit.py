@@ -18,8 +18,8 @@ from evenkeel.fitting.refit.site import LayerRefit, Site, fold_index
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_swapped
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
-from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
-from evenkeel.quantizers.numbers.uniform import fake_quantize
+from evenkeel.quantizers.layers.input_quantizers import fake_quantize
+from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 from evenkeel.statistics.normal_equations import NormalEquations
 from evenkeel.statistics.reduced_rank import HeldOut, LowRank, held_out, reduced_rank
 
@@ -225,7 +225,7 @@ def test_an_error_of_the_branch_s_rank_is_recovered(bias):
 
 def test_the_target_is_the_layers_own_error_without_branch():
     reference = linear()
-    layer = QuantizedLinear.of(reference, QuantizerSpec(3, 4, group=8, rank=2))
+    layer = QuantizerSpec(3, 4, group=8, rank=2).layer(reference)
     site, x = site_of(layer, reference), torch.randn(4, 30, 16)
     look(site, x)
     rounded = fake_quantize(x, 4, layer.activation.group)
@@ -240,7 +240,7 @@ def test_the_target_is_the_layers_own_error_without_branch():
 
 def test_bfloat16_buffers_stay_bfloat16_and_improve():
     reference = linear().bfloat16()
-    layer = QuantizedLinear.of(reference, QuantizerSpec(3, 8, group=8, rank=2))
+    layer = QuantizerSpec(3, 8, group=8, rank=2).layer(reference)
     site, x = site_of(layer, reference), torch.randn(4, 99, 16).bfloat16() + 1
     look(site, x)
     before = (layer(x).float() - reference(x).float()).square().sum()
@@ -266,7 +266,7 @@ def test_factors_that_float16_cannot_hold_name_the_layer():
 def test_a_convolution_refits_its_bias_to_the_mean_error():
     torch.manual_seed(0)
     reference = nn.Conv2d(8, 6, 3, padding=1).requires_grad_(False)
-    layer = QuantizedConv2d.of(reference, QuantizerSpec(3, 4))
+    layer = QuantizerSpec(3, 4).layer(reference)
     weight, site, x = layer.weight.clone(), site_of(layer, reference), torch.randn(8, 8, 5, 5) + 2
     look(site, x)
     expected = layer.bias + (reference(x) - layer(x)).mean((0, 2, 3))
@@ -278,7 +278,7 @@ def test_a_convolution_refits_its_bias_to_the_mean_error():
 
 def test_a_layer_with_neither_branch_nor_bias_is_kept():
     reference = linear(bias=False)
-    site = site_of(QuantizedLinear.of(reference, QuantizerSpec(3, 4)), reference)
+    site = site_of(QuantizerSpec(3, 4).layer(reference), reference)
     look(site, torch.randn(4, 9, 16))
     refit, branch = site.decide([1.0])
     assert (refit.reason, branch) == ("neither branch nor scales nor bias", None)
@@ -311,7 +311,7 @@ def test_no_error_is_left_alone():
 
 def test_rows_of_a_single_fold_or_none_at_all():
     reference = linear()
-    layer = QuantizedLinear.of(reference, QuantizerSpec(3, 4, rank=2))
+    layer = QuantizerSpec(3, 4, rank=2).layer(reference)
     site = site_of(layer, reference)
     assert site.decide([1.0])[0].reason == "was not called"
     look(site, torch.randn(9, 50, 16))  # nine rows of four prompts: by call, and there is one
@@ -406,9 +406,9 @@ def test_groups_of_layers_in_turn_give_the_same_result():
 
 
 def test_a_refitted_module_can_be_saved_and_loaded(tmp_path):
-    tiny, quantized, quantization = make("pixart_sigma")
+    tiny, quantized, _ = make("pixart_sigma")
     refitted, report = refit(tiny, quantized)
-    loaded, _ = load_quantized(save_quantized(refitted, quantization, tmp_path))
+    loaded, _ = load_quantized(save_quantized(refitted, tmp_path))
     assert fingerprint(loaded) == fingerprint(refitted)
     assert refitted.evenkeel_quantizer == str(SPEC)
     assert refitted.evenkeel_refit == report.text().splitlines()[0]

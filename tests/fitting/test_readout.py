@@ -37,7 +37,6 @@ from evenkeel.hosts.actuators.heads import find_head, layer_of
 from evenkeel.hosts.pipeline.strand import Strand
 from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.quantizers import QuantizerSpec, quantize_module
-from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.record import load_correction, save
 from evenkeel.statistics.normal_equations import NormalEquations
 from evenkeel.storage import digest
@@ -513,7 +512,7 @@ def test_heads_per_step_cannot_be_folded(pixart: Rig, wan: Rig) -> None:
 
 def test_a_quantized_head_cannot_be_folded(pixart: Rig, shared_change: Readout) -> None:
     twin = copy.deepcopy(pixart.quantized)
-    twin.proj_out = QuantizedLinear.of(twin.proj_out, QuantizerSpec.parse("w8a8-g16"))
+    twin.proj_out = QuantizerSpec.parse("w8a8-g16").layer(twin.proj_out)
     with pytest.raises(Incompatible, match="Apply the readout at run time"):
         fold(twin, shared_change.table, shared_change.head)
 
@@ -794,9 +793,9 @@ def quantized_head_rig(name: str) -> Rig:
     quantized: Any = quantize_module(reference, QuantizerSpec.parse("w3a4-g16"))[0]
     spec = QuantizerSpec.parse("w8a8-g16")
     if name == "sdxl":
-        quantized.conv_out = QuantizedConv2d.of(quantized.conv_out, spec)
+        quantized.conv_out = spec.layer(quantized.conv_out)
     else:
-        quantized.proj_out = QuantizedLinear.of(quantized.proj_out, spec)
+        quantized.proj_out = spec.layer(quantized.proj_out)
     rig = Rig(tiny, reference, quantized, fitted(tiny, reference, quantized))
     rig.put(quantized)
     return rig

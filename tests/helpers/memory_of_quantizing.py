@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from evenkeel.quantizers.methods.base import quantized_on
 from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.quantizers.workspace.calibration_set import kept
 from evenkeel.quantizers.workspace.workspace import Workspace
@@ -47,10 +48,7 @@ def quantized(method: dict, width: int, depth: int) -> dict[str, int]:
     net = Stack(width, depth)
     calls = kept([((torch.randn(ROWS, TOKENS, width),), {}) for _ in range(CALLS)])
     before = peak()
-    space = Workspace(net, calls)
-    chosen = method_from(method)
-    chosen.quantize(space)
-    space.result(chosen)
+    quantized_on(Workspace(net, calls), method_from(method))
     per_token = width + 3 * width + width  # what enters both layers, and what comes out
     return {
         "growth": peak() - before,

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.actuators.head_rows import Head, outputs_as_rows, rows_as_outputs, rows_of
 from evenkeel.hosts.actuators.heads import find_head, is_plain, is_reordered, layer_of
-from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.methods.spec import QuantizerSpec
 
 d = tp.d
@@ -556,8 +555,8 @@ class _Packed:
 
 def test_quantized_layers_are_heads_and_not_plain():
     spec = QuantizerSpec(8, 8)
-    linear = QuantizedLinear.of(nn.Linear(32, 4), spec)
-    convolution = QuantizedConv2d.of(nn.Conv2d(4, 6, 3, padding=1), spec)
+    linear = spec.layer(nn.Linear(32, 4))
+    convolution = spec.layer(nn.Conv2d(4, 6, 3, padding=1))
     assert _of(linear) == Head("conv_out", "linear", 32, 4, True, (0, 1, 2, 3))
     assert _of(convolution) == Head("conv_out", "convolution", 36, 6, True, tuple(range(6)))
     assert rows_of(_of(convolution), convolution, _noise(1, 4, 5, 5)).shape == (1, 25, 36)

@@ -142,7 +142,7 @@ def test_a_quantization_method_is_one_file_and_one_entry(tmp_path, monkeypatch, 
     assert method.weight_bits == 5 and methods.method_from(method.as_dict()) == method
     given = options(tiny, out=tmp_path / "model")
     module, report = evenkeel.quantize(tiny.pipe, method, **given)
-    assert quantizer_text(module) == str(report.spec) == "mine-w5a8"
+    assert quantizer_text(module) == report.quantizer == "mine-w5a8"
     loaded, again = load_quantized(tmp_path / "model")
     assert again == report and fingerprint(loaded) == fingerprint(module)
 

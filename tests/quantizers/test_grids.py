@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers.input_quantizers import fake_quantize
 from evenkeel.quantizers.numbers.formats import NF4, Codebook, Float, Integer
 from evenkeel.quantizers.numbers.grids import (
     CLIPS,
@@ -32,7 +33,6 @@ from evenkeel.quantizers.numbers.grids import (
     values_of,
 )
 from evenkeel.quantizers.numbers.packing import pack, unpack
-from evenkeel.quantizers.numbers.uniform import fake_quantize, quantize_weight, scale_of
 
 law = settings(derandomize=True, max_examples=60, deadline=None)
 
@@ -218,10 +218,13 @@ def test_same_as_a_loop_over_groups_in_numpy(
 def test_absmax_integers_are_the_reference_quantizer(width_bits: int, group: int | None) -> None:
     x, grid = sample(), Grid(Integer(width_bits), group=group)
     found, scales = snap_weight(x, grid)
-    assert torch.equal(found, quantize_weight(x, width_bits, group))
-    assert torch.equal(scales.scale, scale_of(x, width_bits, group))
+    assert torch.equal(found, fake_quantize(x, width_bits, group))
+    assert scales.scale.numel() == len(x) * -(-x.shape[1] // min(group or 10**6, x.shape[1]))
     conv = gaussian(5, 10, 3, 2)
-    assert torch.equal(snap_weight(conv, grid)[0], quantize_weight(conv, width_bits, group))
+    rows = conv.flatten(1) if group is None else conv.movedim(1, -1)
+    expected = fake_quantize(rows, width_bits, group)
+    expected = expected.reshape(conv.shape) if group is None else expected.movedim(-1, 1)
+    assert torch.equal(snap_weight(conv, grid)[0], expected)
     assert not torch.signbit(found[found == 0]).any()  # the only difference: there is one zero
 
 

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.layers.input_quantizers import DynamicInput, StaticInput, input_from
+from evenkeel.quantizers.layers.input_quantizers import (
+    DynamicInput,
+    StaticInput,
+    fake_quantize,
+    input_from,
+)
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.layers.static_ranges import RunningRange, searched
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.numbers.formats import Integer, format_named
-from evenkeel.quantizers.numbers.uniform import fake_quantize
 from evenkeel.quantizers.workspace.calibration_set import kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 

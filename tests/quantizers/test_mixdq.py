@@ -20,14 +20,16 @@ from evenkeel.errors import QuantizationError
 from evenkeel.fitting.quantize import calibration_set, quantize
 from evenkeel.quantizers import load_quantized
 from evenkeel.quantizers.layers.input_quantizers import StaticInput
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer, QuantizedLinear
 from evenkeel.quantizers.layers.static_ranges import RunningRange
 from evenkeel.quantizers.methods import sensitivity
+from evenkeel.quantizers.methods.base import quantized_on
 from evenkeel.quantizers.methods.mixdq import FirstToken, MixDQ
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.sensitivity import Trial, prediction
-from evenkeel.quantizers.methods.spec import first_match
-from evenkeel.quantizers.numbers.uniform import quantize_weight
+from evenkeel.quantizers.numbers.formats import Integer
+from evenkeel.quantizers.numbers.grids import Grid, snap_weight
 from evenkeel.quantizers.rounding.bit_allocation import (
     allocate,
     allocate_decoupled,
@@ -271,7 +273,8 @@ def test_a_trial_is_what_a_copy_with_the_layer_replaced_answers(net: Net) -> Non
     workspace = Workspace(net, calls())
     before = copy.deepcopy(net.state_dict())
     layer = net.blocks[0].loud
-    rounded = QuantizedLinear(quantize_weight(layer.weight.detach(), 3, None), layer.bias.detach())
+    weight, _ = snap_weight(layer.weight, Grid(Integer(3)))
+    rounded = QuantizedLinear(weight, layer.bias.detach())
     found = Trial(workspace, 4).damage(["blocks.0.loud"], lambda _: rounded, noise_share)
     other = copy.deepcopy(net)
     other.blocks[0].loud = rounded
@@ -501,9 +504,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits() -> None:
         MixDQ(4, 8, sensitivity_calls=2, ratios=(0.66, 0.86), skip=skip),
         RoundToNearest(4, 8, group=None, activation="static", skip=skip),
     ):
-        workspace = Workspace(pipe.transformer, some)
-        method.quantize(workspace)
-        quantized, report = workspace.result(method)
+        quantized, report = quantized_on(Workspace(pipe.transformer, some), method)
         assert weighted_mean(report) <= 4
         nets = (quantized, pipe.transformer)
         pairs = [[prediction(call.make(net), net) for net in nets] for call in held.calls]

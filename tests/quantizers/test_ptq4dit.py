@@ -18,6 +18,7 @@ from evenkeel.errors import QuantizationError
 from evenkeel.fitting.quantize import calibration_set, quantize
 from evenkeel.quantizers import load_quantized
 from evenkeel.quantizers.layers.input_quantizers import StaticInput
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.layers.static_ranges import searched
 from evenkeel.quantizers.methods.block_reconstruction import (
@@ -28,7 +29,6 @@ from evenkeel.quantizers.methods.block_reconstruction import (
 )
 from evenkeel.quantizers.methods.catalogue import METHODS
 from evenkeel.quantizers.methods.ptq4dit import PTQ4DiT, balancing, salience_balance
-from evenkeel.quantizers.methods.spec import first_match
 from evenkeel.quantizers.numbers.grids import Grid, fit, last
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace

@@ -569,7 +569,7 @@ def test_a_whole_pipeline_is_saved_and_loaded_bit_for_bit(
     quantized, report = quantize(tiny.pipe, method, out=tmp_path, **options)
     assert (report.kept == ()) == (skip == ())
     loaded, again = load_quantized(tmp_path)
-    assert again.spec == method
+    assert again.spec == method.as_dict()
     for entry in report.quantized:
         old, new = quantized.get_submodule(entry.name), loaded.get_submodule(entry.name)
         assert isinstance(new, QuantizedLinear | QuantizedConv2d)

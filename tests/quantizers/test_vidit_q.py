@@ -17,6 +17,7 @@ from evenkeel.errors import QuantizationError
 from evenkeel.fitting.quantize import calibration_set, quantize
 from evenkeel.quantizers import load_quantized
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
+from evenkeel.quantizers.methods.base import quantized_on
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.sensitivity import Trial, prediction
 from evenkeel.quantizers.methods.vidit_q import ViDiTQ
@@ -242,9 +243,7 @@ def test_it_is_better_than_plain_rounding_at_the_same_bits(bits: int) -> None:
     )  # fmt: skip
     errors = []
     for method in (ViDiTQ(bits, 8, candidates=()), RoundToNearest(bits, 8, group=None)):
-        workspace = Workspace(pipe.transformer, some)
-        method.quantize(workspace)
-        quantized, report = workspace.result(method)
+        quantized, report = quantized_on(Workspace(pipe.transformer, some), method)
         assert weighted_mean(report) == bits
         nets = (quantized, pipe.transformer)
         pairs = [[prediction(call.make(net), net) for net in nets] for call in held.calls]

@@ -25,7 +25,7 @@ from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedLayer,
     QuantizedLinear,
 )
-from evenkeel.quantizers.methods.base import Method
+from evenkeel.quantizers.methods.base import Method, quantized_on
 from evenkeel.quantizers.methods.catalogue import METHODS, method_from, method_named
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.numbers.formats import Integer
@@ -211,9 +211,8 @@ def test_the_original_stays_and_every_layer_is_reported() -> None:
     before = {k: v.clone() for k, v in net.state_dict().items()}
     space = Workspace(net, calls())
     with pytest.raises(AssertionError, match="decided nothing"):
-        space.result(RoundToNearest())
-    RoundToNearest(weight_bits=3).quantize(space)
-    quantized, report = space.result(RoundToNearest(weight_bits=3))
+        space.result("rtn", {})
+    quantized, report = quantized_on(space, RoundToNearest(weight_bits=3))
     assert {layer.name for layer in report.layers} == set(LAYERS)
     assert isinstance(quantized.stem, QuantizedLayer)
     assert not isinstance(net.stem, QuantizedLayer)
@@ -237,11 +236,12 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     bad = Net()
     bad.stem.weight.data[0, 0] = float("nan")
     with pytest.raises(QuantizationError, match="'stem' holds 1 of 32"):
-        Workspace(bad)
+        Workspace(bad).units(LAYERS)
     hooked = Net()
     hooked.head.register_forward_hook(lambda *_: None)
     with pytest.raises(QuantizationError, match="'head' has hooks"):
-        Workspace(hooked)
+        Workspace(hooked).units(LAYERS)
+    assert Workspace(hooked).units(["stem"])  # what stays as it is may have hooks
 
 
 # ---------------------------------------------------------------- resume
@@ -337,7 +337,7 @@ def test_saved_and_loaded_denoisers_compute_the_same_bits(
     ]
     loaded, again = load_quantized(tmp_path / "out")
     assert again == report
-    assert again.spec == method
+    assert again.spec == method.as_dict()
     made_calls = calibration_set(tiny.pipe, **settings(tiny))
     for call in made_calls.calls:
         assert torch.equal(call.make(loaded)[0], call.make(made)[0])
@@ -356,7 +356,7 @@ def test_files_hold_packed_codes(tmp_path: Path) -> None:
     # A weight that was changed since is written as it is, and read as it is.
     part = made.get_submodule(layer.name)
     part.weight = part.weight * 1.01
-    save_quantized(made, report, tmp_path)
+    save_quantized(made, tmp_path)
     loaded, _ = load_quantized(tmp_path)
     assert torch.equal(loaded.get_submodule(layer.name).weight, part.weight)
 

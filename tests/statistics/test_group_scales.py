@@ -170,7 +170,7 @@ def test_an_exact_layer_keeps_its_bits():
 def test_the_denoiser_errs_less_on_prompts_it_has_not_seen(name, tmp_path):
     tiny = ALL[name]()
     reference = getattr(tiny.pipe, tiny.denoiser)
-    quantized, report = quantize_module(reference, QuantizerSpec.parse("w3a16-g16"))
+    quantized, _ = quantize_module(reference, QuantizerSpec.parse("w3a16-g16"))
     call = {k: v for k, v in tiny.call.items() if k != "output_type"}
     common = {"num_inference_steps": 2, "guidance_scale": tiny.guidance_scale, "call": call}
     refitted, found = refit_branches(
@@ -202,6 +202,6 @@ def test_the_denoiser_errs_less_on_prompts_it_has_not_seen(name, tmp_path):
     before = (outputs(quantized) - exact).square().mean()
     after = (outputs(refitted) - exact).square().mean()
     assert after < 0.95 * before
-    save_quantized(refitted, report, tmp_path / "refitted")
+    save_quantized(refitted, tmp_path / "refitted")
     again = load_quantized(tmp_path / "refitted")[0]
     assert torch.equal(outputs(again), outputs(refitted))

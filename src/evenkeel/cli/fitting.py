@@ -167,7 +167,7 @@ def _run_refit(options: argparse.Namespace) -> None:
         pipeline,
         **asked,
     )
-    save_denoiser(refitted, asked["quantized"], options.out)
+    save_denoiser(refitted, options.out)
     if options.json:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
     else:
@@ -207,7 +207,7 @@ def _run_fold(options: argparse.Namespace) -> None:
             f"({made_for.quantizer}, {made_for.quantized})."
         )
     fold(quantized, heads.table, heads.layer)
-    save_denoiser(quantized, quantized, options.out)
+    save_denoiser(quantized, options.out)
     found = {"quantized": str(options.out), "head": heads.layer}
     print(json.dumps(found) if options.json else f"quantized denoiser: {options.out}")
 

@@ -15,13 +15,8 @@ from evenkeel.errors import EvenkeelError, UnsupportedPipeline
 from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
-from evenkeel.quantizers import (
-    QuantizationReport,
-    QuantizerSpec,
-    load_quantized,
-    quantize_module,
-    save_quantized,
-)
+from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
+from evenkeel.quantizers.saved.report import report_on
 from evenkeel.zoo.pictures import KINDS, Pictures
 
 
@@ -69,18 +64,10 @@ def _sampler(name: str, twin: zoo.Twin | None) -> zoo.Sampler:
     )
 
 
-def save_denoiser(module: nn.Module, like: nn.Module, folder: Path) -> None:
-    """Write a denoiser where ``load_denoiser`` finds it again.
-
-    Args:
-        module: to be written.
-        like: the denoiser that ``load_denoiser`` gave; it remembers its quantization report.
-        folder: place to write to.
-
-    """
-    report = getattr(like, _REPORT, None)
-    if report is not None:
-        save_quantized(module, report, folder)
+def save_denoiser(module: nn.Module, folder: Path) -> None:
+    """Write a denoiser where ``load_denoiser`` finds it again, whoever quantized it."""
+    if report_on(module) is not None:
+        save_quantized(module, folder)
     else:
         saver: Any = module
         saver.save_pretrained(folder)
@@ -98,10 +85,10 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     """
     place = Path(source)
     if (place / "quantized.json").is_file():
-        return _remembering(*load_quantized(place))
+        return load_quantized(place)[0]
     reference = denoiser_of(pipeline)
     if not place.exists() and "/" not in source and place.suffix != ".gguf":
-        return _remembering(*quantize_module(reference, QuantizerSpec.parse(source)))
+        return quantize_module(reference, QuantizerSpec.parse(source))[0]
     try:
         model: nn.Module = _loaded(source, place, reference).eval()
     except (ImportError, NotImplementedError) as e:
@@ -147,14 +134,6 @@ def _loaded(source: str, place: Path, reference: nn.Module) -> nn.Module:
             local_files_only=True,
         )
     return model
-
-
-_REPORT = "_evenkeel_report"
-
-
-def _remembering(module: nn.Module, report: QuantizationReport) -> nn.Module:
-    module.__dict__[_REPORT] = report
-    return module
 
 
 def twin_of(pipeline: Any) -> tuple[Path, Pictures] | None:

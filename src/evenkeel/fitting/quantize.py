@@ -17,7 +17,7 @@ from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
-from evenkeel.quantizers.methods.base import Method
+from evenkeel.quantizers.methods.base import Quantizer, quantized_on
 from evenkeel.quantizers.saved.folder import save_quantized
 from evenkeel.quantizers.saved.report import QuantizationReport
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
@@ -28,7 +28,7 @@ PARTIAL = "partial"
 
 def quantize(
     pipeline: Any,
-    method: Method,
+    method: Quantizer,
     *,
     prompts: Sequence[Prompt] = (),
     num_inference_steps: int | None = None,
@@ -48,7 +48,7 @@ def quantize(
 
     Args:
         pipeline: any diffusers pipeline with one denoiser.
-        method: an element of :mod:`evenkeel.quantizers.methods.catalogue`.
+        method: an element of :mod:`evenkeel.quantizers.methods.catalogue`, or a ``QuantizerSpec``.
         prompts: texts or class labels to calibrate on; not needed where ``method.calibrated`` is
             False.
         num_inference_steps: of the pipeline, as it will be deployed.
@@ -74,7 +74,7 @@ def quantize(
     if method.calibrated:
         if not prompts or num_inference_steps is None:
             raise QuantizationError(
-                f"{method.name} calibrates on the pipeline's own calls: give prompts (a few dozen) "
+                f"{method} calibrates on the pipeline's own calls: give prompts (a few dozen) "
                 "and num_inference_steps."
             )
         calls = calibration_set(
@@ -102,10 +102,9 @@ def quantize(
             folder=None if folder is None else folder / PARTIAL,
             identity=_identity(denoiser, method, calls),
         )
-        method.quantize(workspace)
-    quantized, report = workspace.result(method)
+        quantized, report = quantized_on(workspace, method)
     if folder is not None:
-        save_quantized(quantized, report, folder)
+        save_quantized(quantized, folder)
         for file in (folder / PARTIAL).iterdir():
             file.unlink()
         (folder / PARTIAL).rmdir()
@@ -182,7 +181,7 @@ def calibration_set(
     return kept(chosen)
 
 
-def _identity(denoiser: nn.Module, method: Method, calls: CalibrationSet | None) -> str:
+def _identity(denoiser: nn.Module, method: Quantizer, calls: CalibrationSet | None) -> str:
     """What an interrupted run must agree on to be continued."""
     asked = json.dumps(method.as_dict(), sort_keys=True)
     parts = (fingerprint(denoiser), asked, "" if calls is None else calls.digest)

@@ -130,8 +130,8 @@ def refit_branches(
 
     Returns:
         A copy of ``quantized`` whose attribute ``evenkeel_refit`` says on how much it was refitted
-        (``evenkeel_quantizer`` stays: ``save_quantized`` takes it for the specification), and the
-        report.
+        (it carries the report of ``quantized``, and ``save_quantized`` takes it), and the report of the
+        refit.
 
     Raises:
         CalibrationError: no prompts, no quantized layers, a layer that the pipeline's denoiser does

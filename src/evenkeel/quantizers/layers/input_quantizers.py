@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.numbers.formats import Format, Integer, format_named
-from evenkeel.quantizers.numbers.uniform import fake_quantize
+from evenkeel.quantizers.numbers.formats import Format, Integer, format_named, wide
 
 
 class DynamicInput(nn.Module):
@@ -88,26 +87,25 @@ class DynamicInput(nn.Module):
             return fake_quantize(x, self.format.bits, self.group)
         width = x.shape[-1]
         size = min(self.group or width, width)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)) + self.shift
         # Padding with zeros changes no scale: every range below contains zero.
-        wide = nn.functional.pad(wide, (0, -width % size))
-        wide = wide.reshape(*x.shape[:-1], -1, size)
-        low, high = self._range(wide)
+        rows = nn.functional.pad(wide(x) + self.shift, (0, -width % size))
+        rows = rows.reshape(*x.shape[:-1], -1, size)
+        low, high = self._range(rows)
         if self.zero_point:
             scale = _safe((high - low) / self.format.largest)
             zero = (-low / scale).round_()
-            rounded = ((wide / scale).round_() + zero).clamp_(0, self.format.largest)
+            rounded = ((rows / scale).round_() + zero).clamp_(0, self.format.largest)
             rounded = (rounded - zero) * scale
         else:
             scale = _safe(torch.maximum(high, -low) / self.format.largest)
-            rounded = self.format.round(wide / scale) * scale
+            rounded = self.format.round(rows / scale) * scale
         result: Tensor = rounded.flatten(-2)[..., :width] - self.shift
         return result.to(x.dtype)
 
-    def _range(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [0, -1] if self.across_batch and wide.ndim > 3 else [-1]
-        low = wide.amin(dims, keepdim=True).clamp_(max=0)
-        high = wide.amax(dims, keepdim=True).clamp_(min=0)
+    def _range(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        dims = [0, -1] if self.across_batch and rows.ndim > 3 else [-1]
+        low = rows.amin(dims, keepdim=True).clamp_(max=0)
+        high = rows.amax(dims, keepdim=True).clamp_(min=0)
         return (low if self.format.lowest < 0 or self.zero_point else torch.zeros_like(low)), high
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,12 +177,12 @@ class StaticInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., features) -> the same shape and dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale, zero = self.scale.to(wide), self.zero.to(wide)
+        units = wide(x)
+        scale, zero = self.scale.to(units), self.zero.to(units)
         if self.split is not None:
             counts = torch.tensor([self.split, x.shape[-1] - self.split], device=x.device)
             scale, zero = scale.repeat_interleave(counts), zero.repeat_interleave(counts)
-        codes = ((wide / scale).round_() + zero).clamp_(0, self.format.largest)
+        codes = ((units / scale).round_() + zero).clamp_(0, self.format.largest)
         return ((codes - zero) * scale).to(x.dtype)
 
     def as_dict(self) -> dict[str, Any]:
@@ -197,6 +195,40 @@ class StaticInput(nn.Module):
 
 
 Input = DynamicInput | StaticInput
+
+
+def fake_quantize(x: Tensor, bits: int, group: int | None) -> Tensor:
+    """Round every value to the nearest of its group's ``2**bits - 1`` levels.
+
+    x_q = scale * round(x / scale),  scale = max|x| / (2^(b - 1) - 1) per group; ties go to the even code.
+
+    The largest magnitude of a group is a level, so nothing is ever clipped and the error is at
+    most scale / 2. The largest value fixes the scale, so an outlier costs its own group only.
+    Computed in float32 (float64 for float64 input). Values are not inspected, because this runs
+    on every activation: a NaN or infinity turns its whole group into NaN. The gradient is zero
+    almost everywhere; this is for inference.
+
+    Args:
+        x: (..., width), floating point.
+        bits: 2 to 8.
+        group: values per scale; None is the whole last dimension.
+
+    Returns:
+        Same shape and dtype as ``x``.
+
+    Raises:
+        QuantizationError: not floating point, no last dimension, or bits or group out of range.
+
+    >>> fake_quantize(torch.tensor([7.0, 2.6, -0.4]), 4, None)
+    tensor([7., 3., -0.])
+
+    """
+    largest = Integer(bits).largest
+    grouped = _grouped(x, group)
+    absmax = grouped.abs().amax(-1, keepdim=True)
+    empty = absmax < largest * torch.finfo(grouped.dtype).tiny
+    scale = torch.where(empty, 1.0, absmax / largest)
+    return (grouped / scale).round_().mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
 def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input:
@@ -229,6 +261,22 @@ def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input
     raise QuantizationError(f"an input is rounded by a kind 'dynamic' or 'static', found {kind!r}.")
 
 
+def _grouped(x: Tensor, group: int | None) -> Tensor:
+    """(..., width) -> (..., groups, size), padded with zeros, which change no maximum."""
+    if not x.is_floating_point():
+        raise QuantizationError(f"Only floating point tensors can be quantized, got {x.dtype}.")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise QuantizationError(
+            f"The last dimension is what gets grouped and must not be empty, got {tuple(x.shape)}."
+        )
+    if group is not None and group < 1:
+        raise QuantizationError(f"group must be at least 1, or None, got {group!r}.")
+    width = x.shape[-1]
+    size = width if group is None else min(group, width)
+    padded = torch.nn.functional.pad(wide(x), (0, -width % size))
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // size, size)
+
+
 def _safe(scale: Tensor) -> Tensor:
-    """One where nothing is to be scaled, as in :func:`evenkeel.quantizers.numbers.uniform.scale_of`."""
+    """One where nothing is to be scaled, as in :func:`evenkeel.quantizers.numbers.grids.fit`."""
     return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.layers.input_quantizers import DynamicInput, Input
-from evenkeel.quantizers.methods.spec import QuantizerSpec
-from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, Scales, fit, last
-from evenkeel.quantizers.numbers.uniform import quantize_weight
-from evenkeel.quantizers.rounding.low_rank import best_low_rank
+from evenkeel.quantizers.layers.input_quantizers import Input
+from evenkeel.quantizers.numbers.grids import Grid, Scales
 
 Stored = tuple[Grid, Scales]
 
@@ -76,12 +71,8 @@ class QuantizedLinear(QuantizedLayer):
             (MixDQ, arXiv:2405.17873); None treats all alike.
         stored: the grid of the weight and its scales.
 
-    >>> layer = nn.Linear(8, 3)
-    >>> QuantizedLinear.of(layer, QuantizerSpec(4, 8, group=4))
-    QuantizedLinear(
-      in_features=8, out_features=3, bias=True, rank=0
-      (activation): DynamicInput(int8/4)
-    )
+    >>> QuantizedLinear(torch.ones(3, 8))
+    QuantizedLinear(in_features=8, out_features=3, bias=False, rank=0)
 
     """
 
@@ -106,31 +97,6 @@ class QuantizedLinear(QuantizedLayer):
         self.register_buffer("down", down)
         self.register_buffer("up", up)
         self.register_buffer("first_token", first_token)
-
-    @classmethod
-    def of(cls, layer: nn.Linear, spec: QuantizerSpec, name: str = "linear") -> QuantizedLinear:
-        """Quantize one layer; it is not changed and shares no memory with the result.
-
-        Raises:
-            QuantizationError: NaN or infinity in the weight, or a rank that leaves no residual.
-
-        """
-        weight = layer.weight.detach()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        down = up = None
-        if spec.rank:
-            down, up = branch_of(weight, spec.rank, name)
-            # The factors as they are stored: the residual also absorbs their own rounding.
-            wide = wide - up.to(wide.dtype) @ down.to(wide.dtype)
-        rounded, stored = _rounded(wide, spec, spec.group, name)
-        return cls(
-            rounded.to(weight.dtype, copy=True),
-            copied(layer.bias),
-            down,
-            up,
-            activation=activation_of(spec),
-            stored=stored,
-        )
 
     @property
     def rank(self) -> int:
@@ -177,8 +143,8 @@ class QuantizedConv2d(QuantizedLayer):
         smoothing: (in,), positive; None is 1.
         stored: the grid of the weight and its scales.
 
-    >>> layer = nn.Conv2d(4, 6, 3, padding=1)
-    >>> QuantizedConv2d.of(layer, QuantizerSpec(4, 8))(torch.zeros(1, 4, 5, 5)).shape
+    >>> old = nn.Conv2d(4, 6, 3, padding=1)
+    >>> QuantizedConv2d(old, torch.ones(6, 4, 3, 3))(torch.zeros(1, 4, 5, 5)).shape
     torch.Size([1, 6, 5, 5])
 
     """
@@ -200,25 +166,6 @@ class QuantizedConv2d(QuantizedLayer):
         self.groups, self.padding_mode = like.groups, like.padding_mode
         # F.pad's order, last dimension first; used by the modes that F.conv2d does not know.
         self._reversed_padding_repeated_twice = list(like._reversed_padding_repeated_twice)
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d, spec: QuantizerSpec, name: str = "conv2d") -> QuantizedConv2d:
-        """Quantize one layer; it is not changed and shares no memory with the result.
-
-        Raises:
-            QuantizationError: NaN or infinity in the weight.
-
-        """
-        weight = layer.weight.detach()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        rounded, stored = _rounded(wide, spec, weight_group(layer, spec.group), name)
-        return cls(
-            layer,
-            rounded.to(weight.dtype, copy=True),
-            copied(layer.bias),
-            activation=activation_of(spec),
-            stored=stored,
-        )
 
     def rounded(self, x: Tensor) -> Tensor:
         """What is convolved with the weight: (N, in, height, width), smoothed and rounded."""
@@ -262,43 +209,6 @@ def weight_group(layer: nn.Module, group: int | None) -> int | None:
     return None if isinstance(layer, nn.Conv2d) and layer.groups > 1 else group
 
 
-def activation_of(spec: QuantizerSpec) -> DynamicInput | None:
-    """How inputs are rounded under this specification."""
-    if spec.activation_bits == 16:
-        return None
-    return DynamicInput(Integer(spec.activation_bits), spec.activation_group)
-
-
-def branch_of(weight: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """Down (rank, in) and up (out, rank) of the best low-rank part, in the weight's dtype.
-
-    Raises:
-        QuantizationError: the rank leaves nothing to quantize.
-
-    """
-    if rank >= min(weight.shape):
-        raise QuantizationError(
-            f"The weight of {name!r} is {tuple(weight.shape)}: a branch of rank {rank} would carry "
-            "all of it and leave nothing to quantize. Lower the rank, or add the layer to `skip`."
-        )
-    try:
-        left, right = best_low_rank(weight, rank)
-    except QuantizationError as error:
-        raise QuantizationError(f"The weight of {name!r}: {error}") from error
-    return right.to(weight.dtype), left.to(weight.dtype)
-
-
 def copied(bias: Tensor | None) -> Tensor | None:
     """A bias that shares no memory with the original's."""
     return None if bias is None else bias.detach().clone()
-
-
-def _rounded(
-    wide: Tensor, spec: QuantizerSpec, group: int | None, name: str
-) -> tuple[Tensor, Stored | None]:
-    rounded = quantize_weight(wide, spec.weight_bits, group, f"The weight of {name!r}")
-    if spec.weight_bits == 16:
-        return rounded, None
-    grid = Grid(Integer(spec.weight_bits), group)
-    # Codes know one zero: with two, what comes back from a file would not be the same bits.
-    return rounded + 0.0, (grid, fit(last(wide, grid), grid))

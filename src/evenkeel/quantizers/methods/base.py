@@ -5,16 +5,72 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import nn
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.saved.report import QuantizationReport
+from evenkeel.quantizers.workspace.workspace import Progress, Workspace
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from evenkeel.quantizers.workspace.workspace import Workspace
-
 _BITS = re.compile(r"w(\d+)a(\d+)", re.ASCII)
+
+
+class Quantizer(Protocol):
+    """What decides about the layers of a workspace: a method, or the text form of one."""
+
+    @property
+    def calibrated(self) -> bool:
+        """False if it needs no denoiser calls."""
+
+    def quantize(self, workspace: Workspace) -> None:
+        """Replace every layer, or keep it for a reason."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in types that JSON knows."""
+
+
+def quantized_on(
+    workspace: Workspace, quantizer: Quantizer
+) -> tuple[nn.Module, QuantizationReport]:
+    """What the quantizer makes of the workspace's denoiser."""
+    quantizer.quantize(workspace)
+    return workspace.result(str(quantizer), quantizer.as_dict())
+
+
+def quantize_module(
+    module: nn.Module, spec: Quantizer, progress: Progress | None = None
+) -> tuple[nn.Module, QuantizationReport]:
+    """A copy of ``module`` whose chosen linear and convolution layers are (simulated) of few bits.
+
+    The copy has the same class, configuration and dtype, is in evaluation mode and takes no
+    gradients; ``module`` is not changed. ``copy.evenkeel_quantizer`` is ``str(spec)``, and the copy
+    carries its report. For what calibrates on denoiser calls there is ``evenkeel.quantize``.
+
+    Args:
+        module: any network, usually a diffusers denoiser.
+        spec: a :class:`QuantizerSpec`, or a method that needs no calibration.
+        progress: called with (units done, units in all, name) after each block or single layer.
+
+    Returns:
+        The copy, and a report on every linear and convolution layer.
+
+    Raises:
+        QuantizationError: nothing matches; a weight is not finite; the rank leaves no residual;
+            a layer was quantized before, has hooks, or has its weights elsewhere (offloading);
+            the method needs calibration.
+
+    >>> from evenkeel.quantizers import QuantizerSpec
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> quantized, report = quantize_module(net, QuantizerSpec(4, only=("0",)))
+    >>> [layer.reason for layer in report.layers]
+    ['', 'matched by no `only` pattern']
+
+    """
+    return quantized_on(Workspace(module, progress=progress), spec)
 
 
 @dataclass(frozen=True)

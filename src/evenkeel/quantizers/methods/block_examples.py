@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.numbers.formats import wide
 from evenkeel.quantizers.rounding.adaround import random_batches
 from evenkeel.quantizers.workspace.calibration_set import mapped, tensors_in
 from evenkeel.quantizers.workspace.workspace import BlockCall
@@ -69,7 +70,7 @@ class Examples:
             wanted = [t[index.to(t.device)] for t in self._wanted[0]]
         else:
             given, wanted = self._given[int(index)], self._wanted[int(index)]
-        return mapped(given, wide), [wide(t) for t in wanted]
+        return mapped(given, _floats_wide), [wide(t) for t in wanted]
 
     def all(self, size: int) -> Iterator[Tensor]:
         """Indices of every example once, in order."""
@@ -124,13 +125,8 @@ def floats_in(nest: Any) -> list[Tensor]:
     return [t for t in tensors_in(nest) if t.is_floating_point()]
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 where it is floating point of less; as it is otherwise.
-
-    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
-    torch.float32
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+def _floats_wide(x: Tensor) -> Tensor:
+    return wide(x) if x.is_floating_point() else x
 
 
 def widened(module: Module) -> Module:

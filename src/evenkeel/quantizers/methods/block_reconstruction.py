@@ -28,7 +28,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedLinear,
     copied,
 )
-from evenkeel.quantizers.methods.block_examples import Examples, floats_in, wide, widened
+from evenkeel.quantizers.methods.block_examples import Examples, floats_in, widened
+from evenkeel.quantizers.numbers.formats import wide
 from evenkeel.quantizers.numbers.grids import Grid, Scales
 from evenkeel.quantizers.rounding.adaround import Reconstruction, SoftRounding, reconstruct
 from evenkeel.quantizers.workspace.workspace import Workspace

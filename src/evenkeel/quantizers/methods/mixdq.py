@@ -15,6 +15,7 @@ from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.blocks import Unit
 from evenkeel.quantizers.layers.concatenations import skip_concatenations, split_scales
 from evenkeel.quantizers.layers.input_quantizers import StaticInput
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedConv2d,
     QuantizedLayer,
@@ -30,7 +31,6 @@ from evenkeel.quantizers.methods.sensitivity import (
     layer_damage,
     searched_bits,
 )
-from evenkeel.quantizers.methods.spec import first_match
 from evenkeel.quantizers.numbers.formats import Integer
 from evenkeel.quantizers.numbers.grids import Grid, last, snap, snap_weight, unlast
 from evenkeel.quantizers.workspace.workspace import Workspace

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.static_ranges import searched
 from evenkeel.quantizers.methods.base import Method, check_bits
 from evenkeel.quantizers.methods.block_reconstruction import (
@@ -20,7 +21,6 @@ from evenkeel.quantizers.methods.block_reconstruction import (
     WeightPlan,
     planned,
 )
-from evenkeel.quantizers.methods.spec import first_match
 from evenkeel.quantizers.numbers.formats import Integer
 from evenkeel.quantizers.numbers.grids import Grid, fit, last
 from evenkeel.quantizers.workspace.workspace import Workspace

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import DynamicInput, Input
+from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP, check_patterns
 from evenkeel.quantizers.layers.quantized_layers import (
+    Quantized,
     QuantizedConv2d,
-    QuantizedLayer,
     QuantizedLinear,
     copied,
     weight_group,
 )
 from evenkeel.quantizers.layers.static_ranges import RunningRange, Search, searched
 from evenkeel.quantizers.methods.base import Method, check_bits
-from evenkeel.quantizers.methods.spec import DEFAULT_SKIP
-from evenkeel.quantizers.numbers.formats import Format, Integer, format_named
+from evenkeel.quantizers.numbers.formats import Format, Integer, format_named, wide
 from evenkeel.quantizers.numbers.grids import Grid, snap_weight
 from evenkeel.quantizers.rounding.gptq import gptq, hessian_of
+from evenkeel.quantizers.rounding.low_rank_refinement import branch_of
 from evenkeel.quantizers.workspace.workspace import Workspace
 
 # Block formats: element, values per scale, format of the scale.
@@ -35,10 +36,11 @@ _BLOCKS: dict[str, tuple[str, int, Literal["fp8_e4m3", "e8m0"]]] = {
 
 @dataclass(frozen=True)
 class RoundToNearest(Method):
-    """Weights and inputs to the nearest value of a grid; GPTQ on request.
+    """Weights and inputs to the nearest value of a grid; GPTQ and a low-rank branch on request.
 
     Weights: one scale per ``group`` input features of an output channel (None: the whole channel).
     Inputs: ``dynamic`` per group or token, or ``static`` per layer from calibration calls.
+    ``w3a4-g32-r16`` (:class:`QuantizerSpec`) is the short form of the most common of these.
 
     Attributes:
         weight_bits, activation_bits: 2 to 8 (activations from 3), or 16.
@@ -53,6 +55,9 @@ class RoundToNearest(Method):
         range: how scales of weights and static inputs are found: ``absmax``, ``mse``, ``percentile``.
         rounding: ``nearest``, or ``gptq`` (arXiv:2210.17323) for linear layers.
         skip: name patterns of layers that stay in full precision.
+        rank: width of a branch beside the rounded weight of a linear layer, which carries the best
+            low-rank part of it in the model's dtype; 0 is none.
+        only: where given, layers that match none of these patterns stay in full precision too.
 
     Raises:
         QuantizationError: a field out of range, or fields that do not go together.
@@ -75,6 +80,8 @@ class RoundToNearest(Method):
     range: Search = "absmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
     skip: tuple[str, ...] = DEFAULT_SKIP
+    rank: int = 0
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
@@ -92,8 +99,22 @@ class RoundToNearest(Method):
             raise QuantizationError(
                 f"Static inputs are integers, got activation_format={self.activation_format!r}."
             )
+        if type(self.rank) is not int or self.rank < 0:
+            raise QuantizationError(f"rank must be an integer of at least 0, got {self.rank!r}.")
+        if self.rank and self.weight_bits == 16:
+            raise QuantizationError(
+                f"rank is {self.rank} but the weights stay at 16 bits: there is no residual to "
+                "carry. Use rank 0, or weight_bits from 2 to 8."
+            )
+        check_patterns("skip", self.skip)
+        check_patterns("only", self.only)
         self.weight_grid(None)
         self._dynamic()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As every method; ``rank`` and ``only``, which are younger than the rest, where used."""
+        found = super().as_dict()
+        return {k: v for k, v in found.items() if v or k not in ("rank", "only")}
 
     @property
     def calibrated(self) -> bool:
@@ -118,15 +139,27 @@ class RoundToNearest(Method):
 
     def quantize(self, workspace: Workspace) -> None:
         """Layer by layer, independently of each other."""
-        workspace.keep_matching(self.skip)
+        workspace.keep_matching(self.skip, self.only)
+        layers = workspace.layers
+        for name in workspace.open:
+            self._refuse_rank(name, layers[name])
         for unit in workspace.work(workspace.units(workspace.open)):
             hessians, inputs = self._observed(workspace, unit.layers)
-            made, notes = {}, {}
-            for name in unit.layers:
-                made[name], notes[name] = self._layer(
-                    workspace.layers[name], hessians.get(name), inputs.get(name)
-                )
-            workspace.replace(unit, made, notes=notes)
+            made = {n: self._layer(n, layers[n], hessians, inputs) for n in unit.layers}
+            workspace.replace(unit, made, notes={n: self._note(layers[n]) for n in unit.layers})
+
+    def layer(self, old: nn.Module, name: str = "layer") -> Quantized:
+        """One linear or convolution layer quantized without calibration; it is not changed.
+
+        Raises:
+            QuantizationError: NaN or infinity in the weight, or a rank that leaves no residual.
+
+        >>> RoundToNearest(3, 16, group=4, rank=1).layer(nn.Linear(8, 3))
+        QuantizedLinear(in_features=8, out_features=3, bias=True, rank=1)
+
+        """
+        self._refuse_rank(name, old)
+        return self._layer(name, old, {}, {})
 
     def _observed(
         self, workspace: Workspace, names: tuple[str, ...]
@@ -159,27 +192,54 @@ class RoundToNearest(Method):
         }
 
     def _layer(
-        self, layer: nn.Module, hessian: Tensor | None, static: Input | None
-    ) -> tuple[QuantizedLayer, str]:
-        weight = layer.get_parameter("weight").detach()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        grid, note = self.weight_grid(layer), ""
-        values, scales = wide, None
-        if grid is not None and hessian is not None:
-            values, scales = gptq(wide, hessian, grid)
+        self,
+        name: str,
+        layer: nn.Module,
+        hessians: Mapping[str, Tensor],
+        inputs: Mapping[str, Input],
+    ) -> Quantized:
+        weight, grid = layer.get_parameter("weight").detach(), self.weight_grid(layer)
+        values, branch, scales = wide(weight), None, None
+        if self.rank and isinstance(layer, nn.Linear):
+            branch = branch_of(weight, self.rank, weight.dtype)
+            # The factors as they are stored: the residual also absorbs their own rounding.
+            values = values - branch.product(values.dtype)
+        if grid is not None and name in hessians:
+            values, scales = gptq(values, hessians[name], grid)
         elif grid is not None:
-            values, scales = snap_weight(wide, grid)
-            note = "convolution: nearest" if self.rounding == "gptq" else ""
-        activation = static if static is not None else self._dynamic()
-        rest = {
-            "activation": activation,
+            values, scales = snap_weight(values, grid, f"The weight of {name!r}")
+        rest: dict[str, Any] = {
+            "activation": inputs.get(name, self._dynamic()),
             "stored": None if grid is None or scales is None else (grid, scales),
         }
         rounded = values.to(weight.dtype, copy=True)
-        bias = copied(layer.bias)  # type: ignore[arg-type]
+        bias = copied(layer._parameters["bias"])
         if isinstance(layer, nn.Conv2d):
-            return QuantizedConv2d(layer, rounded, bias, **rest), note  # type: ignore[arg-type]
-        return QuantizedLinear(rounded, bias, **rest), note  # type: ignore[arg-type]
+            return QuantizedConv2d(layer, rounded, bias, **rest)
+        down, up = (None, None) if branch is None else (branch.down, branch.up)
+        return QuantizedLinear(rounded, bias, down, up, **rest)
+
+    def _refuse_rank(self, name: str, layer: nn.Module) -> None:
+        shape = tuple(layer.get_parameter("weight").shape)
+        if self.rank and isinstance(layer, nn.Linear) and self.rank >= min(shape):
+            raise QuantizationError(
+                f"The weight of {name!r} is {shape}: a branch of rank {self.rank} would carry all "
+                "of it and leave nothing to quantize. Lower the rank, or add the layer to `skip`."
+            )
+
+    def _note(self, layer: nn.Module) -> str:
+        """Where a layer departs from what was asked for."""
+        if not isinstance(layer, nn.Conv2d):
+            return ""
+        gptq_asked = self.rounding == "gptq" and self.weight_bits != 16
+        notes = (
+            "convolution: nearest" if gptq_asked else "",
+            "convolution: no low-rank branch" if self.rank else "",
+            "grouped convolution: one weight scale per output channel"
+            if layer.groups > 1 and self.group is not None
+            else "",
+        )
+        return "; ".join(filter(None, notes))
 
     def _dynamic(self) -> DynamicInput | None:
         if self.activation_bits == 16 or self.activation == "static":

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.blocks import Unit
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
-from evenkeel.quantizers.methods.spec import first_match
 from evenkeel.quantizers.rounding.bit_allocation import (
     Damage,
     allocate_decoupled,

@@ -1,14 +1,20 @@
-"""What to quantize and how finely, as a frozen value with a short text form (``w3a4-g32-r16``)."""
+"""Plain rounding said in one word: ``w3a4-g32-r16``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from torch import nn
+
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP
+from evenkeel.quantizers.layers.quantized_layers import Quantized
+from evenkeel.quantizers.methods.base import check_bits
+from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
+from evenkeel.quantizers.workspace.workspace import Workspace
 
 Activation = Literal["group", "token"]
 
@@ -18,63 +24,10 @@ GRAMMAR = (
 )
 _TEXT = re.compile(r"w(\d+)a(\d+)(?:-g(\d+|none))?(?:-r(\d+))?(-token)?", re.ASCII)
 
-# What post-training quantization papers leave in 16 bits: everything that turns conditions into
-# vectors, that modulates by them, that enters or leaves the latent space, or that resamples.
-# "*" spans dots, so "proj_out" is the denoiser's head and never a block's own `proj_out`.
-DEFAULT_SKIP: tuple[str, ...] = (
-    # time, guidance, text, caption and patch embedders, at any depth
-    "*_embed",
-    "*_embedder",
-    "*_embedding",
-    "*time_extra_emb",
-    "*time_emb_proj",
-    "*time_proj",
-    "time_step_proj",
-    "caption_projection",
-    "encoder_hid_proj",
-    # adaptive layer norm and other modulation
-    "adaln_single",
-    "*.norm*",
-    "*modulation*",
-    "distilled_guidance_layer",
-    "*_mod",
-    # the denoiser's first and last layer
-    "proj_in",
-    "img_in",
-    "txt_in",
-    "conv_in",
-    "norm_out",
-    "proj_out",
-    "proj_out_1",
-    "proj_out_2",
-    "conv_out",
-    # resampling and shortcuts of UNets
-    "*downsamplers",
-    "*upsamplers",
-    "*conv_shortcut",
-)
-
-
-def first_match(name: str, patterns: tuple[str, ...]) -> str | None:
-    """The first pattern that names this module or one it lies in, or None.
-
-    A pattern is an ``fnmatch`` pattern, case sensitive, for the *whole* dotted name; ``*`` also
-    matches dots. What lies below a matched module is matched too.
-
-    >>> first_match("proj_out", ("proj_out",)), first_match("blocks.0.proj_out", ("proj_out",))
-    ('proj_out', None)
-    >>> first_match("time_embed.linear_1", ("*_embed",))
-    '*_embed'
-    """
-    for pattern in patterns:
-        if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
-            return pattern
-    return None
-
 
 @dataclass(frozen=True, slots=True)
 class QuantizerSpec:
-    """How many bits weights and activations keep, over which groups, and in which layers.
+    """The text form of :class:`RoundToNearest`: bits, groups, rank, and in which layers.
 
     ``weight_bits``: 2 to 8, or 16 for not quantized. ``activation_bits``: 4 to 8, or 16.
     ``group``: values along the input features that share a scale; None is one scale per output
@@ -102,25 +55,17 @@ class QuantizerSpec:
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_bits("weight_bits", self.weight_bits, 2)
-        _check_bits("activation_bits", self.activation_bits, 4)
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("activation_bits", self.activation_bits, 4)
         if self.group is not None and (type(self.group) is not int or self.group < 2):
             raise QuantizationError(
                 f"group must be an integer of at least 2, or None, got {self.group!r}."
-            )
-        if type(self.rank) is not int or self.rank < 0:
-            raise QuantizationError(f"rank must be an integer of at least 0, got {self.rank!r}.")
-        if self.rank and self.weight_bits == 16:
-            raise QuantizationError(
-                f"rank is {self.rank} but the weights stay at 16 bits: there is no residual to "
-                "carry. Use rank 0, or weight_bits from 2 to 8."
             )
         if self.activation not in ("group", "token"):
             raise QuantizationError(
                 f"activation must be 'group' or 'token', got {self.activation!r}."
             )
-        _check_patterns("skip", self.skip)
-        _check_patterns("only", self.only)
+        _ = self.method  # refuses the rest
 
     @classmethod
     def parse(
@@ -162,9 +107,30 @@ class QuantizerSpec:
         return f"w{self.weight_bits}a{self.activation_bits}{group}{rank}{token}"
 
     @property
-    def activation_group(self) -> int | None:
-        """Values of an activation that share a scale; None is all features of a token."""
-        return self.group if self.activation == "group" else None
+    def method(self) -> RoundToNearest:
+        """What this stands for."""
+        return RoundToNearest(
+            self.weight_bits,
+            self.activation_bits,
+            group=self.group,
+            activation=self.activation,
+            rank=self.rank,
+            skip=self.skip,
+            only=self.only,
+        )
+
+    @property
+    def calibrated(self) -> bool:
+        """False: it needs no denoiser calls."""
+        return self.method.calibrated
+
+    def quantize(self, workspace: Workspace) -> None:
+        """As the method does."""
+        self.method.quantize(workspace)
+
+    def layer(self, old: nn.Module, name: str = "layer") -> Quantized:
+        """One layer quantized, see :meth:`RoundToNearest.layer`."""
+        return self.method.layer(old, name)
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, patterns included, in types that JSON knows.
@@ -201,19 +167,3 @@ class QuantizerSpec:
             if not isinstance(value, list):
                 raise QuantizationError(f"{name} must be a list of patterns, got {value!r}.")
         return cls(**{**fields, **{k: tuple(v) for k, v in patterns.items()}})
-
-
-def _check_bits(name: str, bits: object, least: int) -> None:
-    if type(bits) is not int or not (least <= bits <= 8 or bits == 16):
-        raise QuantizationError(
-            f"{name} must be an integer from {least} to 8, or 16 for not quantized, got {bits!r}."
-        )
-
-
-def _check_patterns(name: str, patterns: object) -> None:
-    # A bare string would be taken apart into one-letter patterns.
-    if not isinstance(patterns, tuple) or not all(isinstance(p, str) and p for p in patterns):
-        raise QuantizationError(
-            f"{name} must be a tuple of non-empty name patterns such as ('*.attn2',), "
-            f"got {patterns!r}."
-        )

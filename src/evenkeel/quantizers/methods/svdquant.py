@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import DynamicInput
+from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP, first_match
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer, weight_group
 from evenkeel.quantizers.methods.base import Method, check_bits
-from evenkeel.quantizers.methods.spec import DEFAULT_SKIP, first_match
 from evenkeel.quantizers.methods.svdquant_layers import (
     NO_BRANCH,
     NORMS,
@@ -28,10 +28,9 @@ from evenkeel.quantizers.methods.svdquant_layers import (
     note_whole,
     remainder,
     shifts_of,
-    wide,
     with_inputs,
 )
-from evenkeel.quantizers.numbers.formats import Integer
+from evenkeel.quantizers.numbers.formats import Integer, wide
 from evenkeel.quantizers.numbers.grids import NVFP4, Grid, snap_weight
 from evenkeel.quantizers.rounding.gptq import gptq, hessian_of
 from evenkeel.quantizers.rounding.low_rank_refinement import (

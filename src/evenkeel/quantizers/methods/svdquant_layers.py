@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.quantizers.layers.input_quantizers import DynamicInput
+from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP, first_match
 from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     copied,
 )
-from evenkeel.quantizers.methods.spec import DEFAULT_SKIP, first_match
+from evenkeel.quantizers.numbers.formats import wide
 from evenkeel.quantizers.numbers.grids import Grid, Scales, snap_weight
 from evenkeel.quantizers.rounding.low_rank_refinement import Branch
 from evenkeel.quantizers.workspace.workspace import Workspace
@@ -233,8 +234,3 @@ def tokens(x: Tensor, rows: int) -> Tensor:
 def remainder(weight: Tensor, branch: Branch | None) -> Tensor:
     """(out, in), what the branch does not carry."""
     return weight if branch is None else weight - branch.product(weight.dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import DynamicInput
+from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP, first_match
 from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedConv2d,
     QuantizedLayer,
@@ -27,8 +28,7 @@ from evenkeel.quantizers.methods.sensitivity import (
     layer_damage,
     searched_bits,
 )
-from evenkeel.quantizers.methods.spec import DEFAULT_SKIP, first_match
-from evenkeel.quantizers.numbers.formats import Integer
+from evenkeel.quantizers.numbers.formats import Integer, wide
 from evenkeel.quantizers.numbers.grids import Grid, snap_weight
 from evenkeel.quantizers.rounding.smoothing import channel_span, factors
 from evenkeel.quantizers.workspace.workspace import Workspace
@@ -170,7 +170,7 @@ class ViDiTQ(Method):
         self, name: str, old: nn.Module, bits: int, smoothing: Tensor | None, *, rounded: bool
     ) -> QuantizedLayer:
         weight = old.get_parameter("weight").detach()
-        values, stored = weight.to(torch.promote_types(weight.dtype, torch.float32)), None
+        values, stored = wide(weight), None
         if smoothing is not None:
             values = values * smoothing.reshape(-1, *(1,) * (weight.ndim - 2))
         if bits != 16:

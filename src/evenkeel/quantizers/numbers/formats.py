@@ -15,6 +15,15 @@ from torch import Tensor
 from evenkeel.errors import QuantizationError
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32: what rounding computes in.
+
+    >>> wide(torch.ones(1, dtype=torch.float16)).dtype, wide(torch.ones(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Format(Protocol):
     """A finite set of values with codes for them; a grid scales it to the tensor at hand."""
 
@@ -153,7 +162,7 @@ class Integer(_Tabulated):
         tensor([0., 1.])
 
         """
-        return _wide(x).round().clamp(self.lowest, self.largest) + 0.0  # -0 + 0 is +0
+        return _checked(x).round().clamp(self.lowest, self.largest) + 0.0  # -0 + 0 is +0
 
     def _codes(self, values: Tensor) -> Tensor:
         return values.to(torch.int16) & ((1 << self.bits) - 1)
@@ -233,7 +242,7 @@ class Float(_Tabulated):
 
         """
         # Saturating first gives the same values, and keeps the powers of two in range.
-        inside = _wide(x).clamp(self.lowest, self.largest)
+        inside = _checked(x).clamp(self.lowest, self.largest)
         step = power_of_two_below(inside) * 2.0**-self.mantissa_bits
         step = step.clamp_(min=self.smallest)
         return (inside / step).round_().mul_(step)  # exact but for the rounding itself
@@ -300,7 +309,7 @@ class Codebook(_Tabulated):
         tensor([ 1., -1.])
 
         """
-        table = torch.tensor(self.levels, dtype=_wide(x).dtype, device=x.device)
+        table = torch.tensor(self.levels, dtype=_checked(x).dtype, device=x.device)
         nearest = torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2)
         return torch.where(x.isnan(), x, table[nearest])
 
@@ -374,7 +383,7 @@ def format_named(text: str) -> Format:
     return _FORMATS[text]
 
 
-def _wide(x: Tensor) -> Tensor:
+def _checked(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         raise QuantizationError(
             f"Rounding works on float32 or float64, got {x.dtype}. Convert with .float() first."

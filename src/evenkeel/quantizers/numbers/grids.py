@@ -17,6 +17,7 @@ from evenkeel.quantizers.numbers.formats import (
     Integer,
     format_named,
     power_of_two_below,
+    wide,
 )
 
 Range = Literal["absmax", "mse", "percentile"]
@@ -200,11 +201,11 @@ def fit(x: Tensor, grid: Grid, where: str = "the tensor", *, unit: Tensor | None
 
     """
     _check(x, where)
-    wide = _wide(x.detach())
+    whole = wide(x.detach())
     if grid.scale == "fp8_e4m3" and unit is None:
-        unit = wide.abs().amax() / (_E4M3.largest * grid.format.largest)
+        unit = whole.abs().amax() / (_E4M3.largest * grid.format.largest)
         unit = torch.where(unit < torch.finfo(unit.dtype).tiny / _E4M3.smallest, 1.0, unit)
-    fitted = [_fit_rows(rows, grid, unit) for rows in _rows(wide, grid)]
+    fitted = [_fit_rows(rows, grid, unit) for rows in _rows(whole, grid)]
     scale = torch.cat([s for s, _ in fitted], -2).squeeze(-1)
     zeros = [z for _, z in fitted if z is not None]
     zero = torch.cat(zeros, -2).squeeze(-1) if zeros else None
@@ -225,7 +226,7 @@ def to_codes_space(x: Tensor, grid: Grid, scales: Scales) -> Tensor:
 
     """
     scale, zero = spread(scales, grid, x.shape)
-    units = _wide(x) / scale
+    units = wide(x) / scale
     return units if zero is None else units + zero
 
 
@@ -248,7 +249,7 @@ def snap(x: Tensor, grid: Grid, scales: Scales) -> Tensor:
 
     """
     scale, zero = spread(scales, grid, x.shape)
-    return _values(_round(_wide(x), grid, scale, zero), scale, zero)
+    return _values(_round(wide(x), grid, scale, zero), scale, zero)
 
 
 def codes_of(values: Tensor, grid: Grid, scales: Scales) -> Tensor:
@@ -267,7 +268,7 @@ def codes_of(values: Tensor, grid: Grid, scales: Scales) -> Tensor:
 
     """
     scale, zero = spread(scales, grid, values.shape)
-    return grid.format.encode(_round(_wide(values), grid, scale, zero))
+    return grid.format.encode(_round(wide(values), grid, scale, zero))
 
 
 def values_of(codes: Tensor, grid: Grid, scales: Scales) -> Tensor:
@@ -328,18 +329,23 @@ def last(weight: Tensor, grid: Grid) -> Tensor:
 def unlast(x: Tensor, shape: torch.Size, grid: Grid) -> Tensor:
     """The inverse of :func:`last` for a weight of this shape.
 
+    The strides of a 1 x 1 filter can be in two orders that both count as contiguous, and a
+    convolution may sum in another order for each: here they follow from shape and grid alone, so a
+    layer that was read from a file computes what the written one did.
+
     >>> w, grid = torch.rand(8, 6, 3, 3), Grid(Integer(4), group=2)
     >>> torch.equal(unlast(last(w, grid), w.shape, grid), w)
     True
     """
-    return x.reshape(shape) if grid.group is None else x.movedim(-1, 1).contiguous()
+    if grid.group is None or len(shape) == 2:
+        return x.reshape(shape)
+    if shape[1] % min(grid.group, shape[1]):
+        return torch.empty(shape, dtype=x.dtype, device=x.device).copy_(x.movedim(-1, 1))
+    return x.movedim(-1, 1).contiguous()
 
 
 def snap_weight(weight: Tensor, grid: Grid, where: str = "the weight") -> tuple[Tensor, Scales]:
     """Round a weight to the nearest, with scales fitted to it.
-
-    For ``int<b>`` grids with absmax float32 scales this is :func:`quantize_weight` of
-    ``uniform.py``, but for the sign of zeros.
 
     Args:
         weight: (out, in), or (out, in, height, width) for a convolution.
@@ -362,17 +368,17 @@ def snap_weight(weight: Tensor, grid: Grid, where: str = "the weight") -> tuple[
     return unlast(snap(x, grid, scales), weight.shape, grid), scales
 
 
-def _rows(wide: Tensor, grid: Grid) -> Iterator[Tensor]:
+def _rows(x: Tensor, grid: Grid) -> Iterator[Tensor]:
     """The groups as (..., groups, size): those of full size, then a smaller last one."""
     if grid.per_tensor:
-        yield wide.reshape(1, 1, -1)
+        yield x.reshape(1, 1, -1)
         return
-    width = wide.shape[-1]
+    width = x.shape[-1]
     size = min(grid.group or width, width)
     whole = width // size * size
-    yield wide[..., :whole].reshape(*wide.shape[:-1], -1, size)
+    yield x[..., :whole].reshape(*x.shape[:-1], -1, size)
     if whole < width:
-        yield wide[..., None, whole:]
+        yield x[..., None, whole:]
 
 
 def _fit_rows(rows: Tensor, grid: Grid, unit: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -445,10 +451,6 @@ def _round(x: Tensor, grid: Grid, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 def _values(rounded: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return rounded * scale if zero is None else (rounded - zero) * scale
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(x: Tensor, where: str) -> None:

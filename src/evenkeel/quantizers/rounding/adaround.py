@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
-from evenkeel.quantizers.numbers.formats import Integer
+from evenkeel.quantizers.numbers.formats import Integer, wide
 from evenkeel.quantizers.numbers.grids import Grid, Scales, last, snap, spread, unlast
 
 Mode = Literal["soft", "hard", "nearest"]
@@ -64,8 +64,7 @@ class SoftRounding(nn.Module):
             raise QuantizationError("The weight to round holds NaN or infinity. Load it again.")
         self.mode: Mode = "soft"
         self.grid, self.shape = grid, weight.shape
-        x = last(weight.detach(), grid)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = wide(last(weight.detach(), grid))
         scale, zero = spread(scales, grid, x.shape)
         floor = (x / scale).floor()
         rest = x / scale - floor

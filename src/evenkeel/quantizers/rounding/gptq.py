@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.numbers.formats import wide
 from evenkeel.quantizers.numbers.grids import Grid, Scales, fit, snap
 
 Order = Literal["given", "descending"]
@@ -94,17 +95,17 @@ def gptq(
 
     """
     _check(weight, hessian, damp, block, order)
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    exact = wide(weight.detach())
     group = grid.group if grid.group is not None and grid.group < weight.shape[1] else None
     late = scales is None and group is not None and order == "given"
     # A first fit in any case: it checks the weight, and late fits need its unit and its shapes.
-    scales = fit(wide, grid) if scales is None else scales
-    snap(wide, grid, scales)  # refuses scales of another shape
-    shared = _per_row(scales, len(wide))
+    scales = fit(exact, grid) if scales is None else scales
+    snap(exact, grid, scales)  # refuses scales of another shape
+    shared = _per_row(scales, len(exact))
 
     sequence = _sequence(hessian, order)
     upper = _inverse_factor(hessian.double()[sequence][:, sequence], damp)
-    left, values = wide.double()[:, sequence], torch.empty_like(wide)
+    left, values = exact.double()[:, sequence], torch.empty_like(exact)
     column, places = replace(grid, group=None, per_tensor=False), sequence.tolist()
     step = block if group is None else max(block // group, 1) * group
     for start in range(0, left.shape[1], step):
@@ -114,11 +115,11 @@ def gptq(
             at = places[j]
             k = 0 if group is None else at // group
             if late and group is not None and j % group == 0:
-                part = fit(left[:, j : j + group].to(wide), column, unit=scales.unit)
+                part = fit(left[:, j : j + group].to(exact), column, unit=scales.unit)
                 shared.scale[:, k : k + 1] = part.scale
                 if shared.zero is not None and part.zero is not None:
                     shared.zero[:, k : k + 1] = part.zero
-            value = snap(left[:, j : j + 1].to(wide), column, _of_group(shared, k))
+            value = snap(left[:, j : j + 1].to(exact), column, _of_group(shared, k))
             values[:, at : at + 1] = value
             errors[:, j - start] = (left[:, j] - value[:, 0]) / upper[j, j]
             left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]

@@ -14,16 +14,16 @@ from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
 from evenkeel.quantizers.layers.replacing import swap
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
-from evenkeel.quantizers.saved.report import QuantizationReport
+from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
 
 FORMAT = "evenkeel-quantized"
-VERSION = 2
+VERSION = 3
 TENSORS = "quantized.safetensors"
 DESCRIPTION = "quantized.json"
 
 
-def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | Path) -> Path:
-    """Write every parameter and buffer, the configuration and the report; files are overwritten.
+def save_quantized(module: nn.Module, folder: str | Path) -> Path:
+    """Write every parameter and buffer, the configuration and the report that the module carries.
 
     Quantized weights are written as packed codes with their scales, so the file is about as small as
     the report says (scales of float32 models take 32 bits). Buffers that ``state_dict`` leaves out are
@@ -31,21 +31,21 @@ def save_quantized(module: nn.Module, report: QuantizationReport, folder: str | 
     model in channels_last layout comes back without.
 
     Args:
-        module: what ``quantize_module`` returned for a diffusers model.
-        report: its report.
-        folder: made if missing.
+        module: what ``quantize_module`` or ``quantize`` made of a diffusers model, a copy or a refit of
+            it included.
+        folder: made if missing; files in it are overwritten.
 
     Returns:
         The folder.
 
     Raises:
-        QuantizationError: not a diffusers model, or the report belongs to another module.
+        QuantizationError: not a diffusers model, or not quantized by this library.
 
     """
     class_name = type(module).__name__
     _model_class(class_name)
     config = json.loads(module.to_json_string())  # type: ignore[operator]
-    _check_report(module, report)
+    report = _report(module)
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise QuantizationError(f"{place} is a file; give a folder to save into.")
@@ -97,7 +97,7 @@ def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
         _put(module, layer.name, description["layers"], tensors)
     _fill(module, tensors, place)
     module.eval().requires_grad_(False)
-    module.evenkeel_quantizer = str(report.spec)  # type: ignore[assignment]
+    attach(report, module)
     return module, report
 
 
@@ -113,16 +113,22 @@ def _model_class(name: str) -> Any:
     return found
 
 
-def _check_report(module: nn.Module, report: QuantizationReport) -> None:
+def _report(module: nn.Module) -> QuantizationReport:
+    report = report_on(module)
     inside = {name for name, part in module.named_modules() if isinstance(part, QuantizedLayer)}
-    reported = {layer.name for layer in report.quantized}
-    text = getattr(module, "evenkeel_quantizer", None)
-    if inside != reported or text != str(report.spec):
+    if report is None:
         raise QuantizationError(
-            f"The report ({report.spec}, {len(reported)} quantized layers) does not describe this "
-            f"module ({text}, {len(inside)} quantized layers). Save both as quantize_module "
-            "returned them."
+            f"This {type(module).__name__} carries no report ({len(inside)} quantized layers). Save "
+            "what quantize_module or quantize returned, or a copy of it."
         )
+    reported = {layer.name for layer in report.quantized}
+    if inside != reported:
+        raise QuantizationError(
+            f"The report that this {type(module).__name__} carries ({report.quantizer}) is of other "
+            f"layers: {sorted(inside ^ reported)[:5]} are quantized here or there alone. Save the "
+            "module as quantize_module or quantize returned it."
+        )
+    return report
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -192,7 +198,7 @@ def _put(
 
 def _quantized(module: nn.Module, name: str) -> QuantizedLayer:
     found = module.get_submodule(name)
-    assert isinstance(found, QuantizedLayer)  # by _check_report
+    assert isinstance(found, QuantizedLayer)  # by _report
     return found
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer, QuantizedLinear
-from evenkeel.quantizers.methods.base import Method
-from evenkeel.quantizers.methods.spec import QuantizerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +48,16 @@ class LayerReport:
 class QuantizationReport:
     """Every linear and convolution layer exactly once, and the memory before and after, in bytes.
 
-    ``spec``: what was asked for, a specification or a method.
+    ``quantizer``: what was asked for, as it is written in short (``w3a4-g32-r16``); ``spec``: all of it
+    in types that JSON knows, as ``as_dict`` of a specification or method gives it.
     ``full_precision_bytes``: all parameters and stored buffers at 16 bits.
     ``stored_bytes``: the same with quantized weights as packed codes, one 16-bit scale per group
     (8 bits where the format says so, and 8 bits for a zero point) and 16-bit low-rank factors. The
     simulation itself needs more than either.
     """
 
-    spec: QuantizerSpec | Method
+    quantizer: str
+    spec: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
     stored_bytes: int
     full_precision_bytes: int
@@ -65,7 +65,8 @@ class QuantizationReport:
     @classmethod
     def measured(
         cls,
-        spec: QuantizerSpec | Method,
+        quantizer: str,
+        spec: Mapping[str, Any],
         layers: tuple[LayerReport, ...],
         original: nn.Module,
         quantized: nn.Module,
@@ -78,7 +79,7 @@ class QuantizationReport:
             for layer in layers
             if not layer.kept
         )
-        return cls(spec, layers, size - saved, size)
+        return cls(quantizer, spec, layers, size - saved, size)
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -94,7 +95,8 @@ class QuantizationReport:
         """All of it in types that JSON knows; :meth:`from_dict` is the inverse."""
         layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers]
         return {
-            "spec": self.spec.as_dict(),
+            "quantizer": self.quantizer,
+            "spec": dict(self.spec),
             "layers": layers,
             "stored_bytes": self.stored_bytes,
             "full_precision_bytes": self.full_precision_bytes,
@@ -111,8 +113,8 @@ class QuantizationReport:
         try:
             layers = tuple(layer_from(layer) for layer in found["layers"])
             sizes = {k: int(found[k]) for k in ("stored_bytes", "full_precision_bytes")}
-            return cls(_spec(found["spec"]), layers, **sizes)
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(str(found["quantizer"]), dict(found["spec"]), layers, **sizes)
+        except (KeyError, TypeError, ValueError) as error:
             raise QuantizationError(
                 f"This is not a quantization report: {type(error).__name__}: {error}. "
                 "Quantize the model again."
@@ -138,7 +140,7 @@ class QuantizationReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.spec}: {len(self.quantized)} of {len(self.layers)} layers quantized, "
+            f"{self.quantizer}: {len(self.quantized)} of {len(self.layers)} layers quantized, "
             f"{_mega(self.stored_bytes)} stored, {_mega(self.full_precision_bytes)} at 16 bits"
         ]
         if self.quantized:
@@ -154,6 +156,18 @@ class QuantizationReport:
             for text in dict.fromkeys(texts):
                 lines.append(f"  {label} {texts.count(text):>4}  {text}")
         return "\n".join(lines)
+
+
+def attach(report: QuantizationReport, module: nn.Module) -> None:
+    """Let a quantized module say what it is: it carries its report wherever it is copied to."""
+    module.evenkeel_quantizer = report.quantizer  # type: ignore[assignment]
+    module.evenkeel_report = report  # type: ignore[assignment]
+
+
+def report_on(module: nn.Module) -> QuantizationReport | None:
+    """The report that a module carries; None for one that this library did not quantize."""
+    found = getattr(module, "evenkeel_report", None)
+    return found if isinstance(found, QuantizationReport) else None
 
 
 def layer_from(found: Mapping[str, Any]) -> LayerReport:
@@ -236,16 +250,6 @@ def _stored_bytes(layer: nn.Module) -> int:
     each = 2 if grid.scale == "float32" else 1
     zeros = 0 if scales.zero is None else scales.zero.numel()
     return size - 2 * layer.weight.numel() + codes + each * scales.scale.numel() + zeros
-
-
-def _spec(found: Mapping[str, Any]) -> QuantizerSpec | Method:
-    if "method" not in found:
-        return QuantizerSpec.from_dict(found)
-    from evenkeel.quantizers.methods.catalogue import (
-        method_from,  # methods themselves write reports
-    )
-
-    return method_from(found)
 
 
 def _mega(count: int) -> str:

@@ -16,12 +16,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.blocks import Unit, in_call_order, never_called, units_of
+from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
 from evenkeel.quantizers.layers.replacing import refuse_irreplaceable, refuse_quantized, swap
-from evenkeel.quantizers.methods.base import Method
-from evenkeel.quantizers.methods.spec import first_match
 from evenkeel.quantizers.saved.progress_files import Partial
-from evenkeel.quantizers.saved.report import LayerReport, QuantizationReport, kept_layer, report_of
+from evenkeel.quantizers.saved.report import (
+    LayerReport,
+    QuantizationReport,
+    attach,
+    kept_layer,
+    report_of,
+)
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, mapped
 
 Side = Literal["original", "quantized"]
@@ -54,7 +59,7 @@ class Workspace:
         layers: every linear and convolution layer of the original, by (first) name.
 
     Raises:
-        QuantizationError: a layer is quantized already, has hooks, or its weights are elsewhere.
+        QuantizationError: a layer is quantized already.
 
     """
 
@@ -69,17 +74,15 @@ class Workspace:
     ) -> None:
         self.original = module
         found = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
-        _check(module, found)
+        refuse_quantized(module)
         self.layers: dict[str, nn.Module] = dict(found)
         self.quantized = copy.deepcopy(module).eval().requires_grad_(False)
         self.reports: dict[str, LayerReport] = {}
         self._calls, self._progress = calls, progress
         self._partial = Partial(folder, identity)
         self._order: Counter[str] | None = None
-        for (
-            name,
-            layer,
-        ) in found:  # LoRA and others have a forward of their own: not ours to replace
+        for name, layer in found:
+            # LoRA and others have a forward of their own: not ours to replace.
             if type(layer) not in (nn.Linear, nn.Conv2d):
                 self.keep(name, f"type {type(layer).__name__} is not quantized")
 
@@ -106,11 +109,13 @@ class Workspace:
         """Leave a layer in full precision."""
         self.reports[name] = kept_layer(name, self.layers[name], reason)
 
-    def keep_matching(self, patterns: tuple[str, ...]) -> None:
-        """Leave open layers in full precision whose names match, see ``first_match``."""
+    def keep_matching(self, patterns: tuple[str, ...], only: tuple[str, ...] = ()) -> None:
+        """Leave open layers in full precision whose names match, or match none of ``only``."""
         for name in self.open:
             pattern = first_match(name, patterns)
-            if pattern is not None:
+            if only and first_match(name, only) is None:
+                self.keep(name, "matched by no `only` pattern")
+            elif pattern is not None:
                 self.keep(name, f"skip pattern {pattern!r}")
 
     def replace(
@@ -137,9 +142,12 @@ class Workspace:
         """Blocks and single layers that hold these layers, in the order they are called in.
 
         Raises:
-            QuantizationError: no calibration call reaches one of them.
+            QuantizationError: one of them has hooks, holds NaN or infinity, or has its weights
+                elsewhere; no calibration call reaches one of them.
 
         """
+        for name in names:
+            _check(name, self.layers[name])
         units = units_of(self.original, names)
         if self._calls is None:
             return units
@@ -159,8 +167,7 @@ class Workspace:
             if stored is None:
                 yield unit
                 missing = [name for name in unit.layers if name not in self.reports]
-                if missing:
-                    raise AssertionError(f"{unit.name}: nothing was decided about {missing}")
+                assert not missing, f"{unit.name}: nothing was decided about {missing}"
             else:
                 made, reports = stored
                 for name, layer in made.items():
@@ -283,23 +290,26 @@ class Workspace:
                 hook.remove()
         return found
 
-    def result(self, method: Method) -> tuple[nn.Module, QuantizationReport]:
-        """The quantized denoiser and the report, once every layer is decided about.
+    def result(
+        self, quantizer: str, spec: Mapping[str, Any]
+    ) -> tuple[nn.Module, QuantizationReport]:
+        """The quantized denoiser, which carries the report, and the report itself.
+
+        Args:
+            quantizer: what was asked for, in short.
+            spec: all of it, in types that JSON knows.
 
         Raises:
             QuantizationError: no layer was quantized.
 
         """
-        if self.open:
-            raise AssertionError(f"{method.name} decided nothing about {self.open[:5]}")
+        assert not self.open, f"{quantizer} decided nothing about {self.open[:5]}"
         layers = tuple(self.reports[name] for name in self.layers)
         if all(layer.kept for layer in layers):
-            reasons = sorted({layer.reason for layer in layers})
-            raise QuantizationError(f"No layer is left to quantize: {'; '.join(reasons)}.")
-        self.quantized.evenkeel_quantizer = str(method)  # type: ignore[assignment]
-        return self.quantized, QuantizationReport.measured(
-            method, layers, self.original, self.quantized
-        )
+            raise _nothing_left(layers)
+        report = QuantizationReport.measured(quantizer, spec, layers, self.original, self.quantized)
+        attach(report, self.quantized)
+        return self.quantized, report
 
     def _make(self, call: Any, net: nn.Module) -> None:
         with suppress(_Enough):
@@ -322,14 +332,23 @@ def _stop_after(times: int) -> Callable[..., None]:
     return hook
 
 
-def _check(module: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> None:
-    refuse_quantized(module)
-    for name, layer in layers:
-        refuse_irreplaceable(name, layer)
-        weight = layer.get_parameter("weight")
-        if not bool(torch.isfinite(weight).all()):
-            count = int((~torch.isfinite(weight)).sum())
-            raise QuantizationError(
-                f"The weight of {name!r} holds {count} of {weight.numel()} values that are NaN or "
-                "infinite. Load the checkpoint again, or convert it in a wider dtype."
-            )
+def _check(name: str, layer: nn.Module) -> None:
+    refuse_irreplaceable(name, layer)
+    weight = layer.get_parameter("weight")
+    if not bool(torch.isfinite(weight).all()):
+        count = int((~torch.isfinite(weight)).sum())
+        raise QuantizationError(
+            f"The weight of {name!r} holds {count} of {weight.numel()} values that are NaN or "
+            "infinite. Load the checkpoint again, or convert it in a wider dtype."
+        )
+
+
+def _nothing_left(layers: Sequence[LayerReport]) -> QuantizationError:
+    names = ", ".join(repr(layer.name) for layer in layers[:5]) or "none at all"
+    reasons = "; ".join(sorted({layer.reason for layer in layers}))
+    return QuantizationError(
+        f"No layer is left to quantize: {len(layers)} linear and convolution layers ({names}"
+        f"{', ...' if len(layers) > 5 else ''}){f', kept for: {reasons}' if reasons else ''}. A "
+        "pattern is for the whole dotted name, and '*' also matches dots: '*.attn1' is every "
+        "block's attn1."
+    )
