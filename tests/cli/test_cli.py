@@ -293,7 +293,7 @@ def test_quantize_writes_a_folder_that_the_other_commands_take(tmp_path, capsys)
         (["--method", "magic"], "no method called 'magic'"),
         (["--method", "rtn", "--bits", "4"], "for example w4a8"),
         (["--method", "rtn", "--set", "rank"], "expected NAME=VALUE"),
-        (["--method", "rtn", "--set", "rank=3"], "rtn has no option rank"),
+        (["--method", "rtn", "--set", "ranks=3"], "rtn has no option ranks"),
     ],
 )
 def test_mistakes_in_quantize_get_one_line(asked, says, tmp_path, capsys):
