@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers as d
@@ -38,6 +40,12 @@ PROBED = [c for c in LINEAR if c.name != "sa-tau1" and not c.name.startswith("ed
 @pytest.mark.parametrize("name", ALL)
 def test_every_correction_keeps_what_all_of_them_promise(name: str) -> None:
     check_correction(MADE[name], needs_error=name not in BASELINES)
+
+
+def test_every_entry_has_a_row_in_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "corrections.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`([^`]+)`", row)} == ALL.keys()
 
 
 def test_the_catalogue_of_schedulers_is_whole() -> None:

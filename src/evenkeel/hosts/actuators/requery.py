@@ -127,8 +127,8 @@ class Requery(Interceptor):
         if output.shape != sample.shape:
             raise UnsupportedSampler(
                 f"{type(scheduler).__name__} is handed outputs of shape {tuple(output.shape)} for "
-                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); QNCD edits "
-                f"plain outputs only."
+                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); a correction "
+                f"that asks again edits plain outputs only."
             )
         if self._index == 0:
             # The first state is the same whatever the batch; later ones only up to rounding.
@@ -183,12 +183,12 @@ class Requery(Interceptor):
         if any(i.counts_calls for i in installed(scheduler)):
             raise Incompatible(
                 "this readout has a head per guidance branch and tells them apart by the order of the "
-                "denoiser's calls; QNCD calls it once more per branch. Use one of the two."
+                "denoiser's calls; another correction calls it once more per branch. Use one of the two."
             )
         if plan.relabel is not None and bool(plan.relabel.active.any()):
             raise Incompatible(
-                "a correction tells the denoiser another noise level than the scheduler's; QNCD "
-                "re-noises to the scheduler's. Use one of the two."
+                "one correction tells the denoiser another noise level than the scheduler's; another "
+                "re-noises to the scheduler's and asks again. Use one of the two."
             )
 
     # Kept out of compiled graphs: it would compile them anew for every step.
@@ -213,7 +213,7 @@ class Requery(Interceptor):
         denoiser = self._denoiser() if self._denoiser is not None else None
         if denoiser is None or self._given is None or self._noise is None:
             raise Incompatible(
-                "QNCD has no denoiser to ask: this scheduler is a copy of the one that the correction "
+                "there is no denoiser to ask again: this scheduler is a copy of the one that the correction "
                 "was applied to. Apply it to the pipeline that uses this one."
             )
         if not self._calls:

@@ -12,12 +12,13 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from evenkeel.corrections.base import Correction
-from evenkeel.corrections.plan import SamplerPlan
+if TYPE_CHECKING:  # a scheduler can be watched without any correction
+    from evenkeel.corrections.base import Correction
+    from evenkeel.corrections.plan import SamplerPlan
 
 
 class Interceptor:
