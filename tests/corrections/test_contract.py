@@ -22,7 +22,7 @@ from evenkeel.comparing.generation import Arm
 from evenkeel.corrections import Composite, Correction, QDrift, Readout, SamplerPlan
 from evenkeel.corrections.base import digest_of
 from evenkeel.corrections.plan import OutputEdit, plain_plan
-from evenkeel.errors import CalibrationError, Incompatible, MetricError
+from evenkeel.errors import CalibrationError, Incompatible, StorageError
 from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -107,7 +107,7 @@ def test_images_of_another_gain_are_not_taken_for_those_of_this_one(
     first = images(1.05, tmp_path / "one")
     assert torch.equal(images(1.05, tmp_path / "one"), first)
     assert not torch.equal(images(1.5, tmp_path / "other"), first)
-    with pytest.raises(MetricError, match="other prompts or settings"):
+    with pytest.raises(StorageError, match="other prompts or settings"):
         images(1.5, tmp_path / "one")
 
 
@@ -143,7 +143,7 @@ def test_a_calibration_is_not_resumed_along_another_gain(
         run(1.05)
     handle.remove()
     assert list((tmp_path / "parts").glob("part-*"))
-    with pytest.raises(CalibrationError, match="another calibration"):
+    with pytest.raises(StorageError, match="another calibration, which differs in correction"):
         run(1.5)
 
 
