@@ -64,12 +64,17 @@ def apply(
     if unknown:
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
     refuse_foreign(correction)
-    provenance = correction.made_for
+    provenance, denoiser = correction.made_for, denoiser_of(pipeline)
     if correction.stages == ("head",):
         allow = {*allow, "guidance"}  # a head acts before guidance
     if provenance is not None:
         with _heads_at_rest(pipeline):
-            _refuse_mismatch(pipeline, provenance, allow, guidance_scale, recognise)
+            if "denoiser" not in allow:
+                _refuse_denoiser(recognise(denoiser), provenance)
+            if "scheduler" not in allow:
+                _refuse_scheduler(pipeline.scheduler, provenance)
+            if "guidance" not in allow:
+                _check_guidance(provenance, guidance_scale)
         layout = layout or LatentLayout(**provenance.layout)
 
     def check(running: Any) -> None:
@@ -79,7 +84,7 @@ def apply(
     interceptors = interceptors_of(
         correction,
         pipeline,
-        denoiser_of(pipeline),
+        denoiser,
         layout=layout,
         allow_range="range" in allow,
         check=check,
@@ -90,8 +95,7 @@ def apply(
     for interceptor in interceptors:
         interceptor.attach()
     # The denoiser warns when the scheduler is replaced.
-    guard = _SwapGuard(pipeline)
-    pipeline.__dict__[_GUARD] = denoiser_of(pipeline).register_forward_pre_hook(guard)
+    pipeline.__dict__[_GUARD] = denoiser.register_forward_pre_hook(_SwapGuard(pipeline))
 
 
 def remove(pipeline: Any) -> None:
@@ -205,43 +209,31 @@ def summary(pipeline: Any) -> Summary:
     return Summary(None, (), scheduler, None)
 
 
-def _refuse_mismatch(
-    pipeline: Any,
-    made_for: Provenance,
-    allow: Collection[str],
-    guidance_scale: float | None,
-    recognise: Callable[[nn.Module], str],
-) -> None:
-    if "denoiser" not in allow:
-        found = recognise(denoiser_of(pipeline))
-        if found == made_for.reference:
-            raise Incompatible(
-                f"the pipeline's {made_for.denoiser} is the full-precision one; put the quantized one "
-                f"in first: pipe.{made_for.denoiser} = quantized."
-            )
-        if found != made_for.quantized:
-            raise Incompatible(
-                f"the pipeline's {made_for.denoiser} ({found}) is not the one the record was made for "
-                f"({made_for.quantized}, {made_for.quantizer}). Calibrate with this one, or pass "
-                f"allow=('denoiser',)."
-            )
-    if "scheduler" not in allow:
-        scheduler = pipeline.scheduler
-        found_class = type(scheduler).__name__
-        config = made_for.scheduler_config
-        now = json_safe(dict(scheduler.config))
-        changed = [k for k, v in config.items() if now.get(k) != v]
-        if found_class != made_for.scheduler_class or changed:
-            details = "; ".join(
-                f"{k}: calibrated {config[k]!r}, now {now.get(k)!r}" for k in changed
-            )
-            raise Incompatible(
-                f"the record was made for {made_for.scheduler_class}, the pipeline has {found_class}"
-                f"{': ' + details if details else ''}. Calibrate with this scheduler, or pass "
-                f"allow=('scheduler',)."
-            )
-    if "guidance" not in allow:
-        _check_guidance(made_for, guidance_scale)
+def _refuse_denoiser(found: str, made_for: Provenance) -> None:
+    if found == made_for.reference:
+        raise Incompatible(
+            f"the pipeline's {made_for.denoiser} is the full-precision one; put the quantized one in "
+            f"first: pipe.{made_for.denoiser} = quantized."
+        )
+    if found != made_for.quantized:
+        raise Incompatible(
+            f"the pipeline's {made_for.denoiser} ({found}) is not the one the record was made for "
+            f"({made_for.quantized}, {made_for.quantizer}). Calibrate with this one, or pass "
+            f"allow=('denoiser',)."
+        )
+
+
+def _refuse_scheduler(scheduler: Any, made_for: Provenance) -> None:
+    found = type(scheduler).__name__
+    config, now = made_for.scheduler_config, json_safe(dict(scheduler.config))
+    changed = [k for k, v in config.items() if now.get(k) != v]
+    if found != made_for.scheduler_class or changed:
+        details = "; ".join(f"{k}: calibrated {config[k]!r}, now {now.get(k)!r}" for k in changed)
+        raise Incompatible(
+            f"the record was made for {made_for.scheduler_class}, the pipeline has {found}"
+            f"{': ' + details if details else ''}. Calibrate with this scheduler, or pass "
+            f"allow=('scheduler',)."
+        )
 
 
 def _check_guidance(made_for: Provenance, guidance_scale: Any) -> None:

@@ -82,6 +82,16 @@ def test_images_are_kept_and_reused(tiny, quantized, tmp_path):
         run(tiny, other, folder=tmp_path)
 
 
+def test_images_that_were_changed_on_disk_are_refused(tiny, quantized, tmp_path):
+    run(tiny, quantized, folder=tmp_path)
+    path = max(tmp_path.rglob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="changed after it was written"):
+        run(tiny, quantized, folder=tmp_path)
+
+
 def test_the_pipeline_is_as_before(tiny, quantized):
     denoiser, scheduler = tiny.model, type(tiny.pipe.scheduler)
     run(tiny, quantized)

@@ -103,6 +103,8 @@ def test_what_makes_no_sense_is_refused_at_once(
 def test_the_own_denoiser_is_no_twin_of_itself(dit: TinyPipeline) -> None:
     with pytest.raises(CalibrationError, match="own denoiser object"):
         made(dit, quantized=dit.model)
+    with pytest.raises(CalibrationError, match="no quantized denoiser"):
+        _ = made(dit).pair
     with pytest.raises(UnsupportedPipeline, match="no component"):
         Run(object(), ["a"], STEPS)
 

@@ -152,10 +152,10 @@ def compare(
         batch_size=batch_size,
         call=call,
     )
+    total = len(run.batches()) * len(arms)
     check_corrections(run, arms)
     images: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
-    total = len(run.batches()) * len(arms)
     with tqdm(total=total, desc="generate", unit="batch", disable=not progress) as bar:
         for arm in arms:
             bar.set_postfix_str(arm.name)

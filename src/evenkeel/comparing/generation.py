@@ -58,13 +58,14 @@ def generate(
     identity = {} if folder is None else _identity(run, arm)
     with sampling_as(run, arm):
         for batch in run.batches():
-            if folder is None:
-                pictures, each = _timed(run, batch)
+            asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.texts}
+            name = f"{batch.first:06d}-{len(batch):03d}.safetensors"
+            path = None if folder is None else Path(folder) / arm.name / name
+            if path is not None and path.exists():
+                pictures, each = _kept(path, asked)
             else:
-                path = Path(folder) / arm.name / f"{batch.first:06d}-{len(batch):03d}.safetensors"
-                asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.texts}
-                pictures, each = _kept(path, asked) if path.exists() else _timed(run, batch)
-                if not path.exists():
+                pictures, each = _timed(run, batch)
+                if path is not None:
                     header = {"made_by": asked, "seconds": each}
                     write_tensors(path, IMAGES, header, {"images": pictures})
             made.append(pictures)

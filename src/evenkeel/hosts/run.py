@@ -18,6 +18,7 @@ from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipeline.pipelines import (
     default_guidance,
     denoiser_name,
+    denoiser_swapped,
     quiet,
     run_pipeline,
     uncompiled,
@@ -68,9 +69,8 @@ class Batch:
 class Run:
     """A pipeline, what it is asked for, and what follows from both.
 
-    Every measurement, fit and comparison makes one and passes it along. Its parts can be read; none of
-    them changes. What takes long (fingerprints) or needs a latent (the layout) is found when it is first
-    asked for, and kept.
+    Every measurement, fit and comparison makes one and passes it along. What takes long (fingerprints) or
+    needs a latent (the layout) is found when it is first asked for, and kept.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -86,7 +86,6 @@ class Run:
 
     Attributes:
         name, denoiser: of the pipeline's own, full-precision denoiser.
-        quantizer: what quantized the twin, as text.
         given_layout: the layout, where it was given or has been found.
         (others): as given, the guidance scale resolved.
 
@@ -145,27 +144,27 @@ class Run:
         return self._fingerprints[module]
 
     @cached_property
-    def twins(self) -> tuple[str, str]:
-        """Fingerprints of the full-precision and the quantized denoiser.
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        """The full-precision and the quantized denoiser.
 
         Raises:
-            CalibrationError: the quantized denoiser computes the same as the full-precision one.
+            CalibrationError: there is no quantized one, or it computes the same as the other.
 
         """
-        assert self.quantized is not None
-        found = self.fingerprint(self.denoiser), self.fingerprint(self.quantized)
-        if found[0] == found[1]:
+        if self.quantized is None:
+            raise CalibrationError("this run has no quantized denoiser: pass quantized= to it.")
+        if self.fingerprint(self.denoiser) == self.fingerprint(self.quantized):
             raise CalibrationError(
                 "the quantized denoiser is identical to the full-precision one: nothing was "
                 "quantized, or the same object was passed twice."
             )
-        return found
+        return self.denoiser, self.quantized
 
-    @cached_property
-    def quantizer(self) -> str:
-        """What quantized the twin, as text."""
-        assert self.quantized is not None
-        return quantizer_text(self.quantized)
+    @property
+    def twins(self) -> tuple[str, str]:
+        """Fingerprints of ``pair``, which is refused where they are equal."""
+        full, quantized = self.pair
+        return self.fingerprint(full), self.fingerprint(quantized)
 
     @cached_property
     def scheduler(self) -> tuple[str, dict[str, Any]]:
@@ -201,12 +200,8 @@ class Run:
     ) -> Provenance:
         """Everything two records of such runs must agree on before they may be merged or applied.
 
-        Args:
-            law: of the steps.
-            x: (prompts, steps, ...) what entered the scheduler.
-            trajectory: whose outputs advanced the sample.
-            correction: that acted meanwhile, as text.
-
+        With the law of the steps, what entered the scheduler (prompts, steps, ...), whose outputs
+        advanced it, and the correction that acted meanwhile, as text.
         """
         layout = self.layout(x[:, 0])
         scheduler_class, scheduler_config = self.scheduler
@@ -215,7 +210,7 @@ class Run:
             denoiser=self.name,
             reference=self.twins[0],
             quantized=self.twins[1],
-            quantizer=self.quantizer,
+            quantizer=quantizer_text(self.pair[1]),
             scheduler_class=scheduler_class,
             scheduler_config=scheduler_config,
             prediction=law.prediction,
@@ -248,11 +243,7 @@ class Run:
     def sample(self, batch: Batch, *, output_type: str = "latent", on: Any = None) -> Any:
         """One pipeline call: the batch's latents, or whatever ``output_type`` says.
 
-        Args:
-            batch: of this run.
-            output_type: as the pipeline takes it.
-            on: a copy of the pipeline to call in its place.
-
+        ``on`` is a copy of the pipeline to call in its place.
         """
         return run_pipeline(
             self.pipeline if on is None else on,
@@ -273,24 +264,20 @@ class Run:
         Corrections that are applied are set aside, and bars are not shown. Afterwards the pipeline is as
         it was, whatever happened inside.
         """
-        with set_aside(self.pipeline.scheduler), quiet(self.pipeline):
-            if denoiser is not None:
-                setattr(self.pipeline, self.name, denoiser)
-            try:
-                if interceptors:
-                    install(self.pipeline.scheduler, *interceptors)
-                for interceptor in interceptors:
-                    interceptor.attach()
-                yield
-            finally:
-                setattr(self.pipeline, self.name, self.denoiser)
+        pipeline, active = self.pipeline, self.denoiser if denoiser is None else denoiser
+        with set_aside(pipeline.scheduler), quiet(pipeline), denoiser_swapped(pipeline, active):
+            if interceptors:
+                install(pipeline.scheduler, *interceptors)
+            for interceptor in interceptors:
+                interceptor.attach()
+            yield
 
     def place(self, active: nn.Module) -> None:
         """With twins taking turns on the device: bring this one, send the other away."""
         if self.side_by_side or self.quantized is None:
             return
-        twins = (self.denoiser, self.quantized)
-        idle = twins[uncompiled(active) is uncompiled(twins[0])]
+        full = uncompiled(active) is uncompiled(self.denoiser)
+        idle = self.quantized if full else self.denoiser
         idle.to("cpu")
         active.to(torch.device(getattr(self.pipeline, "_execution_device", "cpu")))
 

@@ -37,12 +37,10 @@ class SideBySide:
     def __init__(
         self, run: Run, trajectory: str, correction: Correction | None, histograms: bool
     ) -> None:
-        assert run.twins and run.quantized is not None  # identical twins are refused first
         self._run, self._trajectory, self._correction = run, trajectory, correction
         self._histograms = histograms
         self._leads = trajectory == FULL_PRECISION  # the full-precision one
-        twins = (run.denoiser, run.quantized)
-        self._leader, self._follower = twins if self._leads else twins[::-1]
+        self._leader, self._follower = run.pair if self._leads else run.pair[::-1]
 
     def record(self, batch: Batch, frame: Frame | None) -> Record:
         """The batch's record, its histograms in this frame or one of its own."""

@@ -130,9 +130,8 @@ class StepbaQFit(Rule):
     def fitted(self, run: Run, *, progress: bool = True) -> StepbaQ:
         """The correction for this run."""
         self._scheduler = run.pipeline.scheduler
-        assert run.quantized is not None
         with ExitStack() as told:
-            for module, teller in zip((run.denoiser, run.quantized), self._tellers, strict=True):
+            for module, teller in zip(run.pair, self._tellers, strict=True):
                 hook = uncompiled(module).register_forward_pre_hook(teller, with_kwargs=True)
                 told.callback(hook.remove)
             made_for = run_closed_loop(run, self, title="StepbaQ", progress=progress).provenance

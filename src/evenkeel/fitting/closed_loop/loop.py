@@ -9,6 +9,7 @@ exactly as often as in two plain runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -115,48 +116,43 @@ def run_closed_loop(
         CalibrationError: identical twins, an output that is not finite, calls that fall out of step.
 
     """
-    assert (
-        run.twins and run.quantized is not None
-    )  # identical twins are refused before anything runs
+    twins = [uncompiled(denoiser) for denoiser in run.pair]  # a graph cannot be paused
     with run.undisturbed(), global_noise_kept():
-        # A graph cannot be paused.
-        twins = uncompiled(run.denoiser), uncompiled(run.quantized)
         batches = run.batches()
         references = [PausedCall(run, b, twins[0], reads_law=not b.first) for b in batches]
         quantized = [
             PausedCall(run, b, twins[1], is_quantized=True, correction=correction) for b in batches
         ]
-        calls, steps, turn = [*references, *quantized], 0, 0
-        answers: Answers | None = None
+        calls = [*references, *quantized]
 
-        def resumed() -> object:
-            nonlocal turn
-            none: list[Tensor | None] = [None] * len(batches)
-            given = iter([a for side in answers or (None, None) for a in side or none])
+        def resume(call: PausedCall) -> Any:
+            run.place(call.denoiser)
+            return call.resume()
 
-            def resume(call: PausedCall) -> object:
-                run.place(call.denoiser)
-                return call.resume(next(given), turn)
-
-            reason = advance(calls, resume)
-            turn += 1
-            return reason
-
+        steps = 0
         with together(calls, title, run.num_inference_steps, progress) as bar:
-            while resumed() is not Finished:
+            while advance(calls, resume) is not Finished:
                 pairs = [_pair(*both, steps) for both in zip(references, quantized, strict=True)]
                 law, first = first_state(references[0], run)
                 layout = run.layout(first[:, 0])
-                answers = rule.output(steps, pairs, layout, law)
+                _answer(references, quantized, rule.output(steps, pairs, layout, law))
                 del pairs
-                resumed()
+                advance(calls, resume)
                 results = [(e.result, q.result) for e, q in zip(references, quantized, strict=True)]
-                answers = rule.state(steps, results, layout, law)
+                _answer(references, quantized, rule.state(steps, results, layout, law))
                 steps += 1
                 bar.update()
         law, first = first_state(references[0], run)
     made_for = run.provenance(law, first, correction=text_of(correction))
     return LoopResult(law, first[:, 0], steps, made_for)
+
+
+def _answer(
+    references: list[PausedCall], quantized: list[PausedCall], answers: Answers | None
+) -> None:
+    for calls, given in zip((references, quantized), answers or (), strict=False):
+        for call, answer in zip(calls, given or (), strict=False):
+            call.answer = answer
 
 
 def _pair(reference: PausedCall, quantized: PausedCall, step: int) -> Pair:

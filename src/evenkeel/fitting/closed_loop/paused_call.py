@@ -23,6 +23,7 @@ class PausedCall(Call):
 
     Attributes:
         sample, output, result: of the current step, one row per prompt.
+        answer: what it goes on with in place of what it stopped with; None: with that.
         is_quantized: its steps are computed in float32 at least, as with a correction at sampling time.
 
     """
@@ -40,11 +41,15 @@ class PausedCall(Call):
         super().__init__(run, batch, denoiser, correction=correction, reads_law=reads_law)
         self.sample = self.output = self.result = torch.empty(0)
         self.is_quantized = is_quantized
-        self._answers: list[Tensor] = []
+        self.answer: Tensor | None = None
+        self._outputs: list[Tensor] = []
+        self._turn = 0
 
-    def resume(self, answer: Tensor | None, turn: int) -> Any:
+    def resume(self) -> Any:
         """Run to the next stop, with the denoiser as the correction below wants it."""
-        _seed_global_noise(self.batch.seed, turn)
+        _seed_global_noise(self.batch.seed, self._turn)
+        self._turn += 1
+        answer, self.answer = self.answer, None
         with heads_attached(self.below), self._listening():
             try:
                 return self.strand.resume(answer)
@@ -57,7 +62,7 @@ class PausedCall(Call):
     def _listening(self) -> Iterator[None]:
         """Inside, the denoiser's outputs are kept until the end of the step."""
         handle = self.denoiser.register_forward_hook(
-            lambda _module, _inputs, output: self._answers.append(answer_of(output).detach())
+            lambda _module, _inputs, output: self._outputs.append(answer_of(output).detach())
         )
         try:
             yield
@@ -73,7 +78,7 @@ class PausedCall(Call):
         self.output = one_per_prompt(output.detach(), len(self.batch))
         self.sample = sample.detach()[: len(self.batch)]
         changed = self.strand.pause(AT_OUTPUT)
-        self._answers = []
+        self._outputs = []
         return _given(changed, output)
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class PausedCall(Call):
 
     def step_branches(self) -> tuple[Tensor, ...]:
         """The denoiser's outputs of this step, one per guidance branch."""
-        return tuple(self.branches(self._answers, self.output))
+        return tuple(self.branches(self._outputs, self.output))
 
     def refuse_non_finite(self, step: int) -> None:
         """Raise if the output of this step is not finite."""

@@ -48,11 +48,11 @@ class HeadRun:
     """Runs the two denoisers in lockstep over all prompts and asks a strategy for solutions."""
 
     def __init__(self, run: Run, head: str | None, feature_memory: float) -> None:
-        assert run.twins and run.quantized is not None  # identical twins are refused first
         self.run = run
         # Compiled twins are fitted uncompiled: a graph cannot be paused.
-        self.quantized: Any = uncompiled(run.quantized)
-        self.reference: Any = uncompiled(run.denoiser)
+        self.reference: Any
+        self.quantized: Any
+        self.reference, self.quantized = map(uncompiled, run.pair)
         self.head = find_head(self.quantized, head)
         self.layer = layer_of(self.quantized, self.head)
         other = find_head(self.reference, self.head.name)
