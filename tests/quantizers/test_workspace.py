@@ -30,6 +30,7 @@ from evenkeel.quantizers.methods.catalogue import METHODS, method_from, method_n
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.numbers.formats import Integer
 from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.workspace.calibration_set import (
     CalibrationSet,
     DenoiserCall,
@@ -361,16 +362,12 @@ def test_files_hold_packed_codes(tmp_path: Path) -> None:
     assert torch.equal(loaded.get_submodule(layer.name).weight, part.weight)
 
 
-def test_damaged_layers_are_refused(tmp_path: Path) -> None:
-    tiny = ALL["pixart_sigma"]()
-    quantize(tiny.pipe, RoundToNearest(4, 16), out=tmp_path, progress=False)
-    path = tmp_path / "quantized.json"
-    found = json.loads(path.read_text())
-    name = next(iter(found["layers"]))
-    found["layers"][name]["weight"]["grid"] = None
-    path.write_text(json.dumps(found))
+def test_layers_that_lack_something_are_refused() -> None:
+    layer = RoundToNearest(4, 16).layer(nn.Linear(4, 4))
+    tensors, description = write_layer(layer)
+    description["weight"]["grid"] = None
     with pytest.raises(QuantizationError, match="lacks 'weight'"):
-        load_quantized(tmp_path)
+        read_layer(description, tensors, nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,24 @@ from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
 from evenkeel.quantizers.layers.replacing import swap
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
+from evenkeel.storage import Kind, Number, check_json, read_folder, write_folder
 
-FORMAT = "evenkeel-quantized"
-VERSION = 3
-TENSORS = "quantized.safetensors"
-DESCRIPTION = "quantized.json"
+TENSORS, DESCRIPTION = "quantized.safetensors", "quantized.json"
+KIND = Kind(
+    "quantized",
+    3,
+    "quantize the model again",
+    keys=("class", "config", "layers", "report"),
+)
+_LAYER = {
+    "weight": {
+        "shape": [Number(int, low=1)],
+        "dtype": {"float16", "bfloat16", "float32", "float64"},
+        "grid": (None, dict),
+    },
+    "activation": (None, dict),
+}
+_SCHEMA = {"class": str, "config": dict, "layers": {str: _LAYER}, "report": dict}
 
 
 def save_quantized(module: nn.Module, folder: str | Path) -> Path:
@@ -28,7 +42,8 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
     Quantized weights are written as packed codes with their scales, so the file is about as small as
     the report says (scales of float32 models take 32 bits). Buffers that ``state_dict`` leaves out are
     written too, so that the loaded model computes the same bits. Tensors are stored contiguously: a
-    model in channels_last layout comes back without.
+    model in channels_last layout comes back without. The description holds digests of both files; a
+    crash leaves the old folder or the new one.
 
     Args:
         module: what ``quantize_module`` or ``quantize`` made of a diffusers model, a copy or a refit of
@@ -40,16 +55,13 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
 
     Raises:
         QuantizationError: not a diffusers model, or not quantized by this library.
+        StorageError: the place is a file.
 
     """
     class_name = type(module).__name__
     _model_class(class_name)
     config = json.loads(module.to_json_string())  # type: ignore[operator]
     report = _report(module)
-    place = Path(folder)
-    if place.exists() and not place.is_dir():
-        raise QuantizationError(f"{place} is a file; give a folder to save into.")
-    place.mkdir(parents=True, exist_ok=True)
     layers, packed = {}, {}
     for layer in report.quantized:
         own, layers[layer.name] = write_layer(_quantized(module, layer.name))
@@ -61,17 +73,10 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
         for k, t in _tensors(module).items()
         if not k.startswith(inside)
     }
-    save_file(dense | packed, place / TENSORS, metadata={"format": "pt"})
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "class": class_name,
-        "config": config,
-        "layers": layers,
-        "report": report.as_dict(),
-    }
-    (place / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    return place
+    tensors = dense | packed
+    header = {"class": class_name, "config": config, "layers": layers, "report": report.as_dict()}
+    files = {TENSORS: partial(save_file, tensors, metadata={"format": "pt"})}
+    return write_folder(folder, KIND, header, files)
 
 
 def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
@@ -81,21 +86,25 @@ def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
         The model, in evaluation mode, and its report.
 
     Raises:
-        QuantizationError: no such folder, a missing or foreign file, another format version, a
+        StorageError: no such folder, a missing, foreign or changed file, another format version, a
             class that this diffusers does not have, or tensors that do not fit the description.
 
     """
     place = Path(folder)
-    description = _read_description(place)
-    tensors = _read_tensors(place / TENSORS)
-    report = QuantizationReport.from_dict(description["report"])
-    model_class = _model_class(description["class"])
-    # The random initialization is overwritten; the caller's random numbers must not notice it.
-    with torch.random.fork_rng(devices=[]):
-        module: nn.Module = model_class.from_config(description["config"])
-    for layer in report.quantized:
-        _put(module, layer.name, description["layers"], tensors)
-    _fill(module, tensors, place)
+    found, files = read_folder(place, KIND)
+    with KIND.valid(place):
+        check_json(found, _SCHEMA)
+        report = QuantizationReport.from_dict(found["report"])
+        # clone: the file's tensors sit wherever the header ends, and the same product rounds
+        # differently in memory of another alignment
+        tensors = {name: tensor.clone() for name, tensor in load_file(files[TENSORS]).items()}
+        model_class = _model_class(found["class"])
+        # The random initialization is overwritten; the caller's random numbers must not notice it.
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = model_class.from_config(found["config"])
+        for layer in report.quantized:
+            _put(module, layer.name, found["layers"], tensors)
+        _fill(module, tensors)
     module.eval().requires_grad_(False)
     attach(report, module)
     return module, report
@@ -138,42 +147,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _read_description(place: Path) -> dict[str, Any]:
-    if not place.is_dir():
-        raise QuantizationError(f"{place} is not a folder. Give the one save_quantized wrote.")
-    path = place / DESCRIPTION
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise QuantizationError(f"{path} is missing: not a folder of save_quantized.") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise QuantizationError(f"{path} is not JSON ({error}). Save the model again.") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise QuantizationError(f"{path} does not describe a quantized model (format {FORMAT!r}).")
-    if found.get("version") != VERSION:
-        raise QuantizationError(
-            f"{path} has format version {found.get('version')!r}; this library reads {VERSION}. "
-            "Quantize the model again, or use the library version that wrote it."
-        )
-    missing = {"class", "config", "layers", "report"} - set(found)
-    if missing:
-        raise QuantizationError(f"{path} lacks {sorted(missing)}. Save the model again.")
-    return found
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-
-    try:
-        # clone: the file's tensors sit wherever the header ends, and the same product rounds
-        # differently in memory of another alignment
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except FileNotFoundError as error:
-        raise QuantizationError(f"{path} is missing: not a folder of save_quantized.") from error
-    except SafetensorError as error:
-        raise QuantizationError(f"{path} is damaged ({error}). Save the model again.") from error
-
-
 def _put(
     module: nn.Module, name: str, descriptions: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -181,7 +154,7 @@ def _put(
     start = f"{name}."
     own = {k[len(start) :]: tensors.pop(k) for k in list(tensors) if k.startswith(start)}
     if name not in descriptions:
-        raise QuantizationError(f"{DESCRIPTION} does not describe {name!r}. Save the model again.")
+        raise QuantizationError(f"{DESCRIPTION} does not describe {name!r}")
     try:
         old = module.get_submodule(name)
     except AttributeError as error:
@@ -208,7 +181,7 @@ def _prefixes(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, part in names if isinstance(part, QuantizedLayer))
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put every tensor of the file where it belongs, in the file's dtype; none may be left over."""
     inside = _prefixes(module)
     slots = {k: t for k, t in _tensors(module).items() if not k.startswith(inside)}
@@ -216,9 +189,9 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
     different = sorted(k for k in set(slots) & set(tensors) if slots[k].shape != tensors[k].shape)
     if missing or unknown or different:
         raise QuantizationError(
-            f"{place / TENSORS} does not fit the class in {DESCRIPTION}: missing {missing[:5]}, "
-            f"unknown {unknown[:5]}, of another shape {different[:5]}. Save the model again, or "
-            "use the diffusers version it was saved with."
+            f"{TENSORS} does not fit the class in {DESCRIPTION}: missing {missing[:5]}, "
+            f"unknown {unknown[:5]}, of another shape {different[:5]}. Use "
+            "the diffusers version it was saved with."
         )
     for name, old in slots.items():
         parent, _, child = name.rpartition(".")
