@@ -64,23 +64,24 @@ def apply(
     if unknown:
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
     refuse_foreign(correction)
-    provenance, denoiser = correction.made_for, denoiser_of(pipeline)
+    provenance, guard = correction.made_for, _SwapGuard(pipeline)
     if correction.stages == ("head",):
         allow = {*allow, "guidance"}  # a head acts before guidance
     if provenance is not None:
-        with _heads_at_rest(pipeline):
-            if "denoiser" not in allow:
-                _refuse_denoiser(recognise(denoiser), provenance)
-            if "scheduler" not in allow:
-                _refuse_scheduler(pipeline.scheduler, provenance)
-            if "guidance" not in allow:
-                _check_guidance(provenance, guidance_scale)
+        if "scheduler" not in allow:
+            _refuse_scheduler(pipeline.scheduler, provenance)
+        if "guidance" not in allow:
+            _check_guidance(provenance, guidance_scale)
+        if "denoiser" not in allow:  # last: it takes longest
+            with _heads_at_rest(pipeline):
+                _refuse_denoiser(recognise(denoiser_of(pipeline)), provenance)
         layout = layout or LatentLayout(**provenance.layout)
 
     def check(running: Any) -> None:
         if provenance is not None and "guidance" not in allow:
             _check_guidance(provenance, getattr(running, "_guidance_scale", None))
 
+    denoiser = denoiser_of(pipeline)
     interceptors = interceptors_of(
         correction,
         pipeline,
@@ -95,7 +96,7 @@ def apply(
     for interceptor in interceptors:
         interceptor.attach()
     # The denoiser warns when the scheduler is replaced.
-    pipeline.__dict__[_GUARD] = denoiser.register_forward_pre_hook(_SwapGuard(pipeline))
+    pipeline.__dict__[_GUARD] = denoiser.register_forward_pre_hook(guard)
 
 
 def remove(pipeline: Any) -> None:

@@ -534,7 +534,7 @@ def test_fingerprints_tell_networks_apart(dit: TinyPipeline, twin: nn.Module) ->
     assert fingerprint(other) == fingerprint(dit.model) != fingerprint(twin)
     other.proj_out_2.bias.data[0] += 1e-6
     assert fingerprint(other) != fingerprint(dit.model)
-    assert fingerprint(torch.compile(dit.model)) == fingerprint(dit.model)
+    assert fingerprint(torch.compile(dit.model, backend="eager")) == fingerprint(dit.model)
     with pytest.raises(UnsupportedPipeline, match="meta device"):
         fingerprint(nn.Linear(2, 2, device="meta"))
 
