@@ -489,6 +489,7 @@ def test_a_pipeline_meets_its_budget_and_comes_back_bit_by_bit(name: str, tmp_pa
     assert not torch.equal(answers[0], answers[2])
 
 
+@pytest.mark.rarely
 def test_it_is_better_than_plain_rounding_at_the_same_bits() -> None:
     pipe = zoo.load("pixart-sigma")
     some, held = (

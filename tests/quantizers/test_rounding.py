@@ -1,4 +1,4 @@
-"""The rounding of inputs in groups, by its laws, and the best low-rank part of a weight."""
+"""The rounding of inputs in groups, by its laws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers import (
     QuantizerSpec,
-    best_low_rank,
     fake_quantize,
     quantize_module,
 )
@@ -229,41 +228,3 @@ def test_kernel_positions_of_a_convolution_are_quantized_apart() -> None:
     for i in range(2):
         for j in range(3):
             assert torch.equal(whole[:, :, i, j], snap_weight(weight[:, :, i, j], grid)[0])
-
-
-@law
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 99), st.data())
-def test_low_rank_error_is_the_tail_of_the_spectrum(
-    rows: int, columns: int, seed: int, data: st.DataObject
-) -> None:
-    rank = data.draw(st.integers(1, min(rows, columns)))
-    weight = gaussian(rows, columns, seed=seed)
-    left, right = best_low_rank(weight, rank)
-    assert (left.shape, right.shape) == ((rows, rank), (rank, columns))
-    assert left.is_contiguous()
-    assert right.is_contiguous()
-    tail = torch.linalg.svdvals(weight.double())[rank:].square().sum().sqrt().item()
-    error = torch.linalg.norm(weight.double() - left.double() @ right.double()).item()
-    assert error == pytest.approx(tail, rel=1e-5, abs=3e-6)
-
-
-def test_another_matrix_of_that_rank_is_worse() -> None:
-    weight = gaussian(8, 6)
-    left, right = best_low_rank(weight, 2)
-    best = torch.linalg.norm(weight - left @ right)
-    moved = [
-        torch.linalg.norm(weight - (left + 0.05 * gaussian(8, 2, seed=s)) @ right) for s in (1, 2)
-    ]
-    assert min(moved) > best * (1 + 1e-4)
-
-
-@pytest.mark.parametrize("rank", [0, 4, -1])
-def test_rank_out_of_range_is_refused(rank: int) -> None:
-    with pytest.raises(QuantizationError, match="from 1 to 3"):
-        best_low_rank(torch.ones(3, 5), rank)
-
-
-@pytest.mark.parametrize("weight", [torch.ones(3), torch.full((3, 3), float("nan"))])
-def test_low_rank_needs_a_finite_matrix(weight: Tensor) -> None:
-    with pytest.raises(QuantizationError, match="finite matrix"):
-        best_low_rank(weight, 1)

@@ -31,7 +31,6 @@ from evenkeel.quantizers.layers.patterns import first_match
 
 law = settings(derandomize=True, max_examples=60, deadline=None)
 BITS = st.integers(2, 8)
-GROUPS = st.none() | st.integers(2, 40)
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from tiny_pipelines import ALL, TinyPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,25 +25,10 @@ from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.svdquant import SVDQuant
 from evenkeel.quantizers.methods.svdquant_layers import shifts_of
 from evenkeel.quantizers.numbers.grids import Grid, snap_weight
-from evenkeel.quantizers.rounding.low_rank_refinement import (
-    Branch,
-    branch_of,
-    output_error,
-    refined,
-)
-from evenkeel.quantizers.rounding.smoothing import (
-    channel_span,
-    exponents,
-    factors,
-    factors_as,
-    search,
-)
 from evenkeel.quantizers.saved.report import QuantizationReport, effective_weight
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 
-law = settings(derandomize=True, max_examples=25, deadline=None)
-SEEDS = st.integers(0, 10_000)
 INT4 = Grid.parse("int4-g8")
 
 
@@ -75,134 +57,6 @@ def quantized(
 
 def nearest(x: Tensor) -> Tensor:
     return snap_weight(x, INT4)[0]
-
-
-# ---------------------------------------------------------------- smoothing.py
-
-
-def test_the_exponents_are_the_published_ones() -> None:
-    pairs = exponents()
-    assert len(pairs) == 39
-    assert pairs[0] == (0.0, 0.0)
-    steps = [i / 20 for i in range(1, 20)]
-    assert set(pairs[1:]) == {(a, 0.0) for a in steps} | {(a, 1 - a) for a in steps}
-
-
-@given(SEEDS, st.floats(0, 1), st.floats(0, 1))
-@law
-def test_smoothing_leaves_the_product_alone(seed: int, alpha: float, beta: float) -> None:
-    x, w = gaussian(7, 12, seed=seed) * gaussian(12, seed=seed + 1).exp(), gaussian(5, 12)
-    x[:, 4], w[:, 6] = 0.0, 0.0
-    s = factors(channel_span(x), channel_span(w), alpha, beta)
-    assert bool((s > 0).all() and torch.isfinite(s).all())
-    assert torch.allclose((x / s) @ (w * s).T, x @ w.T, rtol=1e-12, atol=1e-12)
-
-
-def test_factors_are_the_quotient_of_powers_and_one_for_dead_channels() -> None:
-    s = factors(torch.tensor([4.0, 0.0, 9.0]), torch.tensor([16.0, 2.0, 0.0]), 0.5, 0.25)
-    assert s.tolist() == [1.0, 1.0, 1.0]
-    s = factors(torch.tensor([4.0, 9.0]), torch.tensor([16.0, 1.0]), 0.5, 0.5)
-    assert s.tolist() == [0.5, 3.0]
-    assert factors_as(torch.float16, torch.tensor([1e-9, 1e9, 0.1])).tolist() == [
-        1.0,
-        1.0,
-        float(torch.tensor(0.1).half()),
-    ]
-
-
-def test_the_search_finds_what_trying_all_finds() -> None:
-    x, w = channel_span(gaussian(9, 6)), channel_span(gaussian(4, 6, seed=1))
-
-    def objective(s: Tensor) -> float:
-        return float((s - 1.3).square().sum())
-
-    best = search(x, w, objective)
-    every = {pair: objective(factors(x, w, *pair)) for pair in exponents()}
-    assert best.error == min(every.values()) == every[best.alpha, best.beta]
-    assert torch.equal(best.factors, factors(x, w, best.alpha, best.beta))
-    assert search(x, w, lambda _: 1.0).alpha == 0.0  # of equal ones the first
-
-
-def test_bad_searches_are_refused() -> None:
-    spans = torch.ones(3), torch.ones(3)
-    with pytest.raises(QuantizationError, match="overflows"):
-        search(*spans, lambda _: float("nan"))
-    with pytest.raises(QuantizationError, match="at least one pair"):
-        search(*spans, lambda _: 0.0, [])
-    with pytest.raises(QuantizationError, match="from 0 to 1"):
-        factors(*spans, 1.5, 0.0)
-    with pytest.raises(QuantizationError, match="at least 2"):
-        exponents(1)
-    with pytest.raises(QuantizationError, match="NaN or infinity"):
-        channel_span(torch.tensor([[1.0, float("nan")]]))
-
-
-# ---------------------------------------------------------------- low_rank_refinement.py
-
-
-@given(SEEDS, st.integers(1, 6))
-@law
-def test_the_branch_alone_is_the_best_approximation_of_its_rank(seed: int, rank: int) -> None:
-    w = gaussian(9, 7, seed=seed)
-    off = w.numpy() - branch_of(w, rank, torch.float64).product(torch.float64).numpy()
-    tail = np.linalg.svd(w.numpy(), compute_uv=False)[rank:]  # Eckart and Young
-    assert np.linalg.norm(off) == pytest.approx(np.linalg.norm(tail), rel=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_error_falls_with_the_rank(seed: int) -> None:
-    w, x = decaying(24, 32, seed), gaussian(64, 32, seed=seed + 5)
-    errors = [output_error(x, x, w, None, nearest(w))]
-    for rank in (1, 2, 4, 8, 16):
-        found = refined(
-            w, rank, w.dtype, nearest, lambda b, r: output_error(x, x, w, b, r), iterations=1
-        )
-        errors.append(found.errors[0])
-    assert all(a > b for a, b in itertools.pairwise(errors))
-
-
-@given(SEEDS)
-@law
-def test_refinement_is_never_worse_than_its_first_iterate(seed: int) -> None:
-    w, x = decaying(12, 16, seed), gaussian(40, 16, seed=seed + 1)
-
-    def error(branch: Branch, residual: Tensor) -> float:
-        return output_error(x, x, w, branch, residual)
-
-    found = refined(w, 2, w.dtype, nearest, error)
-    assert error(found.branch, found.rounded) == min(found.errors) <= found.errors[0]
-    # It falls until the last iterate, which is the first that does not (or the hundredth).
-    falling = [a > b for a, b in itertools.pairwise(found.errors)]
-    assert all(falling[:-1])
-    assert len(found.errors) == 100 or not falling[-1]
-
-
-def test_refinement_helps() -> None:
-    w, x = decaying(24, 32), gaussian(64, 32, seed=3)
-    found = refined(w, 4, w.dtype, nearest, lambda b, r: output_error(x, x, w, b, r))
-    assert min(found.errors) < 0.95 * found.errors[0]
-
-
-def test_the_residual_absorbs_the_rounding_of_the_stored_factors() -> None:
-    w = decaying(12, 16).float()
-    found = refined(w, 3, torch.bfloat16, lambda r: r, lambda b, r: 0.0)
-    assert found.branch.down.dtype == found.branch.up.dtype == torch.bfloat16
-    assert torch.allclose(found.branch.product(w.dtype) + found.rounded, w, atol=1e-6)
-
-
-def test_the_randomized_branch_is_nearly_the_best_and_repeatable() -> None:
-    w = decaying(60, 48).float()
-    state = torch.get_rng_state()
-    one, two = (branch_of(w, 4, w.dtype, "randomized") for _ in range(2))
-    assert torch.equal(one.up, two.up)
-    assert torch.equal(torch.get_rng_state(), state)
-    best = branch_of(w, 4, w.dtype)
-    off = [float((w - b.product(w.dtype)).norm()) for b in (one, best)]
-    assert off[1] <= off[0] * (1 + 1e-6) < off[1] * 1.01
-    with pytest.raises(QuantizationError, match="rank must be"):
-        branch_of(w, 49, w.dtype, "randomized")
-    with pytest.raises(QuantizationError, match="finite matrix"):
-        branch_of(w * float("nan"), 2, w.dtype, "randomized")
 
 
 # ---------------------------------------------------------------- a dense implementation

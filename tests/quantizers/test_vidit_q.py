@@ -231,6 +231,7 @@ def test_a_pipeline_meets_its_budget_and_comes_back_bit_by_bit(
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.rarely
 @pytest.mark.parametrize("bits", [8, 6])
 def test_it_is_better_than_plain_rounding_at_the_same_bits(bits: int) -> None:
     pipe = zoo.load("pixart-sigma")
