@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -213,14 +214,16 @@ def _expect(correction: Any, holds: object, what: str) -> None:
 
 def _linear(schedulers: Sequence[Case]) -> list[Case]:
     """Those that have a step law at all."""
-    found = []
-    for case in schedulers:
-        try:
-            law_of(case)
-        except UnsupportedSampler:
-            continue
-        found.append(case)
-    return found
+    return [case for case in schedulers if _has_law(case)]
+
+
+@functools.cache
+def _has_law(case: Case) -> bool:
+    try:
+        law_of(case)
+    except UnsupportedSampler:
+        return False
+    return True
 
 
 def _is_finite(plan: SamplerPlan) -> bool:
