@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +114,34 @@ def test_scans_need_the_extra_and_say_so(monkeypatch):
             reference_images(sample_prompts(3, 0), 0)
     finally:
         load_scans.cache_clear()
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules["sklearn"] = sys.modules["matplotlib"] = None  # importing either raises
+import evenkeel
+from diffusers import DiffusionPipeline
+from evenkeel.comparison import Arm
+from evenkeel.corrections import QDrift
+from evenkeel.quantizers import QuantizerSpec, quantize_module
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+quantized, _ = quantize_module(pipeline.transformer, QuantizerSpec.parse("w4a4"))
+asked = {"prompts": ["a red seven", "a blue two"], "num_inference_steps": 3, "guidance_scale": 4.5}
+record = evenkeel.calibrate(pipeline, quantized=quantized, progress=False, **asked)
+evenkeel.fit_readout(pipeline, quantized=quantized, progress=False, **asked)
+arms = [Arm("full-precision", pipeline.transformer), Arm("quantized", quantized)]
+found = evenkeel.compare(pipeline, arms, progress=False, **asked)
+pipeline.transformer = quantized
+evenkeel.apply(pipeline, QDrift(record.evidence), guidance_scale=4.5)
+loaded = {"sklearn", "matplotlib"} & {n.split(".")[0] for n, m in sys.modules.items() if m}
+print(len(found.arms), sorted(loaded))
+"""
+
+
+def test_other_peoples_pipelines_need_no_extra():
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, str(zoo.path_of("pixart-sigma"))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[-2] == "2 []"
 
 
 def test_unknown_twin():
