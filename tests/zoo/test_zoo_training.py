@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +12,15 @@ from diffusers import DiffusionPipeline
 from evenkeel.hosts.pipeline.pipelines import run_pipeline
 from evenkeel.zoo import TWINS, twin
 from evenkeel.zoo.folders import saved_dtypes
-from evenkeel.zoo.making import autoencoders, evaluators, objectives, pools, text_encoders
+from evenkeel.zoo.handwriting import CENTRED, sample_pictures
+from evenkeel.zoo.making import (
+    autoencoders,
+    evaluators,
+    objectives,
+    pools,
+    text_encoders,
+    vector_quantized,
+)
 from evenkeel.zoo.making import train as training
 from evenkeel.zoo.making.autoencoders import build, encode
 from evenkeel.zoo.making.training import Recipe
@@ -33,7 +42,7 @@ def _short(monkeypatch):
         importlib.import_module(f"evenkeel.zoo.making.twins.{t.maker.split(':')[0]}")
         for t in TWINS.values()
     ]
-    for module in {*modules, autoencoders, text_encoders, evaluators}:
+    for module in {*modules, autoencoders, text_encoders, evaluators, vector_quantized}:
         for name, value in vars(module).copy().items():
             if isinstance(value, Recipe):
                 monkeypatch.setattr(module, name, shortened(value))
@@ -41,13 +50,14 @@ def _short(monkeypatch):
                 monkeypatch.setattr(module, name, tuple(map(shortened, value)))
             elif isinstance(value, dict) and name == "RECIPES":
                 monkeypatch.setattr(module, name, {k: shortened(r) for k, r in value.items()})
-            elif name in SMALL and module in modules:
+            elif name in SMALL and module in [*modules, vector_quantized]:
                 monkeypatch.setattr(module, name, SMALL[name])
     monkeypatch.setattr(evaluators, "HELD_OUT_PICTURES", 10)
 
 
 def shortened(recipe):
-    return dataclasses.replace(recipe, steps=2)
+    # Half precision is slow on processors that lack it, and shows nothing in two steps.
+    return dataclasses.replace(recipe, steps=2, bfloat16=False)
 
 
 # pixart-sigma is left out: training it here would prove nothing that its weights and these do not.
@@ -113,6 +123,54 @@ def test_latents_are_scaled_as_the_pipelines_unscale_them(name):
     assert torch.allclose(scaled / vae.config.scaling_factor + shift, raw, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", list(vector_quantized.SHAPES))
+def test_the_codebook_starts_where_latents_are(factor, monkeypatch):
+    monkeypatch.setattr(vector_quantized, "PICTURES", 200)
+    torch.manual_seed(0)
+    vae = vector_quantized.build(factor).eval()
+    pictures = sample_pictures(32, np.random.default_rng(5), fixed=CENTRED)[0]
+    latents = encode(vae, pictures, scaled=False)
+    side = 32 // factor
+    assert latents.shape == (32, vae.config.latent_channels, side, side)
+    before = (vae.quantize(latents)[0] - latents).square().mean()
+    vector_quantized._set_entries(vae, np.random.default_rng(6))
+    rounded, _, (_, _, chosen) = vae.quantize(latents)
+    assert (rounded - latents).square().mean() < 0.1 * min(before, latents.var())
+    assert len(chosen.unique()) > 100
+
+
+def test_a_codebook_starts_with_the_other_autoencoders_weights_where_they_fit():
+    torch.manual_seed(0)
+    other = build("kl-4")
+    for factor, level in ((4, 0), (8, 1)):
+        vae = vector_quantized.build(factor)
+        vector_quantized._start(vae, other)
+        mine, theirs = vae.state_dict(), other.state_dict()
+        part = "resnets.0.conv1.weight"
+        assert torch.equal(
+            mine[f"decoder.up_blocks.{level}.{part}"], theirs[f"decoder.up_blocks.0.{part}"]
+        )
+        assert torch.equal(
+            mine[f"encoder.down_blocks.0.{part}"], theirs[f"encoder.down_blocks.0.{part}"]
+        )
+
+
+def test_no_level_weighs_more_than_the_heaviest():
+    signal = torch.full((1000,), 1e-4)
+    signal[:500] = 0.5
+
+    def loss(heaviest):
+        torch.manual_seed(0)
+        rng = np.random.default_rng(0)
+        x = torch.zeros(64, 1, 16, 16)
+        return objectives.epsilon_loss(lambda z, t: 0 * z, x, rng, signal, heaviest).item()
+
+    # Half of the timesteps have weight 2, half have 10,000 or the limit; the error is 1.
+    assert loss(float("inf")) == pytest.approx(0.5 * (2 + 1e4), rel=0.2)
+    assert loss(100.0) == pytest.approx(0.5 * (2 + 100), rel=0.2)
+    assert loss(100.0) < loss(1000.0) < loss(float("inf"))
+
+
 def test_packing_is_what_flux_unpacks():
     from diffusers import FluxPipeline
 
@@ -125,8 +183,6 @@ def test_packing_is_what_flux_unpacks():
 
 
 def test_flow_points_lie_on_the_line_and_name_their_velocity():
-    import numpy as np
-
     x = torch.randn(64, 3, 2, 2)
     torch.manual_seed(1)
     noisy, t, velocity = objectives.flow_point(x, np.random.default_rng(0), 3.0)
@@ -155,8 +211,6 @@ def test_variance_bound_is_least_at_the_true_variance():
 
 
 def test_captions_are_dropped_row_by_row():
-    import numpy as np
-
     batch = {"latents": torch.randn(1000, 2), "ids": torch.ones(1000, 4, dtype=torch.int64)}
     empty = {"ids": torch.zeros(1, 4, dtype=torch.int64)}
     out = pools.drop_captions(batch, empty, 0.1, np.random.default_rng(0))

@@ -133,3 +133,15 @@ def test_calibrate_apply_sample_remove(twin):
         assert corrected.shape == plain.shape
         evenkeel.remove(pipeline)
         assert torch.equal(samples(pipeline, twin), plain)
+
+
+def test_compare_measures_what_rounding_does(twin):
+    pipeline = zoo.load(twin.name)
+    full = denoiser_of(pipeline)
+    arms = [Arm("full-precision", full)]
+    for spec in ("w8a16", "w3a16"):
+        arms.append(Arm(spec, quantize_module(full, QuantizerSpec.parse(spec))[0]))
+    found = evenkeel.compare(pipeline, arms, progress=False, **asked(twin))
+    coarse, fine = found["w3a16"].measures["psnr"].value, found["w8a16"].measures["psnr"].value
+    assert 5 < coarse < fine - 6  # five bits are 30 dB; networks this small give back some of them
+    assert found.images["w8a16"].shape == (PROMPTS, 3, 32, 32)

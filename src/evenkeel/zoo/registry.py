@@ -71,6 +71,18 @@ class Twin:
 _NOISE = "noise-to-signal ends at 14.6, as in Stable Diffusion, where the original's linear betas end at 157"
 _WEIGHTED = "loss weighted as an error of v, so that every noise level counts about the same"
 _PICTURES = "pictures of 32x32; latents of 8x8, four times smaller instead of eight times"
+_LDM = (
+    "two levels of resolution; the class is added to the timestep's embedding and not attended to "
+    "as a sequence of one",
+    "10 classes and the null class 1,000, as written into the pipeline; rows 10 to 999 of the table are "
+    "zero and were never trained",
+    "diffusers has no class-conditional LDM pipeline; DiTPipeline has the same loop and takes any denoiser",
+    "the autoencoder starts from the embedded twin's weights and sees neither a perceptual loss nor a critic",
+    "guidance of 1 or less is none, and not the unconditional model as the original's scale 0: ask "
+    "for class 1000 to get that",
+    "betas are the original's; a noise level counts about the same as any other, but for those where "
+    "noise-to-signal is above 8",
+)
 
 # Clipping a sample to [-1, 1] is for pixels; a scheduler made from one that does not know of it clips.
 _UNCLIPPED = {"clip_sample": False}
@@ -78,6 +90,11 @@ _DDIM = Sampler("DDIMScheduler", _UNCLIPPED)
 _DDPM = Sampler("DDPMScheduler", _UNCLIPPED)
 _PLMS = Sampler("PNDMScheduler", {"skip_prk_steps": True})
 _DPM = Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2})
+# Posterior variance, which is DDIM with eta 1 (Song et al. 2021, section 4.1): the pipeline hands on no eta.
+_DDIM_1 = Sampler("DDPMScheduler", {**_UNCLIPPED, "variance_type": "fixed_small"})
+_SINGLE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+_DPM_1 = Sampler("DPMSolverSinglestepScheduler", {**_SINGLE, "solver_order": 1})
+_DPM_2 = Sampler("DPMSolverSinglestepScheduler", {**_SINGLE, "solver_order": 2})
 _EULER = Sampler("EulerDiscreteScheduler")
 _ANCESTRAL = Sampler("EulerAncestralDiscreteScheduler")
 _FLOW = Sampler("FlowMatchEulerDiscreteScheduler")
@@ -211,6 +228,26 @@ _ALL = (
             "DDIM is the pipeline's own sampler: the original's, PLMS, swings at guidance 7.5 on pictures as "
             "simple as these",
             "no safety checker",
+        ),
+    ),
+    Twin(
+        "ldm-4",
+        "LDM-4 on ImageNet",
+        "DiTPipeline",
+        "digits",
+        num_inference_steps=20,
+        guidance_scale=1.5,
+        schedulers={
+            "ddim": _DDIM,
+            "ddim-eta-1": _DDIM_1,
+            "dpm-solver-1": _DPM_1,
+            "dpm-solver-2": _DPM_2,
+        },
+        maker="ldm:train_4",
+        differences=(
+            "pictures of 32x32 (256x256), so latents of 8x8 with 3 channels (64x64)",
+            "a class is a large digit in the middle",
+            *_LDM,
         ),
     ),
     Twin(

@@ -34,7 +34,13 @@ def stratified(n: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy((rng.permutation(n) + rng.random(n)) / n)
 
 
-def epsilon_loss(predict: Predict, x: Tensor, rng: np.random.Generator, signal: Tensor) -> Tensor:
+def epsilon_loss(
+    predict: Predict,
+    x: Tensor,
+    rng: np.random.Generator,
+    signal: Tensor,
+    heaviest: float = math.inf,
+) -> Tensor:
     """Squared error of the predicted noise, weighted as an error of v = alpha eps - sigma x0.
 
     Every noise level counts about the same. Where the network predicts twice the channels, the
@@ -45,6 +51,7 @@ def epsilon_loss(predict: Predict, x: Tensor, rng: np.random.Generator, signal: 
         x: clean latents (n, channels, h, w).
         rng: of the timesteps; the noise comes from torch's generator.
         signal: (1000,) cumulative products of alphas.
+        heaviest: the weight of a level, 1 / alpha^2, is at most this.
 
     """
     t = (stratified(len(x), rng) * STEPS).long().to(x.device)
@@ -53,7 +60,7 @@ def epsilon_loss(predict: Predict, x: Tensor, rng: np.random.Generator, signal: 
     output = predict(noisy, t)
     predicted, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
     squared = (predicted - noise).square().mean((1, 2, 3))
-    loss: Tensor = (squared / kept).mean()
+    loss: Tensor = (squared / kept.clamp_min(1 / heaviest)).mean()
     if variance.shape[1]:
         bound = variance_bound(x, noisy, predicted.detach(), variance, t, signal.to(x.device))
         loss = loss + VARIANCE_WEIGHT * STEPS * bound.mean()
