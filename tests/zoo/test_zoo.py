@@ -121,7 +121,7 @@ import sys
 sys.modules["sklearn"] = sys.modules["matplotlib"] = None  # importing either raises
 import evenkeel
 from diffusers import DiffusionPipeline
-from evenkeel.comparison import Arm
+from evenkeel.comparing.comparison import Arm
 from evenkeel.corrections import QDrift
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
