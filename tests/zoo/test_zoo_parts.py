@@ -14,7 +14,7 @@ from evenkeel.zoo.folders import bytes_in
 from evenkeel.zoo.making.sharing import share
 from evenkeel.zoo.parts import PARTS_FILE, complete, files_of, parts_of
 
-ZOO = Path(__file__).parents[1] / "zoo"
+ZOO = Path(__file__).parents[2] / "zoo"
 SHARING = sorted(p.parent.name for p in ZOO.glob(f"*/{PARTS_FILE}"))
 
 
