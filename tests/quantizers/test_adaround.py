@@ -11,15 +11,8 @@ from torch import Tensor
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import NF4, Float, Integer
-from evenkeel.quantizers.numbers.grids import (
-    Grid,
-    Scales,
-    codes_of,
-    fit,
-    last,
-    snap_weight,
-    values_of,
-)
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, codes_of, fit, last, snap_weight, values_of
 from evenkeel.quantizers.rounding.adaround import (
     SoftRounding,
     random_batches,

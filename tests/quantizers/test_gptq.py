@@ -11,7 +11,8 @@ from torch import Tensor
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, Scales, codes_of, fit, snap, values_of
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, codes_of, fit, snap, values_of
 from evenkeel.quantizers.rounding.gptq import gptq, hessian_of
 
 TEXTS = [

@@ -14,12 +14,10 @@ from torch import Tensor
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import fake_quantize
 from evenkeel.quantizers.numbers.formats import NF4, Float, Integer
-from evenkeel.quantizers.numbers.grids import (
+from evenkeel.quantizers.numbers.grids import MXFP4, NVFP4, Grid
+from evenkeel.quantizers.numbers.scales import (
     CLIPS,
-    MXFP4,
-    NVFP4,
     SHRINK_FACTORS,
-    Grid,
     Scales,
     codes_of,
     fit,

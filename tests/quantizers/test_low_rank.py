@@ -14,7 +14,8 @@ from torch import Tensor
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers import best_low_rank
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.rounding.low_rank_refinement import (
     Branch,
     branch_of,

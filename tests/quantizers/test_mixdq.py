@@ -29,7 +29,8 @@ from evenkeel.quantizers.methods.mixdq import FirstToken, MixDQ
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.sensitivity import Trial, prediction
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.rounding.bit_allocation import (
     allocate,
     allocate_decoupled,

@@ -29,7 +29,8 @@ from evenkeel.quantizers.methods.block_reconstruction import (
 )
 from evenkeel.quantizers.methods.catalogue import METHODS
 from evenkeel.quantizers.methods.ptq4dit import PTQ4DiT, balancing, salience_balance
-from evenkeel.quantizers.numbers.grids import Grid, fit, last
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import fit, last
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 

@@ -32,7 +32,8 @@ from evenkeel.quantizers.methods.block_reconstruction import BlockTrial, Learnin
 from evenkeel.quantizers.methods.catalogue import METHODS
 from evenkeel.quantizers.methods.q_diffusion import QDiffusion
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, codes_of, fit, last, snap, unlast, values_of
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import codes_of, fit, last, snap, unlast, values_of
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 from evenkeel.zoo.evaluation import sample_prompts

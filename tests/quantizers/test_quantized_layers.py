@@ -19,7 +19,8 @@ from evenkeel.quantizers import (
     quantize_module,
 )
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, fit
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import fit
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from evenkeel.quantizers import (
     quantize_module,
 )
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, fit, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import fit, snap_weight
 
 law = settings(derandomize=True, max_examples=60, deadline=None)
 BITS = st.integers(2, 8)

@@ -24,7 +24,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.svdquant import SVDQuant
 from evenkeel.quantizers.methods.svdquant_layers import shifts_of
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.saved.report import QuantizationReport, effective_weight
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace

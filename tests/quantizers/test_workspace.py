@@ -29,7 +29,8 @@ from evenkeel.quantizers.methods.base import Method, quantized_on
 from evenkeel.quantizers.methods.catalogue import METHODS, method_from, method_named
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.workspace.calibration_set import (
     CalibrationSet,

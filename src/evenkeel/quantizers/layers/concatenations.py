@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from evenkeel.quantizers.numbers.grids import Grid, Scales, fit, last
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, fit, last
 
 
 def skip_concatenations(net: nn.Module) -> dict[str, int]:

@@ -278,5 +278,5 @@ def _grouped(x: Tensor, group: int | None) -> Tensor:
 
 
 def _safe(scale: Tensor) -> Tensor:
-    """One where nothing is to be scaled, as in :func:`evenkeel.quantizers.numbers.grids.fit`."""
+    """One where nothing is to be scaled, as in :func:`evenkeel.quantizers.numbers.scales.fit`."""
     return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)

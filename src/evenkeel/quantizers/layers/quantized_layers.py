@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenkeel.quantizers.layers.input_quantizers import Input
-from evenkeel.quantizers.numbers.grids import Grid, Scales
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales
 
 Stored = tuple[Grid, Scales]
 

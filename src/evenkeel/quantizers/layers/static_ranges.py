@@ -10,7 +10,8 @@ from torch import Tensor
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import StaticInput
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, Scales, fit
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, fit
 
 Search = Literal["absmax", "mse", "percentile"]
 
@@ -80,7 +81,7 @@ class RunningRange:
 def searched(
     x: Tensor, bits: int, search: Search, *, exponent: float = 2.0, split: int | None = None
 ) -> StaticInput:
-    """Scales for inputs like these, found by :func:`evenkeel.quantizers.numbers.grids.fit` on all of them.
+    """Scales for inputs like these, found by :func:`evenkeel.quantizers.numbers.scales.fit` on all of them.
 
     Args:
         x: (..., features), what entered the layer.

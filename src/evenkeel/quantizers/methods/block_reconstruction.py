@@ -30,7 +30,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
 )
 from evenkeel.quantizers.methods.block_examples import Examples, floats_in, widened
 from evenkeel.quantizers.numbers.formats import wide
-from evenkeel.quantizers.numbers.grids import Grid, Scales
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales
 from evenkeel.quantizers.rounding.adaround import Reconstruction, SoftRounding, reconstruct
 from evenkeel.quantizers.workspace.workspace import Workspace
 

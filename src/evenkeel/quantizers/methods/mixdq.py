@@ -32,7 +32,8 @@ from evenkeel.quantizers.methods.sensitivity import (
     searched_bits,
 )
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, last, snap, snap_weight, unlast
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import last, snap, snap_weight, unlast
 from evenkeel.quantizers.workspace.workspace import Workspace
 
 

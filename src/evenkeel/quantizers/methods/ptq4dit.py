@@ -22,7 +22,8 @@ from evenkeel.quantizers.methods.block_reconstruction import (
     planned,
 )
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, fit, last
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import fit, last
 from evenkeel.quantizers.workspace.workspace import Workspace
 
 # What diffusers calls the projections to q, k and v, out of attention, and into the feed-forward.

@@ -14,7 +14,8 @@ from evenkeel.quantizers.layers.static_ranges import RunningRange, searched
 from evenkeel.quantizers.methods.base import Method, check_bits
 from evenkeel.quantizers.methods.block_reconstruction import BlockTrial, Learning, WeightPlan
 from evenkeel.quantizers.numbers.formats import Integer
-from evenkeel.quantizers.numbers.grids import Grid, fit, last
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import fit, last
 from evenkeel.quantizers.workspace.workspace import Workspace
 
 

@@ -22,7 +22,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
 from evenkeel.quantizers.layers.static_ranges import RunningRange, Search, searched
 from evenkeel.quantizers.methods.base import Method, check_bits
 from evenkeel.quantizers.numbers.formats import Format, Integer, format_named, wide
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.rounding.gptq import gptq, hessian_of
 from evenkeel.quantizers.rounding.low_rank_refinement import branch_of
 from evenkeel.quantizers.workspace.workspace import Workspace

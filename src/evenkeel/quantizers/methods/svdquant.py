@@ -31,7 +31,8 @@ from evenkeel.quantizers.methods.svdquant_layers import (
     with_inputs,
 )
 from evenkeel.quantizers.numbers.formats import Integer, wide
-from evenkeel.quantizers.numbers.grids import NVFP4, Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import NVFP4, Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.rounding.gptq import gptq, hessian_of
 from evenkeel.quantizers.rounding.low_rank_refinement import (
     Branch,

@@ -18,7 +18,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
     copied,
 )
 from evenkeel.quantizers.numbers.formats import wide
-from evenkeel.quantizers.numbers.grids import Grid, Scales, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, snap_weight
 from evenkeel.quantizers.rounding.low_rank_refinement import Branch
 from evenkeel.quantizers.workspace.workspace import Workspace
 

@@ -29,7 +29,8 @@ from evenkeel.quantizers.methods.sensitivity import (
     searched_bits,
 )
 from evenkeel.quantizers.numbers.formats import Integer, wide
-from evenkeel.quantizers.numbers.grids import Grid, snap_weight
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import snap_weight
 from evenkeel.quantizers.rounding.smoothing import channel_span, factors
 from evenkeel.quantizers.workspace.workspace import Workspace
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import Integer, wide
-from evenkeel.quantizers.numbers.grids import Grid, Scales, last, snap, spread, unlast
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, last, snap, spread, unlast
 
 Mode = Literal["soft", "hard", "nearest"]
 
@@ -98,7 +99,7 @@ class SoftRounding(nn.Module):
         return self._weight((self.alpha.detach() >= 0).to(self.floor.dtype))
 
     def nearest(self) -> Tensor:
-        """The weight rounded to the nearest, as :func:`evenkeel.quantizers.numbers.grids.snap` does it."""
+        """The weight rounded to the nearest, as :func:`evenkeel.quantizers.numbers.scales.snap` does it."""
         return unlast(self.plain, self.shape, self.grid)
 
     def reset(self) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import wide
-from evenkeel.quantizers.numbers.grids import Grid, Scales, fit, snap
+from evenkeel.quantizers.numbers.grids import Grid
+from evenkeel.quantizers.numbers.scales import Scales, fit, snap
 
 Order = Literal["given", "descending"]
 
@@ -76,7 +77,7 @@ def gptq(
         weight: (out, in), floating point, finite.
         hessian: (in, in), symmetric, from :func:`hessian_of`; any positive multiple does.
         grid: what to round to.
-        scales: fixed scales, shaped as :func:`evenkeel.quantizers.numbers.grids.fit` makes them for
+        scales: fixed scales, shaped as :func:`evenkeel.quantizers.numbers.scales.fit` makes them for
             ``weight``; None fits them.
         damp: this share of the mean of the diagonal is added to the diagonal.
         block: inputs between two corrections of all the later inputs.
