@@ -60,7 +60,7 @@ def fit(x: Tensor, grid: Grid, where: str = "the tensor", *, unit: Tensor | None
     Raises:
         QuantizationError: NaN or infinity, not floating point, or empty.
 
-    >>> fit(torch.tensor([[7.0, -3.0, 0.0, 0.0, 14.0]]), Grid(Integer(4), group=2)).scale
+    >>> fit(torch.tensor([[7.0, -3.0, 0.0, 0.0, 14.0]]), Grid.parse("int4-g2")).scale
     tensor([[1., 1., 2.]])
 
     """
@@ -85,7 +85,7 @@ def to_codes_space(x: Tensor, grid: Grid, scales: Scales) -> Tensor:
     Raises:
         QuantizationError: shapes that do not belong together.
 
-    >>> to_codes_space(torch.tensor([3.5, 1.3]), Grid(Integer(4)), Scales(torch.tensor([0.5])))
+    >>> to_codes_space(torch.tensor([3.5, 1.3]), Grid.parse("int4"), Scales(torch.tensor([0.5])))
     tensor([7.0000, 2.6000])
 
     """
@@ -126,7 +126,7 @@ def codes_of(values: Tensor, grid: Grid, scales: Scales) -> Tensor:
     Raises:
         QuantizationError: NaN, or shapes that do not belong together.
 
-    >>> grid = Grid(Integer(4))
+    >>> grid = Grid.parse("int4")
     >>> codes_of(torch.tensor([7.0, -1.0]), grid, Scales(torch.tensor([1.0])))
     tensor([ 7, 15], dtype=torch.uint8)
 
@@ -141,7 +141,7 @@ def values_of(codes: Tensor, grid: Grid, scales: Scales) -> Tensor:
     Raises:
         QuantizationError: a code that the format does not have, or shapes that do not match.
 
-    >>> grid = Grid(Integer(4))
+    >>> grid = Grid.parse("int4")
     >>> values_of(torch.tensor([7, 15], dtype=torch.uint8), grid, Scales(torch.tensor([0.5])))
     tensor([ 3.5000, -0.5000])
 
@@ -156,7 +156,7 @@ def spread(scales: Scales, grid: Grid, shape: torch.Size) -> tuple[Tensor, Tenso
     Raises:
         QuantizationError: the scales are not those of a tensor of this shape on this grid.
 
-    >>> spread(Scales(torch.tensor([1.0, 2.0])), Grid(Integer(4), group=2), torch.Size([3]))[0]
+    >>> spread(Scales(torch.tensor([1.0, 2.0])), Grid.parse("int4-g2"), torch.Size([3]))[0]
     tensor([1., 1., 2.])
 
     """
@@ -184,7 +184,7 @@ def last(weight: Tensor, grid: Grid) -> Tensor:
     (out, in h w) without, one scale per output channel. A matrix stays.
 
     >>> w = torch.zeros(8, 6, 3, 3)
-    >>> last(w, Grid(Integer(4), group=2)).shape, last(w, Grid(Integer(4))).shape
+    >>> last(w, Grid.parse("int4-g2")).shape, last(w, Grid.parse("int4")).shape
     (torch.Size([8, 3, 3, 6]), torch.Size([8, 54]))
     """
     return weight.flatten(1) if grid.group is None else weight.movedim(1, -1).contiguous()
@@ -197,7 +197,7 @@ def unlast(x: Tensor, shape: torch.Size, grid: Grid) -> Tensor:
     convolution may sum in another order for each: here they follow from shape and grid alone, so a
     layer that was read from a file computes what the written one did.
 
-    >>> w, grid = torch.rand(8, 6, 3, 3), Grid(Integer(4), group=2)
+    >>> w, grid = torch.rand(8, 6, 3, 3), Grid.parse("int4-g2")
     >>> torch.equal(unlast(last(w, grid), w.shape, grid), w)
     True
     """
@@ -223,7 +223,7 @@ def snap_weight(weight: Tensor, grid: Grid, where: str = "the weight") -> tuple[
     Raises:
         QuantizationError: what :func:`fit` refuses.
 
-    >>> snap_weight(torch.tensor([[3.0, 1.4]]), Grid(Integer(3)))[0]
+    >>> snap_weight(torch.tensor([[3.0, 1.4]]), Grid.parse("int3"))[0]
     tensor([[3., 1.]])
 
     """
