@@ -259,7 +259,18 @@ def test_a_digest_sees_attributes_that_are_no_fields() -> None:
         (nn.Linear(1, 1), "Linear"),
         (iter([1]), "list_iterator"),
     ],
-    ids=str,
+    ids=[
+        "lambda",
+        "builtin",
+        "object",
+        "class",
+        "nested",
+        "array of objects",
+        "sparse",
+        "meta",
+        "module",
+        "iterator",
+    ],
 )
 def test_what_a_digest_cannot_see_is_refused(thing: Any, found: str) -> None:
     with pytest.raises(CalibrationError, match=rf"Holds\.thing.*{found}|{found}.*cannot see"):
