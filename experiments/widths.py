@@ -33,7 +33,7 @@ from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.storage import write_atomically
 from evenkeel.zoo.making import objectives
-from evenkeel.zoo.making.training import Recipe
+from evenkeel.zoo.making.loop import Recipe
 from evenkeel.zoo.making.twins import pixart_sigma
 from evenkeel.zoo.pictures import KINDS
 

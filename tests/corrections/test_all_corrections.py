@@ -29,8 +29,8 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.testing import LINEAR, SOME, Case, check_correction, drawn_evidence
 from evenkeel.testing import check as checks
-from evenkeel.testing.evidence import evidence_of, law_of
-from evenkeel.testing.schedulers import SD_BETAS
+from evenkeel.testing.scheduler_cases import SD_BETAS
+from evenkeel.testing.synthetic import evidence_of, law_of
 
 BASELINES = ("qncd", "epsilon-scaling", "tsr")  # they do not look at an error
 # The others have no step law of our form, and say so (tests/sampling).

@@ -28,7 +28,7 @@ from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.testing import SOME, drawn_evidence
-from evenkeel.testing.evidence import evidence_of
+from evenkeel.testing.synthetic import evidence_of
 
 STEPS = 4
 ADVICE = r"subclass of evenkeel\.corrections\.Correction"

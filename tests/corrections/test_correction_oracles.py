@@ -38,7 +38,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.second_order import SecondOrder
-from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
+from evenkeel.testing.scheduler_cases import BY_NAME, SD_BETAS
 
 
 def linear_evidence(law: StepLaw, s: float, v: Any, gain: float = 0.0) -> Evidence:

@@ -27,7 +27,7 @@ from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
-from evenkeel.testing.schedulers import BY_NAME
+from evenkeel.testing.scheduler_cases import BY_NAME
 
 
 def final_std(

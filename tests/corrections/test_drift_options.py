@@ -21,7 +21,7 @@ from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.evidence import Evidence, log_snr
 from evenkeel.statistics.histogram import ErrorHistogram, Frame
 from evenkeel.statistics.moments import PairedMoments
-from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
+from evenkeel.testing.scheduler_cases import BY_NAME, SD_BETAS
 
 KINDS = [QDrift, ExactDrift]
 LEVELS = [8.0, 4.0, 2.0, 1.0, 0.5]

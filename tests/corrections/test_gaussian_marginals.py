@@ -31,7 +31,7 @@ from evenkeel.hosts.scheduler.interception import install
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.testing.schedulers import BY_NAME, SD_BETAS
+from evenkeel.testing.scheduler_cases import BY_NAME, SD_BETAS
 
 
 def sampled_std(

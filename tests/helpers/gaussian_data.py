@@ -14,7 +14,7 @@ from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.sampling.prediction import clean_output, epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.testing.schedulers import SD_BETAS
+from evenkeel.testing.scheduler_cases import SD_BETAS
 
 SCALARS = LatentLayout(ndim=4, axis=1, channels=1, patch=1)
 

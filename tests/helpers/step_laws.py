@@ -11,7 +11,7 @@ import torch
 
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import Array, StepLaw
-from evenkeel.testing.schedulers import BY_NAME
+from evenkeel.testing.scheduler_cases import BY_NAME
 
 # diffusers' own, of DEIS with NumPy 2 and of settings it means to drop
 # Linear, and refused all the same: the output is preconditioned with the input (EDM), or the step

@@ -10,7 +10,7 @@ import torch
 from tiny_pipelines import ALL, NO_BFLOAT16, TinyPipeline, generate
 from torch import Tensor
 
-from evenkeel.testing.schedulers import BY_NAME, LINEAR, NONLINEAR, STEPS, Case
+from evenkeel.testing.scheduler_cases import BY_NAME, LINEAR, NONLINEAR, STEPS, Case
 
 CASES = [*LINEAR, *NONLINEAR]
 NOISY = [case for case in CASES if case.stochastic]

@@ -21,7 +21,7 @@ from evenkeel.errors import UnsupportedSampler
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.prediction import PREDICTION_TYPES, clean_output, epsilon_form
 from evenkeel.sampling.step_law import Array, StepLaw, read_step_law
-from evenkeel.testing.schedulers import BY_NAME, NONLINEAR, SD_BETAS, Case
+from evenkeel.testing.scheduler_cases import BY_NAME, NONLINEAR, SD_BETAS, Case
 
 # --- refused ---
 

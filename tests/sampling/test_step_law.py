@@ -18,7 +18,7 @@ from step_laws import (
 
 from evenkeel.sampling.prediction import PREDICTION_TYPES
 from evenkeel.sampling.step_law import Array
-from evenkeel.testing.schedulers import BY_NAME, LINEAR, SD_BETAS, Case
+from evenkeel.testing.scheduler_cases import BY_NAME, LINEAR, SD_BETAS, Case
 
 ACCEPTED = [case for case in LINEAR if case.name not in REFUSED]
 # diffusers' own arithmetic does not keep these at their nominal levels: PNDM converts a mixture of

@@ -11,9 +11,8 @@ from PIL import Image
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
 from evenkeel.zoo.folders import saved_dtypes
-from evenkeel.zoo.making.cards import card, parameters, training_of, write_card
-from evenkeel.zoo.making.judging import Judge
-from evenkeel.zoo.making.quality import measure
+from evenkeel.zoo.making.card import card, parameters, training_of, write_card
+from evenkeel.zoo.making.quality import Judge, measure
 from evenkeel.zoo.pictures import KINDS
 
 

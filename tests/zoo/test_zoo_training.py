@@ -23,7 +23,7 @@ from evenkeel.zoo.making import (
 )
 from evenkeel.zoo.making import train as training
 from evenkeel.zoo.making.autoencoders import build, encode
-from evenkeel.zoo.making.training import Recipe
+from evenkeel.zoo.making.loop import Recipe
 from evenkeel.zoo.pictures import KINDS
 
 SMALL = {"PICTURES": 100, "PAIRS": 100, "STARTS": 100, "STEPS": 2}

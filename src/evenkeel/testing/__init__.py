@@ -10,10 +10,10 @@ milliseconds.
 """
 
 from evenkeel.testing.check import check_correction as check_correction
-from evenkeel.testing.evidence import drawn_evidence as drawn_evidence
-from evenkeel.testing.evidence import law_of as law_of
 from evenkeel.testing.pipeline import tiny_pipeline as tiny_pipeline
-from evenkeel.testing.schedulers import LINEAR as LINEAR
-from evenkeel.testing.schedulers import NONLINEAR as NONLINEAR
-from evenkeel.testing.schedulers import SOME as SOME
-from evenkeel.testing.schedulers import Case as Case
+from evenkeel.testing.scheduler_cases import LINEAR as LINEAR
+from evenkeel.testing.scheduler_cases import NONLINEAR as NONLINEAR
+from evenkeel.testing.scheduler_cases import SOME as SOME
+from evenkeel.testing.scheduler_cases import Case as Case
+from evenkeel.testing.synthetic import drawn_evidence as drawn_evidence
+from evenkeel.testing.synthetic import law_of as law_of

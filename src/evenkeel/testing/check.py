@@ -24,9 +24,9 @@ from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.scheduler.interception import install
 from evenkeel.statistics.evidence import Evidence
-from evenkeel.testing.evidence import drawn_evidence, evidence_of, law_of
 from evenkeel.testing.pipeline import sampled, tiny_law, tiny_pipeline
-from evenkeel.testing.schedulers import LINEAR, SOME, Case
+from evenkeel.testing.scheduler_cases import LINEAR, SOME, Case
+from evenkeel.testing.synthetic import drawn_evidence, evidence_of, law_of
 
 ERROR = 0.3
 _LAYOUT = LatentLayout(ndim=4, axis=1, channels=4, patch=1)

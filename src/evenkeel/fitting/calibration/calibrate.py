@@ -19,7 +19,7 @@ from evenkeel.corrections.base import Correction
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.calibration.batch import FULL_PRECISION, SideBySide
-from evenkeel.fitting.calibration.parts import Parts, barrier, process
+from evenkeel.fitting.calibration.kept_batches import Parts, barrier, process
 from evenkeel.fitting.closed_loop.fit_stepbaq import StepbaQFit
 from evenkeel.fitting.closed_loop.fit_tac import TACFit
 from evenkeel.hosts.pipeline.layouts import LatentLayout

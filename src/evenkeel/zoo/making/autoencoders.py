@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.zoo.handwriting import IMAGE_SIZE
-from evenkeel.zoo.making.training import Recipe, fit
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.scenes import sample_scene_pictures
 
 RECIPES = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.zoo.handwriting import UNSPECIFIED
-from evenkeel.zoo.making.training import Recipe, fit
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.scene_evaluation import SceneNetwork
 from evenkeel.zoo.scenes import SCENE, sample_scene_pictures
 

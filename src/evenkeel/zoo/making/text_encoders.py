@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.zoo.making.training import Recipe, fit
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.scene_captions import mention, vocabulary, write_caption
 from evenkeel.zoo.scenes import SCENE, sample_scenes
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evenkeel import zoo
 from evenkeel.zoo.handwriting import CENTRED, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.making.autoencoders import encode, picture_loss
-from evenkeel.zoo.making.training import Recipe, fit
+from evenkeel.zoo.making.loop import Recipe, fit
 
 # Factor in height and width -> (channels of the latents, channels of the levels); the originals' latents
 # have as many channels (ImageNet: 3 at factor 4, 4 at factor 8).

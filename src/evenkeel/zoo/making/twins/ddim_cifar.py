@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evenkeel.zoo.handwriting import CENTRED_WHITE, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.making import objectives
-from evenkeel.zoo.making.training import Recipe, fit
+from evenkeel.zoo.making.loop import Recipe, fit
 
 RECIPES = (
     Recipe(steps=7000, learning_rate=1e-3, seed=714, bfloat16=True),

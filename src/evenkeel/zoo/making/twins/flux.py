@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from evenkeel.zoo.making import autoencoders, objectives, text_encoders
 from evenkeel.zoo.making.autoencoders import encode
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool, drop_captions, scene_pool
-from evenkeel.zoo.making.training import Recipe, fit
 
 PLAIN = Recipe(steps=11_000, learning_rate=1.5e-3, seed=314)
 GUIDED = Recipe(steps=2000, learning_rate=5e-4, seed=316)

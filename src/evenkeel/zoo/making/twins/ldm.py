@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from evenkeel.zoo.handwriting import CENTRED, DIGITS, IMAGE_SIZE, sample_pictures
 from evenkeel.zoo.making import objectives, vector_quantized
 from evenkeel.zoo.making.autoencoders import encode
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool
-from evenkeel.zoo.making.training import Recipe, fit
 
 CLASSES, NULL = 1000, 1000
 # Cosine with warm restarts, so that the first stretch alone is already a twin.

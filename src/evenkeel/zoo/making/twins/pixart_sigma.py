@@ -28,9 +28,9 @@ from evenkeel.zoo.handwriting import (
 from evenkeel.zoo.making import objectives, text_encoders
 from evenkeel.zoo.making.autoencoders import build_kl, encode, fit_autoencoder
 from evenkeel.zoo.making.evaluators import as_decoded
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool, drop_captions
 from evenkeel.zoo.making.text_encoders import tokenize
-from evenkeel.zoo.making.training import Recipe, fit
 
 TEXT_ENCODER = Recipe(steps=1200, learning_rate=2e-3, seed=11)
 AUTOENCODER = Recipe(steps=1800, learning_rate=2e-3, seed=12, weight_decay=1e-4)
@@ -203,7 +203,7 @@ def train_denoiser(
         vae: the autoencoder.
         width: of the denoiser.
         recipes: one stretch of training each; the embedded pipeline's own without.
-        keep: steps whose averaged weights are kept (:func:`evenkeel.zoo.making.training.fit`).
+        keep: steps whose averaged weights are kept (:func:`evenkeel.zoo.making.loop.fit`).
 
     """
     recipes = DENOISER if recipes is None else recipes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.zoo.making import autoencoders, objectives, text_encoders
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import drop_captions, scene_pool
-from evenkeel.zoo.making.training import Recipe, fit
 
 DENOISER = Recipe(steps=12_000, learning_rate=1.5e-3, seed=614)
 BATCH = 64

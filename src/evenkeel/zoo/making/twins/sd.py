@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.zoo.making import autoencoders, objectives, text_encoders
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool, drop_captions, scene_pool
-from evenkeel.zoo.making.training import Recipe, fit
 
 DENOISER = Recipe(steps=9_000, learning_rate=1e-3, seed=414)
 BATCH = 64

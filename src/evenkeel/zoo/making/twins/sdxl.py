@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.zoo.making import autoencoders, objectives, text_encoders
+from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool, scene_pool
-from evenkeel.zoo.making.training import Recipe, fit
 
 DENOISER = Recipe(steps=7_000, learning_rate=1e-3, seed=514)
 STUDENT = Recipe(steps=5000, learning_rate=5e-4, seed=516)

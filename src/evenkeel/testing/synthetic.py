@@ -12,7 +12,7 @@ from evenkeel.statistics.error_structure import step_gram
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.moments import PairedMoments
 from evenkeel.statistics.provenance import Provenance
-from evenkeel.testing.schedulers import Case
+from evenkeel.testing.scheduler_cases import Case
 
 PROMPTS, ELEMENTS = 6, 64
 
