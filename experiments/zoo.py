@@ -1,4 +1,4 @@
-"""Every twin of the zoo at full precision and quantized to W8A8, W4A8, W4A4 and W3A4.
+"""Every twin of the zoo at full precision and quantized to W8A8, W4A8, W4A4, W3A4 and W4A16.
 
 Frozen: each twin with its original's sampler, number of steps and guidance; 2,000 images per arm (prompts of
 seed 1, the same noise in every arm); quantized by rounding to nearest in groups of 32, at 4-bit
@@ -34,6 +34,7 @@ SPECS = {
     "W4A8": "w4a8-g32",
     "W4A4": "w4a4-g32-r16",
     "W3A4": "w3a4-g32-r16",
+    "W4A16": "w4a16-g32",
 }
 IMAGES, CALIBRATION_PROMPTS, BATCH = 2000, 32, 100
 

@@ -56,8 +56,7 @@ def _short(monkeypatch):
 
 
 def shortened(recipe):
-    # Half precision is slow on processors that lack it, and shows nothing in two steps.
-    return dataclasses.replace(recipe, steps=2, bfloat16=False)
+    return dataclasses.replace(recipe, steps=2)
 
 
 # pixart-sigma is left out: training it here would prove nothing that its weights and these do not.

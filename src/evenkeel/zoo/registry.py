@@ -251,6 +251,26 @@ _ALL = (
         ),
     ),
     Twin(
+        "ldm-8",
+        "LDM-8 on ImageNet",
+        "DiTPipeline",
+        "digits",
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        schedulers={
+            "ddim": _DDIM,
+            "ddim-eta-1": _DDIM_1,
+            "dpm-solver-1": _DPM_1,
+            "dpm-solver-2": _DPM_2,
+        },
+        maker="ldm:train_8",
+        differences=(
+            "pictures of 32x32 (256x256), so latents of 4x4 with 4 channels (32x32)",
+            "a class is a large digit in the middle",
+            *_LDM,
+        ),
+    ),
+    Twin(
         "dit-xl",
         "DiT-XL/2",
         "DiTPipeline",
