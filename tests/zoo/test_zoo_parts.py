@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from evenkeel import zoo
-from evenkeel.errors import EvenkeelError
+from evenkeel.errors import EvenkeelError, StorageError
 from evenkeel.zoo.folders import bytes_in
 from evenkeel.zoo.making.sharing import share
-from evenkeel.zoo.parts import PARTS_FILE, complete, files_of, parts_of
+from evenkeel.zoo.parts import PARTS_FILE, TWIN_FILE, complete, files_of, parts_of
 
 ZOO = Path(__file__).parents[2] / "zoo"
 SHARING = sorted(p.parent.name for p in ZOO.glob(f"*/{PARTS_FILE}"))
@@ -108,3 +108,22 @@ def test_the_package_alone_says_where_the_other_twins_are(monkeypatch):
     monkeypatch.setattr(zoo, "places_of", lambda name: [Path("nowhere") / name])
     with pytest.raises(EvenkeelError, match=r"carries pixart-sigma alone.*zoo/.*EVENKEEL_ZOO"):
         zoo.path_of("sana")
+
+
+def test_a_twin_whose_files_are_not_those_that_were_measured_is_refused(copied, monkeypatch):
+    monkeypatch.setenv("EVENKEEL_ZOO", str(copied))
+    folder = zoo.path_of("sdxl")
+    config = folder / "unet" / "config.json"
+    kept = config.read_bytes()
+    config.write_bytes(kept.replace(b"EulerDiscrete", b"Other") + b" ")
+    with pytest.raises(StorageError, match=r"unet.config\.json was changed"):
+        zoo.path_of("sdxl")
+    config.unlink()
+    with pytest.raises(StorageError, match=r"unet/config\.json is missing or foreign"):
+        zoo.path_of("sdxl")
+    config.write_bytes(kept)
+    assert zoo.path_of("sdxl") == folder
+    named = json.loads((folder / TWIN_FILE).read_text())
+    (folder / TWIN_FILE).write_text(json.dumps(named | {"pictures": "captions"}))
+    with pytest.raises(StorageError, match="changed after it was written"):
+        zoo.path_of("sdxl")

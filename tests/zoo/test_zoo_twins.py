@@ -1,6 +1,5 @@
 """Every twin of the zoo: plain, small, and everything works on it."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from evenkeel.hosts.pipeline.pipelines import denoiser_name, denoiser_of
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.zoo.folders import bytes_in, denoiser_weights
+from evenkeel.zoo.parts import signed
 from evenkeel.zoo.pictures import KINDS
 
 STEPS, PROMPTS = 3, 2
@@ -60,8 +60,7 @@ def test_a_twin_is_a_plain_small_diffusers_folder(twin):
     assert type(pipeline).__name__ == twin.pipeline
     assert bytes_in(folder) <= 16e6
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
-    told = json.loads((folder / zoo.TWIN_FILE).read_text())
-    assert told == {"name": twin.name, "pictures": twin.pictures}
+    assert signed(folder) == {"name": twin.name, "pictures": twin.pictures}
 
 
 def test_the_denoiser_has_1_to_3_million_parameters(twin):

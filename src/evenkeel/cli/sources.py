@@ -17,6 +17,7 @@ from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
 from evenkeel.quantizers.saved.report import report_on
+from evenkeel.zoo.parts import signed
 from evenkeel.zoo.pictures import KINDS, Pictures
 
 
@@ -140,19 +141,19 @@ def twin_of(pipeline: Any) -> tuple[Path, Pictures] | None:
     """The folder of a twin's pipeline and the kind of its pictures; None for pipelines from elsewhere.
 
     Raises:
-        EvenkeelError: the ``twin.json`` in the pipeline's folder names no kind of picture.
+        StorageError: the folder's ``twin.json`` cannot be used, or a file was changed.
+        EvenkeelError: it names no kind of picture.
 
     """
     folder = Path(str(pipeline.config.get("_name_or_path", "")))
-    file = folder / zoo.TWIN_FILE
-    if not file.is_file():
+    if not (folder / zoo.TWIN_FILE).is_file():
         return None
-    try:
-        return folder, KINDS[json.loads(file.read_text(encoding="utf-8"))["pictures"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    kind = signed(folder)["pictures"]
+    if kind not in KINDS:
         raise EvenkeelError(
-            f'{file} is not of the form {{"name": ..., "pictures": one of {", ".join(KINDS)}}}: {e!r}.'
-        ) from e
+            f"{folder / zoo.TWIN_FILE} names pictures of kind {kind!r}; there are {', '.join(KINDS)}."
+        )
+    return folder, KINDS[kind]
 
 
 def evaluator_for(pipeline: Any) -> Any:

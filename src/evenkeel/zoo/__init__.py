@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel.errors import EvenkeelError
-from evenkeel.zoo.parts import complete
+from evenkeel.zoo.parts import EVALUATOR_FILE as EVALUATOR_FILE
+from evenkeel.zoo.parts import TWIN_FILE as TWIN_FILE
+from evenkeel.zoo.parts import complete, signed
 from evenkeel.zoo.registry import TWINS as TWINS
 from evenkeel.zoo.registry import Sampler as Sampler
 from evenkeel.zoo.registry import Twin as Twin
 from evenkeel.zoo.registry import twin as twin
 
 FOLDER_VARIABLE = "EVENKEEL_ZOO"
-TWIN_FILE, EVALUATOR_FILE = "twin.json", "evaluator.safetensors"  # beside the pipeline
 
 
 def places_of(name: str) -> list[Path]:
@@ -40,6 +41,7 @@ def path_of(name: str) -> Path:
 
     Raises:
         EvenkeelError: no such twin, or its weights are nowhere; says where they were looked for.
+        StorageError: a file of it is missing or was changed.
 
     """
     place = find(name)
@@ -50,7 +52,8 @@ def path_of(name: str) -> Path:
             f"the repository: name it in {FOLDER_VARIABLE}, or train the twin with python -m "
             f"evenkeel.zoo.making.train {name}."
         )
-    return complete(place)
+    signed(complete(place))
+    return place
 
 
 def load(name: str, scheduler: str | None = None, dtype: Any = None) -> Any:

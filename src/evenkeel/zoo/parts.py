@@ -10,10 +10,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from evenkeel.errors import EvenkeelError
-from evenkeel.storage import write_atomically
+from evenkeel.errors import EvenkeelError, StorageError
+from evenkeel.storage import Kind, check_json, read_json, write_atomically, write_json
+from evenkeel.storage.digests import file_digest
 
-PARTS_FILE = "parts.json"
+PARTS_FILE, TWIN_FILE, EVALUATOR_FILE = "parts.json", "twin.json", "evaluator.safetensors"
+KIND = Kind(
+    "twin",
+    1,
+    "take the twin's folder from the repository again",
+    keys=("name", "pictures", "files"),
+)
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
 
@@ -66,6 +73,52 @@ def complete(folder: Path) -> Path:
                     f"{folder.parent} to where it can be written and name the copy in EVENKEEL_ZOO."
                 ) from e
     return folder
+
+
+def sign(folder: Path, name: str, pictures: str) -> Path:
+    """Write ``twin.json``: whose folder this is, and the digest of every file that decides what it draws.
+
+    Args:
+        folder: of a finished twin; parts that lie elsewhere count as if they lay in it.
+        name: of the twin.
+        pictures: what it draws.
+
+    """
+    digests = {place.as_posix(): file_digest(source) for place, source in _deciding(folder)}
+    header = {"name": name, "pictures": pictures, "files": digests}
+    return write_json(folder / TWIN_FILE, KIND, header)
+
+
+def signed(folder: Path) -> dict[str, str]:
+    """Name and pictures of a twin whose files are, to the bit, those that were measured.
+
+    Raises:
+        StorageError: ``twin.json`` cannot be used, or a file is missing, foreign or was changed.
+
+    """
+    header = read_json(folder / TWIN_FILE, KIND)
+    with KIND.valid(folder / TWIN_FILE):
+        check_json(header, {"name": str, "pictures": str, "files": {str: str}})
+    found = {place.as_posix(): source for place, source in _deciding(folder)}
+    if found.keys() != header["files"].keys():
+        differing = sorted(found.keys() ^ header["files"].keys())
+        raise StorageError(
+            f"{folder} does not hold the files that {TWIN_FILE} lists: {', '.join(differing)} "
+            f"{'is' if len(differing) == 1 else 'are'} missing or foreign. {KIND.remedy.capitalize()}."
+        )
+    for name, digest in header.pop("files").items():
+        if file_digest(found[name]) != digest:
+            raise StorageError(
+                f"{found[name]} was changed after the twin was measured (its digest does not match). "
+                f"{KIND.remedy.capitalize()}."
+            )
+    return dict(header)
+
+
+def _deciding(folder: Path) -> list[tuple[Path, Path]]:
+    """Networks, tokenizers, schedulers and the evaluator; not what is told about them."""
+    top = ("model_index.json", EVALUATOR_FILE)
+    return [(p, s) for p, s in files_of(folder).items() if len(p.parts) > 1 or p.name in top]
 
 
 def _place_of(folder: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ from evenkeel import zoo
 from evenkeel.storage import write_atomically
 from evenkeel.zoo.making.evaluators import train_evaluator
 from evenkeel.zoo.making.sharing import SHARED, share
+from evenkeel.zoo.parts import sign
 
 EMBEDDED = "pixart-sigma"
 
@@ -53,8 +54,7 @@ def train(name: str, work: Path) -> Path:
         runs.append(work / SHARED / "evaluator")
     described = _describe(name, runs, out)
     write_atomically(out / "training.json", json.dumps(described, indent=1) + "\n")
-    about = {"name": name, "pictures": twin.pictures}
-    write_atomically(out / zoo.TWIN_FILE, json.dumps(about, indent=1) + "\n")
+    sign(out, name, twin.pictures)
     return out
 
 
