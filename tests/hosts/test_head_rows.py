@@ -50,6 +50,8 @@ def test_rows_of_a_convolution_times_its_weight_are_the_convolution(
     _matches(layer, noise(2, 3, 7, 6).double())
 
 
+# torch says that it copies; the result is what counts here.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("mode", _PADDINGS)
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [(1, 4), (3, 2)])
@@ -188,6 +190,8 @@ def test_layers_that_cannot_be_overwritten(layer):
     assert not is_plain(layer)
 
 
+# What torch.compile imports when it is first called.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_compiled_denoisers_and_layers_are_looked_through():
     model = nn.ModuleDict({"proj_out": nn.Linear(8, 4)})
     head = find_head(torch.compile(model))

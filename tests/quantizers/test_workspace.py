@@ -403,6 +403,7 @@ def test_convolutions_of_a_unet_are_replaced_too() -> None:
     assert len(report.table().splitlines()) == len(report.layers)
 
 
+@pytest.mark.rarely
 @pytest.mark.parametrize(
     "method",
     [
