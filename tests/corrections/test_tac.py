@@ -13,9 +13,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from changed_denoisers import twin
 from scipy.optimize import minimize_scalar
 from tiny_pipelines import ALL, TinyPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from evenkeel.corrections.base import Correction, digest_of, text_of
 from evenkeel.corrections.reconstruction import Reconstruction, reconstruction_gain
@@ -283,22 +284,6 @@ def test_tables_that_make_no_sense(gain: Any, bias: Any, branch: Any) -> None:
 
 
 # ---- the fit
-
-
-def twin(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of the denoiser whose prediction goes through ``change``."""
-    copied: Any = copy.deepcopy(model)
-    inner = copied.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = inner(*args, **kwargs)
-        found = out if isinstance(out, tuple) else (out.sample,)
-        changed = (change(found[0]), *found[1:])
-        return changed if isinstance(out, tuple) else type(out)(sample=changed[0])
-
-    copied.forward = forward
-    copied.evenkeel_quantizer = "twin"
-    return copied
 
 
 def bent(m: Tensor) -> Tensor:

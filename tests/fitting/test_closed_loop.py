@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import diffusers as d
 import pytest
 import torch
+from changed_denoisers import twin
 from tiny_pipelines import ALL, TinyPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting import fit_readout
@@ -34,22 +34,6 @@ SCHEDULERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "plms": (lambda: d.PNDMScheduler(skip_prk_steps=True, **PLAIN), {}),
     "2s": (lambda: d.DPMSolverSinglestepScheduler(solver_order=2, **PLAIN), {}),
 }
-
-
-def twin(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of the denoiser whose prediction goes through ``change``."""
-    copied: Any = copy.deepcopy(model)
-    inner = copied.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = inner(*args, **kwargs)
-        found = out if isinstance(out, tuple) else (out.sample,)
-        changed = (change(found[0]), *found[1:])
-        return changed if isinstance(out, tuple) else type(out)(sample=changed[0])
-
-    copied.forward = forward
-    copied.evenkeel_quantizer = "twin"
-    return copied
 
 
 def pixart(scheduler: str = "ddim") -> tuple[TinyPipeline, dict[str, Any]]:

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from drawn_weights import decaying, gaussian
 from hypothesis import given, settings
 from small_denoisers import gaussian as small
 from torch import Tensor
@@ -26,21 +27,6 @@ from evenkeel.quantizers.rounding.low_rank_refinement import (
 law = settings(derandomize=True, max_examples=25, deadline=None)
 SEEDS = st.integers(0, 10_000)
 INT4 = Grid.parse("int4-g8")
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def decaying(out: int, width: int, seed: int = 0) -> Tensor:
-    """A weight with a few strong directions and an input channel of outliers."""
-    weight = 0.05 * gaussian(out, width, seed=seed)
-    for k in range(4):
-        left, right = gaussian(out, 1, seed=seed + 10 + k), gaussian(1, width, seed=seed + 20 + k)
-        weight = weight + left @ right * 0.5**k
-    weight[:, 3] *= 6
-    return weight
 
 
 def nearest(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_weights import decaying, gaussian
 from tiny_pipelines import ALL, TinyPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,21 +32,6 @@ from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 
 INT4 = Grid.parse("int4-g8")
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def decaying(out: int, width: int, seed: int = 0) -> Tensor:
-    """A weight with a few strong directions and an input channel of outliers."""
-    weight = 0.05 * gaussian(out, width, seed=seed)
-    for k in range(4):
-        left, right = gaussian(out, 1, seed=seed + 10 + k), gaussian(1, width, seed=seed + 20 + k)
-        weight = weight + left @ right * 0.5**k
-    weight[:, 3] *= 6
-    return weight
 
 
 def quantized(
