@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def linears(model: nn.Module, skip: tuple[str, ...] = ()) -> list[tuple[str, nn.Linear]]:
@@ -139,9 +140,17 @@ def _gguf(model: nn.Module, skip: tuple[str, ...] = (), *, kind: str) -> nn.Modu
 # ---- optimum-quanto
 
 
+def quanto_unpacked(packed: Tensor, bits: int) -> Tensor:
+    """What quanto's extension computes."""
+    return torch.cat([(packed >> low) & (2**bits - 1) for low in range(0, 8, bits)])
+
+
 def _quanto(model: nn.Module, skip: tuple[str, ...] = (), *, kind: str) -> nn.Module:
     from optimum import quanto
+    from optimum.quanto.library.extensions import get_extension
 
+    # Its own is compiled at first use, for a minute and a half; tests/hosts/test_backends.py compares.
+    get_extension("quanto_cpp")._lib = SimpleNamespace(unpack=quanto_unpacked)
     model = copy.deepcopy(model)
     exclude = [f"*{part}*" for part in skip] or None
     quanto.quantize(model, weights=quanto.qtypes[kind], exclude=exclude)

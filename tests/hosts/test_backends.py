@@ -20,7 +20,7 @@ from backend_denoisers import (
     quantized,
     shared,
 )
-from quantized_by import BACKENDS, bitsandbytes_4bit, modelopt_w3a4
+from quantized_by import BACKENDS, bitsandbytes_4bit, modelopt_w3a4, quanto_unpacked
 from tiny_pipelines import ALL
 from torch import Tensor, nn
 
@@ -252,3 +252,20 @@ def test_weights_inside_a_foreign_object_are_refused() -> None:
     blocks.m = inner()
     with pytest.raises(UnsupportedPipeline, match="NunchakuFluxTransformer2DModelV2"):
         fingerprint(nn.ModuleDict({"transformer_blocks": blocks}))
+
+
+# ---- what tests use in place of a compiler
+
+
+@pytest.mark.rarely
+@pytest.mark.parametrize("bits", [2, 4])
+def test_quantos_extension_unpacks_as_its_substitute_here(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions import get_extension
+
+    extension = get_extension("quanto_cpp")
+    monkeypatch.setattr(extension, "_lib", None)
+    packed = torch.arange(256, dtype=torch.uint8).reshape(8, 32)
+    assert torch.equal(extension.lib.unpack(packed, bits), quanto_unpacked(packed, bits))
