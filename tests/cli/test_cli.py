@@ -10,6 +10,7 @@ import pytest
 from evenkeel.cli import main
 from evenkeel.corrections.catalogue import ALL, FILE, root_of
 from evenkeel.zoo import TWINS
+from evenkeel.zoo.parts import sign
 
 SAMPLING = ["zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--steps", "3", "--batch-size", "4"]
 
@@ -326,6 +327,7 @@ def test_zoo_path_and_card(capsys, monkeypatch, tmp_path):
     # The folder that the variable names comes first; one without a card says what writes it.
     (tmp_path / "sana").mkdir()
     (tmp_path / "sana" / "model_index.json").write_text("{}")
+    sign(tmp_path / "sana", "sana", "scenes")
     monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
     assert run(capsys, "zoo", "path", "sana")[1].strip() == str(tmp_path / "sana")
     code, _, err = run(capsys, "zoo", "card", "sana")
