@@ -30,6 +30,7 @@ from evenkeel.hosts.scheduler.tape import Recorder, Tape
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe
+from evenkeel.threads import sensible_threads
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,16 @@ class Run:
     ) -> Iterator[None]:
         """Inside, the pipeline samples with this denoiser, with these interceptors and no others.
 
-        Corrections that are applied are set aside, and bars are not shown. Afterwards the pipeline is as
-        it was, whatever happened inside.
+        Corrections that are applied are set aside, bars are not shown, and threads do not fight
+        (``sensible_threads``). Afterwards all is as it was, whatever happened inside.
         """
         pipeline, active = self.pipeline, self.denoiser if denoiser is None else denoiser
-        with set_aside(pipeline.scheduler), quiet(pipeline), denoiser_swapped(pipeline, active):
+        with (
+            set_aside(pipeline.scheduler),
+            quiet(pipeline),
+            denoiser_swapped(pipeline, active),
+            sensible_threads(active),
+        ):
             if interceptors:
                 install(pipeline.scheduler, *interceptors)
             for interceptor in interceptors:

@@ -12,6 +12,7 @@ from torch import nn
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.saved.report import QuantizationReport
 from evenkeel.quantizers.workspace.workspace import Progress, Workspace
+from evenkeel.threads import sensible_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,7 +38,8 @@ def quantized_on(
     workspace: Workspace, quantizer: Quantizer
 ) -> tuple[nn.Module, QuantizationReport]:
     """What the quantizer makes of the workspace's denoiser."""
-    quantizer.quantize(workspace)
+    with sensible_threads(workspace.quantized):
+        quantizer.quantize(workspace)
     return workspace.result(str(quantizer), quantizer.as_dict())
 
 
