@@ -19,7 +19,7 @@ REPEATS = 40
 COMMANDS = {
     "python": ["-c", "pass"],
     "import": ["-c", "import evenkeel"],
-    "help": ["-m", "evenkeel.cli", "--help"],
+    "help": ["-m", "evenkeel", "--help"],
 }
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "scipy", "matplotlib")
 IMPORTED = {

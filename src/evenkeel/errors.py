@@ -9,6 +9,7 @@ EvenkeelError
 ├── UnsupportedSampler    a step is not of a form this library can correct
 ├── UnsupportedPipeline   no denoiser, an unknown latent layout, a missing component
 ├── QuantizationError     a quantizer specification or a layer that cannot be quantized
+├── ProcessError          another of several processes failed, is gone, or was asked for something else
 ├── MissingExtra          an optional package is not installed; names the extra that brings it
 └── MetricError           too few images, unequal numbers, shapes that do not match
 """
@@ -54,6 +55,10 @@ class QuantizationError(EvenkeelError, ValueError):
 
 class MetricError(EvenkeelError, ValueError):
     """Too few images, unequal numbers, or shapes that do not match."""
+
+
+class ProcessError(EvenkeelError, RuntimeError):
+    """Another of several processes failed, is gone, or was asked for something else."""
 
 
 class MissingExtra(EvenkeelError, ImportError):

@@ -27,6 +27,7 @@ from evenkeel.fitting import calibrate
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipeline.pipelines import denoiser_name
+from evenkeel.hosts.processes import Processes
 from evenkeel.hosts.scheduler.interception import installed, plain_class
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.record import Record, prompt_key
@@ -517,7 +518,8 @@ def test_an_unknown_trajectory_and_an_unknown_argument_are_named(
 def test_several_processes_need_a_folder(
     dit: TinyPipeline, twin: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evenkeel.fitting.calibration.calibrate.process", lambda: (0, 2))
+    two = Processes(0, 2, store=torch.distributed.HashStore())
+    monkeypatch.setattr("evenkeel.fitting.calibration.calibrate.processes", lambda: two)
     with pytest.raises(CalibrationError, match="resume=<folder>"):
         measure(dit, twin)
 

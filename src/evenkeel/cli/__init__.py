@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from evenkeel.cli import fitting, generating, quantizing, zoo
+from evenkeel.cli.several import LAUNCHED, several_processes
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -15,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error of the user's, 130 for Ctrl-C."""
     options = build_parser().parse_args(argv)
     try:
-        return int(options.run(options) or 0)
+        with several_processes(options) if LAUNCHED else nullcontext():
+            return int(options.run(options) or 0)
     except KeyboardInterrupt:
         print("interrupted; finished batches are kept where a folder was given", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -26,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not isinstance(e, (EvenkeelError, OSError)):
             raise
-        print(f"evenkeel {options.command}: {e}", file=sys.stderr)
+        if getattr(e, "told", True):  # of several processes that fail, the first one says why
+            print(f"evenkeel {options.command}: {e}", file=sys.stderr)
         return EXIT_ERROR
 
 

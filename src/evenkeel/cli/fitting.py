@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import DTYPES, command, loaded, positive, sampling
+from evenkeel.cli.options import DTYPES, command, loaded, positive, sampling, several
 
 
 def _prompts(parser: argparse.ArgumentParser) -> None:
     """What every command that measures or fits takes."""
+    several(parser)
     sampling(parser)
     parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
 
@@ -62,6 +63,7 @@ def add_calibrate(commands: Any) -> None:
 
 def _run_calibrate(options: argparse.Namespace) -> None:
     from evenkeel.fitting import calibrate
+    from evenkeel.hosts.processes import processes
     from evenkeel.record.describe import describe, text
     from evenkeel.reports.verdicts import check_text
 
@@ -74,6 +76,8 @@ def _run_calibrate(options: argparse.Namespace) -> None:
         resume=options.resume,
         **asked,
     )
+    if not processes().main:
+        return
     record.save(options.out)
     description = describe(record)
     check = _checked(options, pipeline, record, asked) if options.check else None
@@ -129,6 +133,7 @@ def add_readout(commands: Any) -> None:
 
 def _run_readout(options: argparse.Namespace) -> None:
     from evenkeel.fitting import fit_readout
+    from evenkeel.hosts.processes import processes
     from evenkeel.record import save
 
     pipeline, asked = _asked(options)
@@ -138,6 +143,8 @@ def _run_readout(options: argparse.Namespace) -> None:
         head=options.head,
         **asked,
     )
+    if not processes().main:
+        return
     save(readout, options.out)
     if options.json:
         print(json.dumps({"record": str(options.out), **readout.description()}))
@@ -161,12 +168,15 @@ def add_refit(commands: Any) -> None:
 def _run_refit(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import save_denoiser
     from evenkeel.fitting import refit_branches
+    from evenkeel.hosts.processes import processes
 
     pipeline, asked = _asked(options)
     refitted, report = refit_branches(
         pipeline,
         **asked,
     )
+    if not processes().main:
+        return
     save_denoiser(refitted, options.out)
     if options.json:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))

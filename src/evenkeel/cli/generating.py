@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command, correcting, corrections, loaded, positive, sampling
+from evenkeel.cli.options import (
+    command,
+    correcting,
+    corrections,
+    loaded,
+    positive,
+    sampling,
+    several,
+)
 
 
 def add_demo(commands: Any) -> None:
@@ -48,6 +56,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 def add_sample(commands: Any) -> None:
     """``evenkeel sample``."""
     parser = command(commands, "sample", _run_sample, "Generate images, corrected or not.")
+    several(parser)
     sampling(parser)
     correcting(parser)
     parser.add_argument(
@@ -69,6 +78,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import load_prompts
     from evenkeel.comparing.generation import Arm, generate
     from evenkeel.errors import EvenkeelError
+    from evenkeel.hosts.processes import processes
     from evenkeel.hosts.run import Run
     from evenkeel.storage import write_atomically
 
@@ -80,9 +90,12 @@ def _run_sample(options: argparse.Namespace) -> None:
     if options.correction is not None:
         chosen = corrections(options.record, [options.correction])[0][options.correction]
     arm = Arm("sample", quantized, chosen, tuple(options.allow))
-    with tqdm(desc="sample", unit="batch", disable=options.json) as bar:
+    us = processes()
+    with tqdm(desc="sample", unit="batch", disable=options.json or not us.main) as bar:
         run = Run(pipeline, prompts, seed=options.seed, batch_size=options.batch_size, **settings)
         images, seconds = generate(run, arm, on_batch=bar.update)
+    if not us.main:
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, image in enumerate(images):
@@ -105,6 +118,7 @@ def add_compare(commands: Any) -> None:
         _run_compare,
         "Same prompts, same noise: full precision, quantized, and every correction, with intervals.",
     )
+    several(parser)
     sampling(parser)
     correcting(parser)
     parser.add_argument("--corrections", default="all", help="comma-separated, or all")
@@ -117,6 +131,7 @@ def _run_compare(options: argparse.Namespace) -> None:
     from evenkeel.comparing.comparison import compare, standard_arms
     from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
+    from evenkeel.hosts.processes import processes
     from evenkeel.hosts.run import Run
     from evenkeel.reports import text_table
     from evenkeel.reports.save import save_results
@@ -144,6 +159,8 @@ def _run_compare(options: argparse.Namespace) -> None:
         progress=not options.json,
         **settings,
     )
+    if not processes().main:
+        return
     described = {
         "pipeline": options.pipeline,
         "quantized": options.quantized,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evenkeel.cli.several import own_device
+
 PIPELINE = "zoo:NAME, a local diffusers folder, or a hub id"
 _QUANTIZED = "quantizer specification (w3a4-g32-r16), folder, or hub id of the quantized denoiser"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -20,6 +22,11 @@ def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
         "--json", action="store_true", help="one JSON object on stdout, nothing else"
     )
     return parser
+
+
+def several(parser: argparse.ArgumentParser) -> None:
+    """The command may be launched as several processes, which share its prompts."""
+    parser.set_defaults(several=True)
 
 
 def positive(text: str) -> int:
@@ -43,7 +50,10 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", help="where to run, for example cuda; default: the CPU")
+    parser.add_argument(
+        "--device",
+        help="where to run, for example cuda (of several processes each its own); default: the CPU",
+    )
     parser.add_argument(
         "--call",
         action="append",
@@ -140,9 +150,10 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
     pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
     quantized = load_denoiser(options.quantized, pipeline)
-    if options.device:
-        pipeline.to(options.device)
-        quantized.to(options.device)
+    device = own_device(options.device)
+    if device:
+        pipeline.to(device)
+        quantized.to(device)
     settings = {
         "num_inference_steps": steps,
         "guidance_scale": guidance,

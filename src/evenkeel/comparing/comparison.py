@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.comparing.generation import Arm as Arm
-from evenkeel.comparing.generation import check_corrections, generate
+from evenkeel.comparing.generation import check_corrections, generate, identity_of
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Run
 from evenkeel.metrics import (
     alignment,
@@ -70,6 +71,15 @@ class ArmResult:
     measures: dict[str, Estimate]
     difference_to_quantized: dict[str, Estimate] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> ArmResult:
+        """What ``dataclasses.asdict`` made of one."""
+        found = (
+            {key: Estimate(**value) for key, value in said[part].items()}
+            for part in ("measures", "difference_to_quantized")
+        )
+        return cls(said["name"], *found)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         out: dict[str, Any] = {"name": self.name}
@@ -83,7 +93,10 @@ class ArmResult:
 
 @dataclass
 class Comparison:
-    """All arms, with the images they were measured on: name -> (n, 3, H, W) uint8."""
+    """All arms, with the images they were measured on: name -> (n, 3, H, W) uint8.
+
+    Of several processes only the main one holds images.
+    """
 
     arms: list[ArmResult]
     images: dict[str, Tensor]
@@ -111,7 +124,8 @@ def compare(
 
     The first arm must be the full-precision one: distances, PSNR and SSIM of the others are taken
     to its images. Prompt i starts from noise of seed ``seed + i`` in every arm; the default seed is
-    far from calibration's.
+    far from calibration's. Under torchrun every process generates a share of the batches; all
+    return the same measures, and the main one the images.
 
     Args:
         pipeline: any diffusers pipeline.
@@ -152,22 +166,45 @@ def compare(
         batch_size=batch_size,
         call=call,
     )
-    total = len(run.batches()) * len(arms)
-    check_corrections(run, arms)
+    us = processes()
+    hidden = not (progress and us.main)
     images: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
-    with tqdm(total=total, desc="generate", unit="batch", disable=not progress) as bar:
-        for arm in arms:
-            bar.set_postfix_str(arm.name)
-            images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
-    results = measure(images, seconds, prompts, evaluator, reference_images)
+    with us.telling():
+        _agree(us, run, arms)
+        check_corrections(run, arms)
+        total = len(run.share()) * len(arms)
+        with tqdm(total=total, desc="generate", unit="batch", disable=hidden) as bar:
+            for arm in arms:
+                bar.set_postfix_str(arm.name)
+                images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
+        results = []
+        if us.main:
+            results = measure(images, seconds, prompts, evaluator, reference_images)
+            _add_times(results, seconds, num_inference_steps)
+        (found, _), *_ = us.gathered([asdict(result) for result in results])
+    if not us.main:
+        return Comparison([ArmResult.of(said) for said in found], {})
+    return Comparison(results, images)
+
+
+def _agree(us: Processes, run: Run, arms: Sequence[Arm]) -> None:
+    """Refuse processes that would generate something else than the main one."""
+    if us.count > 1:
+        asked = {**run.identity, "seed": run.seed, "batch_size": run.batch_size}
+        asked |= {"prompts": run.prompts.texts, "arms": [identity_of(run, arm) for arm in arms]}
+        us.agree("comparison", asked)
+
+
+def _add_times(
+    results: Sequence[ArmResult], seconds: Mapping[str, list[float]], steps: int
+) -> None:
     if QUANTIZED in seconds:
         for result in results:
             if result.difference_to_quantized:
                 result.difference_to_quantized["seconds_per_step"] = _extra_time(
-                    seconds[result.name], seconds[QUANTIZED], num_inference_steps
+                    seconds[result.name], seconds[QUANTIZED], steps
                 )
-    return Comparison(results, images)
 
 
 def _extra_time(mine: list[float], quantized: list[float], steps: int) -> Estimate:

@@ -18,6 +18,7 @@ from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.errors import MetricError
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.storage import Kind, Tensors, check_tensors, read_tensors, write_tensors
 
@@ -43,6 +44,9 @@ def generate(
 ) -> tuple[Tensor, list[float]]:
     """Images (n, 3, H, W) uint8 of one arm, and seconds per image of every batch.
 
+    Of several processes each makes whole batches, as one process would; the main one gets all of
+    them, the others none.
+
     Args:
         run: of any diffusers image pipeline.
         arm: which denoiser and correction.
@@ -55,9 +59,10 @@ def generate(
 
     """
     made, seconds = [], []
-    identity = {} if folder is None else _identity(run, arm)
+    identity = {} if folder is None else identity_of(run, arm)
     with sampling_as(run, arm):
-        for batch in run.batches():
+        for batch in run.share():
+            processes().check()
             asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.texts}
             name = f"{batch.first:06d}-{len(batch):03d}.safetensors"
             path = None if folder is None else Path(folder) / arm.name / name
@@ -71,7 +76,26 @@ def generate(
             made.append(pictures)
             seconds.append(each)
             on_batch()
-    return torch.cat(made), seconds
+    return _brought_together(made, seconds)
+
+
+def _brought_together(made: list[Tensor], seconds: list[float]) -> tuple[Tensor, list[float]]:
+    """Batches of all processes in the order of the prompts, on the main one."""
+    us = processes()
+    if us.count == 1:
+        return torch.cat(made), seconds
+    rounds = max(int(n) for n, _ in us.gathered(len(made)))
+    found: list[list[tuple[Tensor, float]]] = [[] for _ in range(us.count)]
+    for i in range(rounds):  # one batch each at a time: never all images twice
+        mine = {"images": made[i]} if i < len(made) else {}
+        for batches, (each, tensors) in zip(
+            found, us.gathered(seconds[i : i + 1], mine, main_only=True), strict=False
+        ):
+            batches += [(tensors["images"], float(s)) for s in each]
+    whole = [batch for batches in found for batch in batches]
+    if not whole:
+        return torch.empty(0, 3, 0, 0, dtype=torch.uint8), []
+    return torch.cat([images for images, _ in whole]), [each for _, each in whole]
 
 
 @contextmanager
@@ -130,7 +154,7 @@ def _timed(run: Run, batch: Batch) -> tuple[Tensor, float]:
     )
 
 
-def _identity(run: Run, arm: Arm) -> dict[str, Any]:
+def identity_of(run: Run, arm: Arm) -> dict[str, Any]:
     """Whatever decides about an arm's images beside prompts and seeds."""
     return {
         **run.identity,

@@ -24,6 +24,7 @@ from evenkeel.hosts.pipeline.pipelines import (
     uncompiled,
 )
 from evenkeel.hosts.pipeline.prompts import Prompt, Prompts
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.scheduler.interception import Interceptor, install, plain_class, set_aside
 from evenkeel.hosts.scheduler.schedulers import config_of
 from evenkeel.hosts.scheduler.tape import Recorder, Tape
@@ -240,6 +241,10 @@ class Run:
         size = self.batch_size
         starts = range(0, len(self.prompts), size)
         return [Batch(self.prompts[i : i + size], i, self.seed + i) for i in starts]
+
+    def share(self) -> list[Batch]:
+        """Of all batches those of this process; all of them where there is only one process."""
+        return processes().share(self.batches())
 
     def sample(self, batch: Batch, *, output_type: str = "latent", on: Any = None) -> Any:
         """One pipeline call: the batch's latents, or whatever ``output_type`` says.

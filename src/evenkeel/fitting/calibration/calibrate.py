@@ -19,11 +19,12 @@ from evenkeel.corrections.base import Correction
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.calibration.batch import FULL_PRECISION, SideBySide
-from evenkeel.fitting.calibration.kept_batches import Parts, barrier, process
+from evenkeel.fitting.calibration.kept_batches import Parts
 from evenkeel.fitting.closed_loop.fit_stepbaq import StepbaQFit
 from evenkeel.fitting.closed_loop.fit_tac import TACFit
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.record import Record
 from evenkeel.record.closed_loop import ClosedLoop
@@ -108,31 +109,33 @@ def calibrate(
             "closed_loop=True fits corrections of the plain quantized model with both denoisers in "
             "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
         )
-    rank, world = process()
-    parts = Parts.of(run, resume, world, trajectory, correction, histograms)
-    pairs = SideBySide(run, trajectory, correction, histograms)
-    batches = run.batches()
-    frame = pilot.frame if pilot is not None else None
-    mine = [0, *(i for i in range(1, len(batches)) if i % world == rank)]
-    if rank != 0:
-        barrier(world)  # the first batch makes the frame that all histograms share
-        mine = mine[1:]
-    bar = tqdm(mine, desc="calibrate", unit="batch", disable=not progress or rank != 0)
-    for index in bar:
-        if not parts.has(index):
-            if frame is None and index != 0:
-                frame = parts.frame()
-            part = pairs.record(batches[index], frame)
+    us = processes()
+    with us.telling():
+        parts = Parts.of(run, resume, us.count, trajectory, correction, histograms)
+        pairs = SideBySide(run, trajectory, correction, histograms)
+        batches = run.batches()
+        frame = pilot.frame if pilot is not None else None
+        mine = [0, *(i for i in range(1, len(batches)) if i % us.count == us.rank)]
+        if not us.main:
+            us.barrier()  # the first batch makes the frame that all histograms share
+            mine = mine[1:]
+        hidden = not (progress and us.main)
+        for index in tqdm(mine, desc="calibrate", unit="batch", disable=hidden):
+            us.check()
+            if not parts.has(index):
+                if frame is None and index != 0:
+                    frame = parts.frame()
+                part = pairs.record(batches[index], frame)
+                if index == 0:
+                    part = pairs.with_noise_floor(part, batches[index], noise_floor_limit)
+                parts.put(index, part)
             if index == 0:
-                part = pairs.with_noise_floor(part, batches[index], noise_floor_limit)
-            parts.put(index, part)
-        if index == 0 and rank == 0:
-            barrier(world)
-    barrier(world)
-    record = parts.merged(len(batches))
-    barrier(world)
-    if rank == 0:
-        parts.tidy()
+                us.barrier()
+        us.barrier()
+        record = parts.merged(len(batches))
+        us.barrier()
+        if us.main:
+            parts.tidy()
     if closed_loop:
         tac = TACFit(Reconstruction()).fitted(run, progress=progress)
         stepbaq = StepbaQFit().fitted(run, progress=progress)

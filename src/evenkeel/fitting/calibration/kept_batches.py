@@ -112,20 +112,3 @@ class Parts:
                 path.unlink()
         with contextlib.suppress(OSError):
             self._folder.rmdir()
-
-
-def process() -> tuple[int, int]:
-    """Rank and number of processes under torchrun; joins the group if the launcher set one up."""
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available():
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def barrier(world: int) -> None:
-    """Wait for all processes."""
-    if world > 1:
-        torch.distributed.barrier()

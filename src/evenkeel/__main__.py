@@ -1,4 +1,4 @@
-"""``python -m evenkeel.cli``."""
+"""``python -m evenkeel``, and ``torchrun -m evenkeel``."""
 
 import sys
 
