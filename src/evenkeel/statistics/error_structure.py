@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.statistics.exact import Pending, product_pair, working
 
 
 def step_gram(d: Tensor) -> Tensor:
@@ -19,8 +20,18 @@ def step_gram(d: Tensor) -> Tensor:
         only ever averaged.
 
     """
-    flat = d.double().flatten(2)
-    return (flat @ flat.transpose(1, 2) / flat.shape[-1]).float()
+    return pending_gram(d).now()
+
+
+def pending_gram(d: Tensor) -> Pending[Tensor]:
+    """The same, still where the error is."""
+    flat = working(d).flatten(2)
+    elements = flat.shape[-1]
+
+    def finish(gram: Tensor) -> Tensor:
+        return (gram.sum(0) / elements).float()
+
+    return Pending((product_pair(flat, flat),), finish)
 
 
 def step_correlation(gram: Tensor) -> Tensor:
@@ -55,16 +66,25 @@ def radial_spectrum(d: Tensor, bins: int = 8) -> Tensor:
         raise CalibrationError(
             f"a spectrum needs (prompts, steps, ..., height, width); got {tuple(d.shape)}."
         )
+    return pending_spectrum(d, bins).now()
+
+
+def pending_spectrum(d: Tensor, bins: int = 8) -> Pending[Tensor]:
+    """The same, still where the error is."""
     height, width = d.shape[-2:]
     bins = max(1, min(bins, max(height, width) // 2))
-    power = torch.fft.fft2(d.double(), norm="ortho").abs() ** 2
+    values = working(d)
+    power = torch.fft.fft2(values, norm="ortho").abs() ** 2
     power = power.reshape(*d.shape[:2], -1, height, width).mean(2)
-    fy, fx = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
+    fy, fx = (torch.fft.fftfreq(n, device=d.device) for n in (height, width))
     radius = (fy[:, None] ** 2 + fx[None, :] ** 2).sqrt()
-    ring = (radius * 2 * bins).floor().long().flatten()
-    inside = ring < bins
-    index = ring[inside]
-    counts = torch.bincount(index, minlength=bins).clamp_min(1)
-    sums = torch.zeros(*d.shape[:2], bins, dtype=torch.float64)
-    sums.index_add_(2, index, power.flatten(2)[..., inside])
-    return sums / counts
+    ring = (radius * 2 * bins).floor().flatten()
+    rings = torch.arange(bins, device=d.device)
+    # A product with ones, as indices would be counted on the host.
+    inside = (ring == rings[:, None]).to(values.dtype)
+    sums = product_pair(power.reshape(-1, height * width), inside)
+
+    def finish(sums: Tensor, counts: Tensor) -> Tensor:
+        return sums.sum(0).reshape(*d.shape[:2], bins) / counts.clamp_min(1)
+
+    return Pending((sums, inside.sum(1)), finish)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.statistics.exact import Pending, placed, working
 
 BINS = 128
 REACH = 12.0
@@ -53,28 +54,35 @@ class ErrorHistogram:
     @classmethod
     def of(cls, frame: Frame, e: Tensor, d: Tensor) -> ErrorHistogram:
         """Bin elements along the last axis of (prompts, steps, channels, elements) tensors."""
+        return cls.pending(frame, e, d).now()
 
-        def framed(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-            return (values.double() - mean[..., None]) / _unit(std)[..., None]
-
-        z, w = framed(d, frame.mean_d, frame.std_d), framed(e, frame.mean_e, frame.std_e)
+    @classmethod
+    def pending(cls, frame: Frame, e: Tensor, d: Tensor) -> Pending[ErrorHistogram]:
+        """The same, still where the tensors are; there every value is rounded to 2^-20."""
+        z = framed(d, frame.mean_d, _unit(frame.std_d))
+        w = framed(e, frame.mean_e, _unit(frame.std_e))
         bins = ((z + REACH) * (BINS / (2 * REACH))).floor().clamp(-1, BINS).long()
         bins = torch.where(bins < 0, BINS + 1, bins)  # below the reach: the very last bin
-        steps, channels = frame.mean_d.shape
-        cells = torch.arange(steps * channels).reshape(steps, channels, 1) * (BINS + 2)
-        flat = (bins + cells).reshape(-1)
-        size = steps * channels * (BINS + 2)
-        weights = (torch.ones_like(z), z, z * z, w, w * w, w * z)
-        columns = [torch.bincount(flat, v.reshape(-1), minlength=size) for v in weights]
-        scaled = (torch.stack(columns, -1) * UNIT).round()
-        if not (scaled.abs() < LIMIT).all():
-            raise CalibrationError(
-                "an error or output lies thousands of standard deviations away from those of the pilot "
-                "(the first batch): the sum of squares does not fit the histogram. Calibrate with "
-                "histograms=False, or put a more typical prompt first."
-            )
-        sums = scaled.long()
-        return cls(frame, sums.reshape(steps, channels, BINS + 2, 6))
+        cells = in_cells(bins, BINS + 2)
+        size = frame.mean_d.numel() * (BINS + 2)
+        sums = torch.zeros(size, 6, dtype=torch.int64, device=d.device)
+        largest = []
+        for column, values in enumerate((torch.ones_like(z), z, z * z, w, w * w, w * z)):
+            scaled = (values * UNIT).round()
+            largest.append(scaled.abs().sum())
+            # Whole numbers add up to the same in any order, also on a device that adds in any order.
+            sums[:, column].scatter_add_(0, cells, scaled.long().reshape(-1))
+
+        def finish(sums: Tensor, largest: Tensor) -> ErrorHistogram:
+            if not (largest < LIMIT).all():
+                raise CalibrationError(
+                    "an error or output lies thousands of standard deviations away from those of the "
+                    "pilot (the first batch): the sum of squares does not fit the histogram. "
+                    "Calibrate with histograms=False, or put a more typical prompt first."
+                )
+            return cls(frame, sums.reshape(*frame.mean_d.shape, BINS + 2, 6))
+
+        return Pending((sums, torch.stack(largest)), finish)
 
     def __add__(self, other: ErrorHistogram) -> ErrorHistogram:
         """Exact: integers add the same in any order.
@@ -117,6 +125,22 @@ class ErrorHistogram:
         ed = covariance(part[..., 5], part[..., 3], part[..., 1]) * unit_e * unit_d
         dd = covariance(part[..., 2], part[..., 1], part[..., 1]) * unit_d**2
         return ee, ed, dd, part[..., 0] / total[..., 0]
+
+
+def framed(values: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """``(values - mean) / unit`` of (prompts, steps, channels, elements), where the values are."""
+    high, low = placed(mean[..., None], values)
+    centred = working(values) - high
+    if centred.dtype != torch.float64:
+        centred = centred - low
+    return centred / placed(unit[..., None], values)[0]
+
+
+def in_cells(bins: Tensor, count: int) -> Tensor:
+    """Bins of (prompts, steps, channels, elements) as indices of a flat table, ``count`` per cell."""
+    _, steps, channels, _ = bins.shape
+    cells = torch.arange(steps * channels, device=bins.device).reshape(steps, channels, 1)
+    return (bins + cells * count).reshape(-1)
 
 
 def _unit(std: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Normal equations of a linear regression, streamed row by row, and ridge solutions of them.
 
+Rows on the CPU are summed in float64. Those on another device are summed there (``RowSums``) until
+somebody asks for a solution; ``settle`` brings the sums of several equations in one transfer.
+
 The centred scatter matrix of the features is kept in LAPACK's rectangular full packed format: half
 the memory of a square matrix at the speed of one. At FLUX's width (3,072 features) a fold of the
 cross-validation costs 38 MB, so that two folds, their sum and its factor fit in 200 MB.
@@ -18,12 +21,16 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from evenkeel.errors import OVERFLOW, CalibrationError
+from evenkeel.statistics.exact import Pending, settled, working_dtype
+from evenkeel.statistics.row_sums import RowSums
 
 Array = NDArray[np.float64]
 Solution = tuple[Tensor, Tensor]  # (F, O) weights and (O,) constant
 CHUNK = 512  # rows turned to float64 at a time
 SMALLEST_PENALTY = 1e-12  # where a singular system starts, in units of its scale
 ROUNDING = 3e-13  # an eigenvalue of a correlation matrix below this is rounding
+ROUNDING_OF_FLOAT32 = 1e-6  # the same of sums that were taken on a device
+NOT_FINITE = f"a feature or target is not finite (NaN or infinity); {OVERFLOW}"
 
 
 @dataclass
@@ -41,6 +48,7 @@ class NormalEquations:
         hh: scatter of the features, packed, F (F + 1) / 2.
         ht: (F, O) scatter of features with targets.
         tt: (O,) scatter of each target.
+        rounding: an eigenvalue of the features' correlation matrix below this is rounding.
 
     >>> h, t = torch.randn(50, 3), torch.randn(50, 2)
     >>> equations = NormalEquations(3, 2)
@@ -61,6 +69,8 @@ class NormalEquations:
     hh: Array = field(init=False)
     ht: Array = field(init=False)
     tt: Array = field(init=False)
+    rounding: float = field(default=ROUNDING, init=False)
+    _waiting: RowSums | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.mean_h, self.mean_t = np.zeros(self.features), np.zeros(self.targets)
@@ -72,7 +82,8 @@ class NormalEquations:
 
         Raises:
             CalibrationError: shapes that do not belong together, or a value that is not finite;
-                the sums are then as they were before.
+                the sums are then as they were before. Of rows on a device it is found, and all that
+                waited there is dropped, when they are settled.
 
         """
         widths = (h.shape[-1:], t.shape[-1:])
@@ -82,15 +93,54 @@ class NormalEquations:
                 f"{tuple(h.shape)} and {tuple(t.shape)}."
             )
         h, t = h.reshape(-1, self.features), t.reshape(-1, self.targets)
+        if working_dtype(h.device) != torch.float64:
+            if self._waiting is None:
+                self._waiting = RowSums(self.features, self.targets, self.intercept)
+            self._waiting.add(h, t)
+            return
         starts = range(0, len(h), CHUNK)
         for x in (h, t):
             # Before anything is added, so that a refusal leaves no half of the rows behind.
             if not all(bool(x[s : s + CHUNK].isfinite().all()) for s in starts):
-                raise CalibrationError(
-                    f"a feature or target is not finite (NaN or infinity); {OVERFLOW}"
-                )
+                raise CalibrationError(NOT_FINITE)
         for s in starts:
             self._add(_float64(h[s : s + CHUNK]), _float64(t[s : s + CHUNK]))
+
+    @property
+    def pending(self) -> list[Pending[None]]:
+        """What still lies on a device; once settled it is among the sums. Empty on the CPU."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or not waiting.count:
+            return []
+
+        def finish(
+            pilot: Tensor, rows: Tensor, hh: Tensor, ht: Tensor, tt: Tensor, ok: Tensor
+        ) -> None:
+            if not ok:
+                raise CalibrationError(NOT_FINITE)
+            n, f = waiting.count, self.features
+            about = (rows.sum(0) / n).numpy() if self.intercept else np.zeros(len(pilot))
+            mean = pilot.numpy() + about
+            part = NormalEquations(self.features, self.targets, self.intercept, count=n)
+            square = hh.sum(0).numpy() - n * np.outer(about[:f], about[:f])
+            part.hh = lapack.dtrttf(square)[0]
+            part.ht = ht.sum(0).numpy() - n * np.outer(about[:f], about[f:])
+            part.tt = tt.sum(0).numpy() - n * about[f:] ** 2
+            part.mean_h, part.mean_t = mean[:f], mean[f:]
+            self.rounding = ROUNDING_OF_FLOAT32
+            self.merge(part)
+
+        return [Pending(waiting.tensors, finish)]
+
+    def merge(self, part: NormalEquations) -> None:
+        """Take in the rows of another set of equations, of the same features, targets and intercept."""
+        if self.intercept:
+            self._shift(part.count, part.mean_h, part.mean_t)
+        self.hh += part.hh
+        self.ht += part.ht
+        self.tt += part.tt
+        self.count += part.count
+        self.rounding = max(self.rounding, part.rounding)
 
     def _add(self, h: Array, t: Array) -> None:
         n = len(h)
@@ -124,6 +174,8 @@ class NormalEquations:
             CalibrationError: no part has rows, or they differ in features, targets or intercept.
 
         """
+        parts = list(parts)
+        settle(parts)
         parts = [p for p in parts if p.count]
         kinds = {(p.features, p.targets, p.intercept) for p in parts}
         if len(kinds) != 1:
@@ -135,11 +187,7 @@ class NormalEquations:
             return parts[0]
         out = cls(*kinds.pop())
         for part in parts:
-            out._shift(part.count, part.mean_h, part.mean_t)
-            out.hh += part.hh
-            out.ht += part.ht
-            out.tt += part.tt
-            out.count += part.count
+            out.merge(part)
         return out
 
     @property
@@ -166,6 +214,7 @@ class NormalEquations:
                 in float64, or a prior that is not finite or of another shape.
 
         """
+        settle([self])
         start = np.zeros_like(self.ht) if prior is None else self._checked(prior)[0]
         return [self._solve(p, start) for p in penalties]
 
@@ -192,8 +241,8 @@ class NormalEquations:
             root = np.sqrt(packed[_diagonal_index(self.features)])
             factor, info = lapack.dpftrf(self.features, packed, overwrite_a=1)
             # LAPACK accepts a pivot of pure rounding, as often positive as not; a penalty excludes it.
-            safe = added > 100 * ROUNDING * root.max() ** 2
-            if not info and (safe or _smallest_correlation(factor, root) > ROUNDING):
+            safe = added > 100 * self.rounding * root.max() ** 2
+            if not info and (safe or _smallest_correlation(factor, root) > self.rounding):
                 return factor, added
             del packed, factor  # a matrix less while the next one is made
             penalty = max(penalty * 100, SMALLEST_PENALTY)
@@ -220,6 +269,7 @@ class NormalEquations:
                 ``intercept``, one with a constant.
 
         """
+        settle([self])
         diagonal, outer, errors = _diagonal_index(self.features), np.zeros_like(self.hh), []
         for d, constant in map(self._checked, solutions):
             # tr D^T H D = <H, D D^T>: both packed, so that no square matrix is needed.
@@ -231,6 +281,16 @@ class NormalEquations:
                 raise CalibrationError("sums about zero cannot judge a solution with a constant.")
             errors.append(max(spread, 0.0) + self.count * (offset**2).sum())
         return torch.tensor(errors, dtype=torch.float64)
+
+
+def settle(equations: Iterable[NormalEquations]) -> None:
+    """Bring what lies on a device into the sums, in one transfer.
+
+    Raises:
+        CalibrationError: a row was not finite.
+
+    """
+    settled(p for e in equations for p in e.pending)
 
 
 def held_out_errors(
@@ -253,6 +313,7 @@ def held_out_errors(
         CalibrationError: fewer than two folds with rows, or not one prior per fold.
 
     """
+    settle(folds)
     if sum(fold.count > 0 for fold in folds) < 2:
         raise CalibrationError(
             "cross-validation needs at least two folds with rows; got folds of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
-from evenkeel.statistics.histogram import Frame
+from evenkeel.statistics.exact import Pending, placed
+from evenkeel.statistics.histogram import Frame, framed, in_cells
 from evenkeel.statistics.moments import PairedMoments
 
 Estimator = Literal["std", "mad", "iqr", "kurtosis", "kde"]
@@ -90,22 +92,33 @@ class ResidualHistogram:
             CalibrationError: a value is not finite.
 
         """
-        r = (d.double() - frame.mean_d[..., None]) - frame.gain[..., None] * (
-            e.double() - frame.mean_e[..., None]
-        )
-        if not torch.isfinite(r).all():
-            raise CalibrationError(
-                "a residual D - k e - d to be counted is not finite (NaN or infinity): check the "
-                "outputs of both denoisers."
-            )
-        bins = ((r / _unit(frame)[..., None] + RESIDUAL_REACH) / _WIDTH).floor()
-        bins = bins.clamp(-1, RESIDUAL_BINS).long()
+        return cls.pending(frame, e, d).now()
+
+    @classmethod
+    def pending(cls, frame: Frame, e: Tensor, d: Tensor) -> Pending[ResidualHistogram]:
+        """The same, still where the tensors are."""
+        one = torch.ones_like(frame.gain)
+        gain, _ = placed(frame.gain[..., None], d)
+        r = framed(d, frame.mean_d, one) - gain * framed(e, frame.mean_e, one)
+        unit, _ = placed(_unit(frame)[..., None], d)
+        unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)
+        bins = ((r / unit + RESIDUAL_REACH) / _WIDTH).floor()
+        bins = bins.clamp(-1, RESIDUAL_BINS).nan_to_num().long()
         bins = torch.where(bins < 0, RESIDUAL_BINS + 1, bins)  # below the reach: the very last bin
-        steps, channels = frame.mean_d.shape
-        cells = torch.arange(steps * channels).reshape(steps, channels, 1) * (RESIDUAL_BINS + 2)
-        size = steps * channels * (RESIDUAL_BINS + 2)
-        counts = torch.bincount((bins + cells).reshape(-1), minlength=size)
-        return cls(frame, counts.reshape(steps, channels, RESIDUAL_BINS + 2))
+        cells = in_cells(bins, RESIDUAL_BINS + 2)
+        shape = (*frame.mean_d.shape, RESIDUAL_BINS + 2)
+        counts = torch.zeros(math.prod(shape), dtype=torch.int64, device=d.device)
+        counts.scatter_add_(0, cells, torch.ones_like(cells))
+
+        def finish(counts: Tensor, finite: Tensor) -> ResidualHistogram:
+            if not finite:
+                raise CalibrationError(
+                    "a residual D - k e - d to be counted is not finite (NaN or infinity): check the "
+                    "outputs of both denoisers."
+                )
+            return cls(frame, counts.reshape(shape))
+
+        return Pending((counts, torch.isfinite(r).all()), finish)
 
     def __add__(self, other: ResidualHistogram) -> ResidualHistogram:
         """Exact.
