@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evenkeel.fitting import refit_branches as refit_branches
     from evenkeel.fitting.quantize import quantize as quantize
     from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
+    from evenkeel.planning.plan import plan as plan
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
     from evenkeel.quantizers import quantize_module as quantize_module
     from evenkeel.record import Record as Record
@@ -56,6 +57,7 @@ _HOME = {
     "fit_tac": "fitting",
     "load": "record",
     "marginal_check": "comparing.marginal_check",
+    "plan": "planning.plan",
     "probe_scheduler": "hosts.scheduler.probing",
     "quantize": "fitting.quantize",
     "quantize_module": "quantizers",

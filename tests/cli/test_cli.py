@@ -39,6 +39,7 @@ def run(capsys, *arguments):
             [n]
             for n in (
                 "demo",
+                "plan",
                 "quantize",
                 "calibrate",
                 "readout",

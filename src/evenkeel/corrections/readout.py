@@ -21,7 +21,7 @@ from evenkeel.storage.checks import Number, Tensors, check_json, check_tensors
 
 FORMS = ("per-step", "shared", "hierarchical")
 # What its file holds.
-_TABLE = {
+TABLE = {
     "table.weight": Tensors(torch.float16, ("T", "B", "F", "O")),
     "table.scale": Tensors(torch.float32, ("T", "B")),
     "table.constant": Tensors(torch.float32, ("T", "B", "O")),
@@ -183,7 +183,7 @@ class Readout(Correction):
                 f"a file holds the readout and its evidence, not what follows it ({self.then.name}). "
                 f"Save the readout itself, and call with_drift() after loading."
             )
-        tensors = {n: getattr(self.table, n.removeprefix("table.")) for n in _TABLE}
+        tensors = {n: getattr(self.table, n.removeprefix("table.")) for n in TABLE}
         if self.evidence is not None:
             tensors |= {f"moments.{n}": getattr(self.evidence.moments, n) for n in MOMENTS}
         fits = [asdict(f) for f in self.fits]
@@ -194,7 +194,7 @@ class Readout(Correction):
         """See ``Correction``."""
         provenance, described, tensors = made_for, tables.described, tables.tensors
         moments = any(n.startswith("moments.") for n in tensors)
-        wanted = {**_TABLE, **moments_schema(optional=not moments)}
+        wanted = {**TABLE, **moments_schema(optional=not moments)}
         sizes = check_tensors(tensors, wanted, T=len(provenance.timesteps))
         if min(*provenance.timesteps, *provenance.alpha, *provenance.sigma) < 0:
             raise ValueError("a timestep or level is negative")
@@ -206,7 +206,7 @@ class Readout(Correction):
         ):
             raise ValueError(f"fits of the denoiser calls {calls} for heads of {sizes} calls")
         levels = provenance.levels
-        table = HeadTable(*levels, *(tensors[n] for n in _TABLE))
+        table = HeadTable(*levels, *(tensors[n] for n in TABLE))
         evidence = None
         if moments:
             own = {n: tensors[f"moments.{n}"] for n in MOMENTS}

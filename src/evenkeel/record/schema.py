@@ -46,10 +46,11 @@ def check_record(p: Provenance, tensors: dict[str, Tensor]) -> None:
     prompts, steps, channels = tensors["moments.mean_e"].shape
     check_provenance(p, steps)
     law = any(n.startswith("law.") for n in tensors)
-    check_tensors(tensors, _expected(steps, law), P=prompts, T=steps, C=channels)
+    check_tensors(tensors, expected_tensors(steps, law), P=prompts, T=steps, C=channels)
 
 
-def _expected(t: int, law: bool) -> dict[str, Tensors]:
+def expected_tensors(t: int, law: bool) -> dict[str, Tensors]:
+    """The tensors of a record of ``t`` steps, by name; sizes that vary are letters."""
     double, whole = torch.float64, torch.int64
     times = {n: Tensors(double, ("T",), optional=not law) for n in LAW}
     times |= {n: replace(times[n], shape=("T", "T")) for n in ("sample_weights", "output_weights")}
