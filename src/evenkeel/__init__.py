@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from evenkeel.corrections import Identity as Identity
     from evenkeel.corrections import QDrift as QDrift
     from evenkeel.corrections import Readout as Readout
+    from evenkeel.corrections import RecoveryAdapters as RecoveryAdapters
     from evenkeel.estimate import Estimate as Estimate
     from evenkeel.fitting import calibrate as calibrate
+    from evenkeel.fitting import fit_adapters as fit_adapters
     from evenkeel.fitting import fit_readout as fit_readout
     from evenkeel.fitting import fit_stepbaq as fit_stepbaq
     from evenkeel.fitting import fit_tac as fit_tac
@@ -48,10 +50,12 @@ _HOME = {
     "QuantizerSpec": "quantizers",
     "Readout": "corrections",
     "Record": "record",
+    "RecoveryAdapters": "corrections",
     "applied": "applying",
     "apply": "applying",
     "calibrate": "fitting",
     "compare": "comparing.comparison",
+    "fit_adapters": "fitting",
     "fit_readout": "fitting",
     "fit_stepbaq": "fitting",
     "fit_tac": "fitting",

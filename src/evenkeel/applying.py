@@ -65,8 +65,10 @@ def apply(
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
     refuse_foreign(correction)
     provenance, guard = correction.made_for, _SwapGuard(pipeline)
-    if correction.stages == ("head",):
-        allow = {*allow, "guidance"}  # a head acts before guidance
+    if {*correction.stages} <= {"head", "layers"}:
+        allow = {*allow, "guidance"}  # both act before guidance
+    if correction.stages == ("layers",):
+        allow = {*allow, "scheduler"}
     if provenance is not None:
         if "scheduler" not in allow:
             _refuse_scheduler(pipeline.scheduler, provenance)

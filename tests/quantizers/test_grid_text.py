@@ -15,8 +15,8 @@ from torch import Tensor
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import NF4, Codebook, Integer
 from evenkeel.quantizers.numbers.grids import Grid
-from evenkeel.quantizers.numbers.packing import pack, unpack
 from evenkeel.quantizers.numbers.scales import codes_of, fit, snap
+from evenkeel.storage.packing import pack, unpack
 
 law = settings(derandomize=True, max_examples=60, deadline=None)
 

@@ -108,7 +108,9 @@ def corrections(
     records = [f for f in files if isinstance(f, Record)]
     measured = {f.name: f for f in files if not isinstance(f, Record)}
     if len(records) > 1 or len(records) + len(measured) < len(files):
-        raise EvenkeelError("give --record once per kind of file: one record, one readout.")
+        raise EvenkeelError(
+            "give --record once per kind of file: one record, one readout, one of adapters."
+        )
     record = records[0] if records else None
     if record is not None:
         measured = {**record.closed_loop.corrections, **measured}
@@ -119,7 +121,9 @@ def corrections(
         if name not in ALL:
             raise EvenkeelError(f"no correction called {name}; there is {', '.join(ALL)}.")
         if name not in made:
-            maker = "readout" if root_of(name) == FILE else "calibrate"
+            maker = "calibrate"
+            if root_of(name) == FILE:
+                maker = "restore" if name == "adapters" else "readout"
             why = reasons.get(name) or (
                 f"it needs --record FILE, made by evenkeel {maker}; the files given allow "
                 f"{', '.join(made) or 'nothing'}."

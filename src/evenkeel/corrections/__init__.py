@@ -24,6 +24,7 @@ from evenkeel.corrections.q_drift import QDrift as QDrift
 from evenkeel.corrections.qncd import QNCD as QNCD
 from evenkeel.corrections.readout import HeadFit as HeadFit
 from evenkeel.corrections.readout import Readout as Readout
+from evenkeel.corrections.recovery_adapters import RecoveryAdapters as RecoveryAdapters
 from evenkeel.corrections.self_consistent import SelfConsistent as SelfConsistent
 from evenkeel.corrections.stepbaq import StepbaQ as StepbaQ
 from evenkeel.corrections.tac import TAC as TAC

@@ -132,6 +132,11 @@ class Correction(Digested, ABC):
         return None
 
     @property
+    def beside(self) -> tuple[Any, ...]:
+        """What stands beside which layer (``LayerAdapter``); nothing where ``stages`` lacks ``layers``."""
+        return ()
+
+    @property
     def report(self) -> str:
         """What a summary says beside the factors of the plan."""
         return ""

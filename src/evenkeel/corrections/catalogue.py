@@ -20,6 +20,7 @@ from evenkeel.corrections.ptqd import PTQD
 from evenkeel.corrections.q_drift import QDrift
 from evenkeel.corrections.qncd import QNCD
 from evenkeel.corrections.readout import Readout
+from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.corrections.self_consistent import SelfConsistent
 from evenkeel.corrections.stepbaq import StepbaQ
 from evenkeel.corrections.tac import TAC
@@ -34,7 +35,7 @@ EVIDENCE, CLOSED_LOOP, FILE = "evidence", "closed loop", "file"
 _MISSING = {
     CLOSED_LOOP: "measured in closed loop, which this record does not hold: calibrate with "
     "closed_loop=True (--closed-loop)",
-    FILE: "it needs a file of its own, made by evenkeel readout",
+    FILE: "it needs a file of its own, made by evenkeel readout or evenkeel restore",
 }
 
 
@@ -79,6 +80,7 @@ ALL: dict[str, Entry] = {
     "stepbaq": Entry(CLOSED_LOOP, StepbaQ.from_tables),
     "readout": Entry(FILE, Readout.from_tables),
     "readout+drift": Entry("readout", Readout.with_drift),
+    "adapters": Entry(FILE, RecoveryAdapters.from_tables),
 }
 
 
@@ -122,7 +124,7 @@ def applicable(
 ) -> tuple[dict[str, Correction], dict[str, str]]:
     """Those that change something in a run of this law, and for the others the reason why not.
 
-    A changed head counts whatever the sampler does.
+    A changed head and adapters count whatever the sampler does.
 
     >>> from evenkeel.hosts.scheduler.probing import probe_scheduler
     >>> from diffusers import DDIMScheduler
@@ -141,7 +143,10 @@ def applicable(
         except EvenkeelError as error:
             reasons[name] = str(error)
             continue
-        if plan.is_identity and (correction.heads is None or correction.heads.table.is_identity):
+        changed = correction.beside or not (
+            correction.heads is None or correction.heads.table.is_identity
+        )
+        if plan.is_identity and not changed:
             notes = Counter(note for note in plan.explanations if note)
             reasons[name] = (
                 notes.most_common(1)[0][0] if notes else "it changes nothing in this run"

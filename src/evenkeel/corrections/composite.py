@@ -87,6 +87,11 @@ class Composite(Correction):
         return found[0].heads if found else None
 
     @property
+    def beside(self) -> tuple[Any, ...]:
+        """Of all parts; several beside one layer add up."""
+        return tuple(adapter for part in self.parts for adapter in part.beside)
+
+    @property
     def report(self) -> str:
         """Of all parts that say something."""
         return "\n".join(part.report for part in self.parts if part.report)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from evenkeel.sampling.step_law import StepLaw
 
-# In the order in which they act within a step: the level that the network is told, its head, its
-# output before and after guidance, a second call of it, the step's length, the noise it injects, the
+# In the order in which they act within a step: the level that the network is told, its layers, its head,
+# its output before and after guidance, a second call of it, the step's length, the noise it injects, the
 # state after it.
-STAGES = ("level", "head", "branch", "output", "refresh", "increment", "noise", "state")
+STAGES = ("level", "layers", "head", "branch", "output", "refresh", "increment", "noise", "state")
 
 
 @dataclass(frozen=True)

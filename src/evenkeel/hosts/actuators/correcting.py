@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from evenkeel.corrections.base import Correction, refuse_foreign
+from evenkeel.hosts.actuators.beside import Beside
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.denoiser_edit import DenoiserEdit
 from evenkeel.hosts.actuators.head_switch import HeadSwitch
@@ -18,6 +19,7 @@ from evenkeel.hosts.scheduler.interception import Interceptor
 Carrier = Callable[[Corrector, nn.Module], Interceptor]
 # The other stages are the sampler's own, and the corrector's. After it, in this order.
 CARRIERS: dict[str, Carrier] = {
+    "layers": lambda corrector, denoiser: Beside(corrector.correction, denoiser),
     "refresh": Requery,
     "head": HeadSwitch.of,
     "level": DenoiserEdit,
@@ -28,7 +30,7 @@ CARRIERS: dict[str, Carrier] = {
 def interceptors_of(
     correction: Correction, pipeline: Any, denoiser: nn.Module, **options: Any
 ) -> list[Interceptor]:
-    """Everything that carries ``correction`` out, the corrector of the sampler's step first.
+    """Everything that carries ``correction`` out, the corrector of the sampler's step first if it has one.
 
     Args:
         correction: whose ``stages`` decide.
@@ -41,6 +43,8 @@ def interceptors_of(
 
     """
     refuse_foreign(correction)
+    if correction.stages == ("layers",):  # no step has to be planned: any scheduler will do
+        return [Beside(correction, denoiser)]
     corrector = Corrector(correction, pipeline, **options)
     carriers = dict.fromkeys(c for stage, c in CARRIERS.items() if stage in correction.stages)
     return [corrector, *(carrier(corrector, denoiser) for carrier in carriers)]

@@ -38,6 +38,13 @@ class Prompts:
         """Some of the prompts, each with all of its inputs."""
         return replace(self, **{f.name: getattr(self, f.name)[span] for f in fields(self)})
 
+    def take(self, which: Sequence[int]) -> Prompts:
+        """Those with these indices, each with all of its inputs; one may be taken more than once."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{n: tuple(column[i] for i in which) for n, column in columns.items()}
+        )
+
     @property
     def texts(self) -> list[str]:
         """By which prompts are told apart."""

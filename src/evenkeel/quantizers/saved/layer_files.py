@@ -17,8 +17,8 @@ from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedLinear,
 )
 from evenkeel.quantizers.numbers.grids import Grid
-from evenkeel.quantizers.numbers.packing import pack, unpack
 from evenkeel.quantizers.numbers.scales import Scales, codes_of, last, unlast, values_of
+from evenkeel.storage.packing import pack, unpack
 
 CODES, SCALE, ZERO, UNIT = ("weight.codes", "weight.scale", "weight.zero", "weight.unit")
 _PARTS = ("bias", "smoothing", "down", "up", "first_token")

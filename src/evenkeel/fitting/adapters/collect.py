@@ -1,0 +1,226 @@
+"""One run of the quantized pipeline: what enters its layers, and how the output feels what leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
+from evenkeel.hosts.actuators.beside import input_of
+from evenkeel.hosts.actuators.head_rows import Head, outputs_as_rows, rows_of
+from evenkeel.hosts.pipeline.denoiser_calls import answer_of
+from evenkeel.hosts.run import Batch, Run
+from evenkeel.hosts.scheduler.interception import Interceptor
+from evenkeel.hosts.scheduler.tape import law_of_run
+from evenkeel.sampling.step_law import StepLaw
+
+
+@dataclass
+class Site:
+    """A layer that may get an adapter, and the rows kept of it.
+
+    Attributes:
+        head: its name and geometry.
+        quantized, reference: the layer in both denoisers.
+        inputs: rows that enter it.
+        gradients: of random probes of the denoiser's output with respect to rows that leave it.
+
+    """
+
+    head: Head
+    quantized: nn.Module
+    reference: nn.Module
+    inputs: RowSample
+    gradients: RowSample
+
+
+@dataclass
+class Collected:
+    """What a run told.
+
+    Attributes:
+        sites: by name.
+        law: of the run.
+        first: the state that entered the first step, of the first batch.
+
+    """
+
+    sites: dict[str, Site]
+    law: StepLaw
+    first: Tensor
+
+
+@dataclass
+class _Watch(Interceptor):
+    """Counts steps, and reads the law at the first one."""
+
+    step: int = 0
+    law: StepLaw | None = None
+    first: Tensor | None = None
+    calls: int = field(default=0)  # of the denoiser, in this step
+
+    def before(
+        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        if self.law is None:
+            self.law, self.first = law_of_run(scheduler, timestep, kwargs), sample.detach()
+
+    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
+        self.step, self.calls = self.step + 1, 0
+        return result
+
+
+def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool) -> Collected:
+    """Sample with the quantized denoiser and keep rows of what enters every layer, and of gradients.
+
+    Gradients are those of the full-precision denoiser at the same inputs. Each step's probe is weighted
+    by how much that step's output moves the final sample: the last row of the step law's
+    whole-trajectory weights, scaled to a mean square of 1.
+
+    Args:
+        run: with a quantized twin.
+        sites: to be filled.
+        probed: prompts of which gradients are taken; 0 takes none.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError: values that are not finite.
+
+    """
+    full, quantized = run.pair
+    law = run.law(quantized)
+    weights = np.abs(law.trajectory[1][-1])
+    weights = weights / np.sqrt((weights**2).mean())
+    watch = _Watch()
+    probe = _Probe(full, sites, weights, run.seed)
+    batches = run.batches()
+    bar = tqdm(batches, desc="adapters", unit="batch", disable=not progress)
+    with bar, run.undisturbed(quantized, watch), ExitStack() as stack:
+        rows = _Rows(sites, watch)
+        for site in sites.values():
+            stack.callback(
+                site.quantized.register_forward_hook(rows.look(site), with_kwargs=True).remove
+            )
+
+        def ask(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+            if rows.batch.first < probed:
+                probe.ask(rows, arguments, named, answer_of(output))
+            watch.calls += 1
+
+        stack.callback(quantized.register_forward_hook(ask, with_kwargs=True).remove)
+        for batch in bar:
+            watch.step, watch.calls, rows.batch = 0, 0, batch
+            run.sample(batch)
+    if watch.law is None or watch.first is None:
+        raise CalibrationError(
+            f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to fit."
+        )
+    return Collected(dict(sites), watch.law, watch.first)
+
+
+class _Rows:
+    """Keys of rows, and the hooks that offer rows with them."""
+
+    batch: Batch
+
+    def __init__(self, sites: Mapping[str, Site], watch: _Watch) -> None:
+        self.sites, self.watch = sites, watch
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """(n,) of rows (batch, tokens, F): guidance stacks whole batches, so row r is prompt r mod batch."""
+        n, size = len(rows), len(self.batch)
+        key = (self.batch.seed, self.watch.step, self.watch.calls, n, rows.shape[1])
+        if key not in self._known:
+            if len(self._known) > 16:
+                self._known.clear()
+            index = torch.arange(n, device=rows.device)
+            branch = index // size + 64 * self.watch.calls
+            pairs = self.batch.seed + index % size
+            self._known[key] = row_keys(pairs, self.watch.step, branch, rows.shape[1]).flatten()
+        return self._known[key]
+
+    def look(self, site: Site) -> Any:
+        """A forward hook that offers what enters the layer."""
+
+        def hook(layer: nn.Module, arguments: Any, named: dict[str, Any], output: Tensor) -> None:
+            x = input_of(arguments, named)
+            x = x[None] if x.ndim == 1 else x
+            rows = rows_of(site.head, layer, x.detach())
+            site.inputs.offer(self.keys(rows), rows.flatten(0, 1).float())
+
+        return hook
+
+
+class _Probe:
+    """Backward passes of random probes of the full-precision denoiser's output."""
+
+    def __init__(self, full: nn.Module, sites: Mapping[str, Site], weights: Any, seed: int) -> None:
+        self.full, self.sites, self.weights = full, sites, weights
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def ask(self, rows: _Rows, arguments: Any, named: dict[str, Any], like: Tensor) -> None:
+        """One probe of one call, its gradients offered with the keys of the call's rows."""
+        left: dict[str, Tensor] = {}
+        with torch.enable_grad(), _frozen(self.full), ExitStack() as stack:
+            for name, site in self.sites.items():
+                stack.callback(site.reference.register_forward_hook(_leaving(left, name)).remove)
+            # No hook of the denoiser itself: guards and the pipeline's own must not notice.
+            output = answer_of(self.full.forward(*arguments, **named))
+            signs = torch.randn(output.shape, generator=self.generator).to(output)
+            signs[:, _sample_channels(arguments, named, output) :] = 0  # of a learned variance
+            names = list(left)
+            weight = float(self.weights[min(rows.watch.step, len(self.weights) - 1)])
+            found = torch.autograd.grad(
+                (output * signs).sum() * weight, [left[n] for n in names], allow_unused=True
+            )
+        for name, gradient in zip(names, found, strict=True):
+            if gradient is None:
+                continue
+            site = self.sites[name]
+            gradient = gradient[None] if gradient.ndim == 1 else gradient
+            out = outputs_as_rows(site.head, gradient)
+            site.gradients.offer(rows.keys(out), out.flatten(0, 1).float())
+
+
+def _leaving(left: dict[str, Tensor], name: str) -> Any:
+    """A hook that keeps what leaves a layer, with a gradient even where nothing before has one."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        left[name] = output
+        return output + 0  # what comes next may change its input in place
+
+    return hook
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter wants a gradient."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+def _sample_channels(arguments: Any, named: dict[str, Any], output: Tensor) -> int:
+    """How many of the output's channels predict the sample."""
+    found = [
+        x for x in (*arguments, *named.values()) if isinstance(x, Tensor) and x.ndim == output.ndim
+    ]
+    own = next((x for x in found if x.shape[2:] == output.shape[2:]), None)
+    doubled = own is not None and output.ndim > 3 and output.shape[1] == 2 * own.shape[1]
+    return output.shape[1] // 2 if doubled else output.shape[1]

@@ -1,0 +1,66 @@
+"""What weight a layer of any backend computes with, found by asking it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.hosts.actuators.beside import shape_of
+from evenkeel.hosts.actuators.head_rows import border, sizes
+
+AT_A_TIME = 1024  # features asked in one call
+
+
+@torch.no_grad()
+def effective_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(O, F) float32: what the layer multiplies a one-hot input by, its low-rank branches included.
+
+    ``W_q[:, i] = layer(e_i) - layer(0)``. Backends that round their input represent a one-hot input
+    exactly, as its largest value is its scale; layers with static ranges may not.
+
+    Args:
+        layer: a linear layer or an ungrouped 2D convolution, of any backend.
+        dtype: of the input that it takes.
+
+    """
+    shape = shape_of(layer)
+    assert shape is not None
+    outputs, features = shape
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+    found = torch.empty(outputs, features, device=device)
+    for start in range(0, features, AT_A_TIME):
+        some = range(start, min(start + AT_A_TIME, features))
+        ones = torch.zeros(len(some) + 1, features, dtype=dtype, device=device)
+        ones[torch.arange(len(some)), torch.tensor(some)] = 1
+        answers = _asked(layer, ones).float()
+        found[:, some.start : some.stop] = (answers[:-1] - answers[-1]).T
+    return found
+
+
+def _asked(layer: Any, rows: Tensor) -> Tensor:
+    """Outputs (n, O) for rows (n, F)."""
+    if not hasattr(layer, "in_channels"):
+        answer: Tensor = layer(rows)
+        return answer
+    # One window per image: it starts where the padding lets an output's window start.
+    kernel, stride, dilation = sizes(layer.kernel_size), sizes(layer.stride), sizes(layer.dilation)
+    left = border(layer, kernel)[::-2]  # of the first axis, then of the second
+    index = [-(-p // s) for p, s in zip(left, stride, strict=True)]
+    offset = [i * s - p for i, s, p in zip(index, stride, left, strict=True)]
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    image = rows.new_zeros(
+        len(rows),
+        layer.in_channels,
+        *(o + n for o, n in zip(offset, spans, strict=True)),
+    )
+    window = image[:, :, offset[0] :: dilation[0], offset[1] :: dilation[1]]
+    window.copy_(rows.reshape(len(rows), layer.in_channels, *kernel))
+    out: Tensor = layer(image)[:, :, index[0], index[1]]
+    return out
+
+
+def reference_weight(layer: nn.Module) -> Tensor:
+    """(O, F) float32 weight of a plain layer."""
+    return layer.get_parameter("weight").detach().float().flatten(1)

@@ -1,0 +1,91 @@
+"""A fixed number of a layer's rows, chosen by what they are and not by when they came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def row_keys(pairs: Tensor, step: int, branch: Tensor, tokens: int) -> Tensor:
+    """(rows, tokens) int64: a hash of (pair, step, branch, token), evenly spread.
+
+    Args:
+        pairs: (rows,) int64, which (prompt, seed) a row belongs to.
+        step: of the sampler.
+        branch: (rows,) int64, of guidance.
+        tokens: positions per row.
+
+    >>> row_keys(torch.tensor([0, 1]), 3, torch.tensor([0, 0]), 2).unique().numel()
+    4
+
+    """
+    key = _mixed(_mixed(_mixed(pairs) + step) + branch)
+    return _mixed(key[:, None] + torch.arange(tokens, device=pairs.device))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Splitmix64 (Steele, Lea & Flood 2014), without its sign bit."""
+    x = x + _signed(_MIX[0])
+    x = (x ^ _shifted(x, 30)) * _signed(_MIX[1])
+    x = (x ^ _shifted(x, 27)) * _signed(_MIX[2])
+    return (x ^ _shifted(x, 31)) & 0x7FFFFFFFFFFFFFFF
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)  # torch shifts the sign in
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+@dataclass
+class RowSample:
+    """The rows with the smallest keys among all that were offered, at most so many.
+
+    Any split of the rows over calls, batches or processes gives the same sample.
+
+    Attributes:
+        size: at most so many rows are kept.
+        keys, rows: (n,) and (n, F) of those kept; in no special order until ``sorted``.
+
+    """
+
+    size: int
+    keys: Tensor | None = None
+    rows: Tensor | None = None
+    _limit: int = field(default=0x7FFFFFFFFFFFFFFF)
+
+    def offer(self, keys: Tensor, rows: Tensor) -> None:
+        """Take in rows (n, F) with their keys (n,)."""
+        fresh = (keys < self._limit).nonzero().flatten()
+        keys, rows = keys[fresh], rows[fresh].detach()
+        if self.keys is not None and self.rows is not None:
+            keys, rows = torch.cat([self.keys, keys]), torch.cat([self.rows, rows.to(self.rows)])
+        self.keys, self.rows = keys, rows
+        if len(keys) > 2 * self.size:
+            self._cut()
+
+    def merge(self, other: RowSample) -> None:
+        """Take in what another sample of the same size kept."""
+        if other.keys is not None and other.rows is not None:
+            self.offer(other.keys, other.rows)
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Keys and rows in the order of the keys; no more than ``size``."""
+        self._cut()
+        assert self.keys is not None and self.rows is not None
+        return self.keys, self.rows
+
+    def _cut(self) -> None:
+        if self.keys is None or self.rows is None:
+            self.keys, self.rows = torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
+            return
+        order = self.keys.argsort()[: self.size]
+        self.keys, self.rows = self.keys[order], self.rows[order]
+        if len(order) == self.size:
+            self._limit = int(self.keys[-1])

@@ -1,0 +1,98 @@
+"""From the rows of all layers to adapters within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from evenkeel.fitting.adapters.collect import Site
+from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
+from evenkeel.low_rank.budget import Option, share_out
+from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
+from evenkeel.low_rank.metric import Components, OutputMetric, second_moment
+
+LARGEST_RANK = 128
+
+
+@dataclass
+class LayerProblem:
+    """One layer: what its adapter should be, and in which metric.
+
+    Attributes:
+        name: of the layer.
+        change: D = W - W_q, (O, F).
+        metric: of the output, or local.
+        held_out: the same metric from other rows.
+        components: of the change.
+
+    """
+
+    name: str
+    change: Tensor
+    metric: OutputMetric
+    held_out: OutputMetric
+    components: Components
+
+
+def problem_of(name: str, site: Site, *, local: bool) -> LayerProblem | None:
+    """None for a layer that computes with its full-precision weight."""
+    change = (reference_weight(site.reference) - effective_weight(site.quantized)).double()
+    if not bool(change.any()):
+        return None
+    _, x = site.inputs.sorted()
+    g = None if local else site.gradients.sorted()[1]
+    metric, held_out = _metric(x, g), _metric(x[1::2], None if g is None else g[1::2])
+    limit = min(LARGEST_RANK, *change.shape)
+    return LayerProblem(name, change, metric, held_out, metric.components(change, limit))
+
+
+def _metric(x: Tensor, g: Tensor | None) -> OutputMetric:
+    return OutputMetric(second_moment(x), None if g is None else second_moment(g))
+
+
+def solve(
+    problems: list[LayerProblem], bits: int, budget: int | None, rank: int | None
+) -> tuple[LayerAdapter, ...]:
+    """Adapters with factors of so many bits, within a budget of bytes or of one rank everywhere."""
+    ranks = {p.name: min(rank or 0, len(p.components)) for p in problems}
+    if budget is not None:
+        chosen = share_out({p.name: _options(p, bits) for p in problems}, budget)
+        ranks = {name: int(str(option.choice)) for name, option in chosen.items()}
+    found = []
+    for p in problems:
+        if not ranks[p.name]:
+            continue
+        adapter = without_empty(
+            fit_factors(p.name, p.metric, p.change, p.components, ranks[p.name], bits)
+        )
+        if adapter is not None and _helps(p, adapter):
+            found.append(adapter)
+    return tuple(found)
+
+
+def _options(p: LayerProblem, bits: int) -> list[Option]:
+    outputs, features = p.change.shape
+    return [
+        Option(bytes_of(r, features, outputs, bits) if r else 0, float(left), r)
+        for r, left in enumerate(p.components.left())
+    ]
+
+
+def _helps(p: LayerProblem, adapter: LayerAdapter) -> bool:
+    """Whether it lowers the layer's error in the metric of the held-out rows."""
+    left = p.change - adapter.change.to(p.change)
+    return p.held_out.error(left) < p.held_out.error(p.change)
+
+
+def predicted(problems: list[LayerProblem], adapters: tuple[LayerAdapter, ...]) -> float:
+    """Predicted error with the adapters over the one without."""
+    by_name = {a.name: a for a in adapters}
+    before = after = 0.0
+    for p in problems:
+        error = p.metric.error(p.change)
+        adapter = by_name.get(p.name)
+        before += error
+        left = p.change if adapter is None else p.change - adapter.change.to(p.change)
+        after += error if adapter is None else p.metric.error(left)
+    return after / before if before else 1.0

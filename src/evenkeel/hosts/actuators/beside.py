@@ -1,0 +1,153 @@
+"""Adapters beside the layers of a denoiser, whatever computes these layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evenkeel.corrections.base import Correction
+from evenkeel.errors import Incompatible
+from evenkeel.hosts.actuators.head_rows import border, sizes
+from evenkeel.hosts.pipeline.pipelines import uncompiled
+from evenkeel.hosts.scheduler.interception import Interceptor
+from evenkeel.low_rank.factors import LayerAdapter
+
+
+class Beside(Interceptor):
+    """Adds every adapter's output to its layer's between ``attach`` and ``detach``.
+
+    A forward hook of each layer does it: no module is exchanged and no weight is touched, so that the
+    state dict, offloading hooks and other adapters stay what they are.
+
+    Args:
+        correction: with adapters, see ``Correction.beside``.
+        denoiser: whose layers they stand beside.
+
+    Raises:
+        Incompatible: a layer is missing, or of another size.
+
+    """
+
+    on_denoiser = True
+    correction: Correction
+
+    def __init__(self, correction: Correction, denoiser: nn.Module) -> None:
+        self.correction = correction
+        self._denoiser = weakref.ref(denoiser)
+        self._handles: list[Any] = []
+        for adapter in correction.beside:
+            layer_beside(denoiser, adapter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied scheduler must not take a copy of the denoiser along: it adds nothing.
+        return {**self.__dict__, "_denoiser": None, "_handles": []}
+
+    def attach(self) -> None:
+        """Add from now on."""
+        denoiser = self._denoiser() if self._denoiser is not None else None
+        if denoiser is None or self._handles:
+            return
+        self._handles = attach(denoiser, self.correction.beside)
+
+    def detach(self) -> None:
+        """Add no longer; the layers compute what they did, bit for bit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:
+    """Hooks that add the adapters' outputs; removing them restores the denoiser.
+
+    Raises:
+        Incompatible: a layer is missing, or of another size.
+
+    """
+    return [
+        layer.register_forward_hook(_Addition(adapter, layer), with_kwargs=True)
+        for adapter in adapters
+        for layer in [layer_beside(denoiser, adapter)]
+    ]
+
+
+def layer_beside(denoiser: nn.Module, adapter: LayerAdapter) -> nn.Module:
+    """The layer that an adapter belongs to.
+
+    Raises:
+        Incompatible: this denoiser has no such layer, or one of another size.
+
+    """
+    model = uncompiled(denoiser)
+    layer: Any = dict(model.named_modules()).get(adapter.name)
+    expected = (adapter.up.width, adapter.down.width)
+    found = None if layer is None else shape_of(layer)
+    if found != expected:
+        raise Incompatible(
+            f"an adapter of {expected} (outputs, features) stands beside {adapter.name!r}; "
+            f"{type(model).__name__} has "
+            f"{'no such layer' if found is None else f'one of {found} there'}. It was made for another "
+            f"network."
+        )
+    return layer  # type: ignore[no-any-return]
+
+
+def shape_of(layer: Any) -> tuple[int, int] | None:
+    """Outputs and features (in_channels x kernel) of a linear layer or an ungrouped 2D convolution.
+
+    >>> shape_of(nn.Conv2d(3, 4, 3)), shape_of(nn.Linear(5, 6)), shape_of(nn.ReLU())
+    ((4, 27), (6, 5), None)
+
+    """
+    if all(hasattr(layer, key) for key in ("in_features", "out_features")):
+        return int(layer.out_features), int(layer.in_features)
+    if not all(hasattr(layer, key) for key in ("in_channels", "out_channels", "kernel_size")):
+        return None
+    kernel = sizes(layer.kernel_size)
+    plain = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
+    if len(kernel) != 2 or not plain:
+        return None
+    return int(layer.out_channels), int(layer.in_channels) * kernel[0] * kernel[1]
+
+
+class _Addition:
+    """A forward hook: the layer's output plus ``up^T (down x)``, computed in the input's dtype.
+
+    Packed factors stay packed; they are unpacked when they are used.
+    """
+
+    def __init__(self, adapter: LayerAdapter, layer: Any) -> None:
+        self.adapter, self.convolution = adapter, hasattr(layer, "in_channels")
+        self._on: dict[torch.device, LayerAdapter] = {}
+
+    def __call__(
+        self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        x = input_of(arguments, named)
+        down, up = (f.dense(x.dtype) for f in self._factors(x.device))
+        if not self.convolution:
+            return output + F.linear(F.linear(x, down), up.T).to(output.dtype)
+        kernel = sizes(layer.kernel_size)
+        mode = str(layer.padding_mode)
+        padded = F.pad(x, border(layer, kernel), mode="constant" if mode == "zeros" else mode)
+        down = down.reshape(len(down), x.shape[1], *kernel)
+        stride, dilation = sizes(layer.stride), sizes(layer.dilation)
+        inner = F.conv2d(padded, down, stride=stride, dilation=dilation)
+        return output + F.conv2d(inner, up.T[:, :, None, None]).to(output.dtype)
+
+    def _factors(self, device: torch.device) -> tuple[Any, Any]:
+        if device not in self._on:
+            self._on[device] = self.adapter.to(device)
+        found = self._on[device]
+        return found.down, found.up
+
+
+def input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What a layer was called with, by position or by name."""
+    found = arguments[0] if arguments else next(iter(named.values()))
+    assert isinstance(found, Tensor)
+    return found

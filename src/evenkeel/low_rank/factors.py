@@ -1,0 +1,198 @@
+"""The two factors of an adapter in a few bits, one rounded and the other refitted to it in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import CalibrationError
+from evenkeel.low_rank.metric import Components, OutputMetric
+
+GROUP = 32  # values that share a scale
+BITS = (3, 4, 8, 16)
+CLIPPING = (1.0, 0.9, 0.8, 0.7)  # of the largest value in a group
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of an adapter, a row per component.
+
+    Attributes:
+        bits: of a value; 16 keeps float16 values.
+        values: (r, n) int8 codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1; float16 for 16 bits.
+        scale: (r, ceil(n / GROUP)) float16, a code of 1 in every group; None for 16 bits.
+
+    """
+
+    bits: int
+    values: Tensor
+    scale: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        """Features or outputs."""
+        return self.values.shape[1]
+
+    def to(self, device: torch.device) -> Factor:
+        """The same on a device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return replace(self, values=self.values.to(device), scale=scale)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(r, n) in this dtype.
+
+        >>> rounded(torch.tensor([[1.0, -0.5, 0.25]]), 4).dense()
+        tensor([[ 0.9998, -0.5713,  0.2856]])
+        """
+        if self.scale is None:
+            return self.values.to(dtype)
+        spread = self.scale.to(dtype).repeat_interleave(GROUP, 1)[:, : self.width]
+        return self.values.to(dtype) * spread
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What stands beside one layer: ``x -> up^T (down x)``.
+
+    Attributes:
+        name: dotted path of the layer in the denoiser.
+        down: (r, F); of a convolution F is in_channels x kernel, in the order of ``weight.flatten(1)``.
+        up: (r, O).
+
+    """
+
+    name: str
+    down: Factor
+    up: Factor
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.down.rank
+
+    def to(self, device: torch.device) -> LayerAdapter:
+        """The same on a device."""
+        return replace(self, down=self.down.to(device), up=self.up.to(device))
+
+    @property
+    def change(self) -> Tensor:
+        """(O, F) float32: what it adds to the layer's weight."""
+        return self.up.dense().T @ self.down.dense()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Codes and scales; see ``bytes_of``."""
+        return bytes_of(self.rank, self.down.width, self.up.width, self.down.bits)
+
+
+def bytes_of(rank: int, features: int, outputs: int, bits: int) -> int:
+    """What an adapter of this rank takes, in a file and in memory.
+
+    >>> bytes_of(2, 64, 32, 4), bytes_of(2, 64, 32, 16)
+    (108, 384)
+
+    """
+    scales = 0 if bits == 16 else -(-features // GROUP) + -(-outputs // GROUP)
+    return sum(-(-rank * n * bits // 8) for n in (features, outputs)) + 2 * rank * scales
+
+
+def fit_factors(
+    name: str, metric: OutputMetric, change: Tensor, components: Components, rank: int, bits: int
+) -> LayerAdapter:
+    """The adapter of a rank with factors of so many bits, rounded as part of the fit.
+
+    One factor is rounded and the other refitted to it in the metric, in turn; of all rounds the one
+    with the smallest error is kept, the first of which rounds both at the end.
+
+    Args:
+        name: of the layer.
+        metric: of its errors.
+        change: D (O, F), what the adapter should be.
+        components: of ``change`` in this metric.
+        rank: how many of them; at least 1.
+        bits: one of ``BITS``.
+
+    Raises:
+        CalibrationError: a rank or bits out of range.
+
+    """
+    if not 1 <= rank <= len(components) or bits not in BITS:
+        raise CalibrationError(
+            f"{name}: expected a rank from 1 to {len(components)} and bits out of {BITS}; got rank "
+            f"{rank} and {bits} bits."
+        )
+    change = change.to(metric.inputs)
+    down, up = components.down[:rank], components.up[:rank]
+    best, least = None, float("inf")
+    for _ in range(1 if bits == 16 else 1 + ROUNDS):
+        found = LayerAdapter(name, rounded(down, bits), rounded(up, bits))
+        error = metric.error(change - found.change.to(change))
+        if error < least:
+            best, least = found, error
+        down = found.down.dense().to(change)
+        up = rounded(metric.best_up(change, down), bits).dense().to(change)
+        down = metric.best_down(change, up)
+        # Both are scaled alike again; else one of them leaves what its scales can hold.
+        balance = (up.norm(dim=1) / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+        down = down * balance[:, None]
+        up = metric.best_up(change, rounded(down, bits).dense().to(change))
+    assert best is not None
+    return best
+
+
+def rounded(values: Tensor, bits: int) -> Factor:
+    """Rows (r, n) to so many bits, the clipping of every group searched for the least squared error.
+
+    Raises:
+        CalibrationError: a value too large for float16 scales, or not finite.
+
+    """
+    if bits == 16:
+        return Factor(bits, _half(values), None)
+    r, n = values.shape
+    groups = torch.nn.functional.pad(values, (0, -n % GROUP)).reshape(r, -1, GROUP)
+    top = 2 ** (bits - 1) - 1
+    largest = groups.abs().amax(-1, keepdim=True)
+    best = torch.full_like(largest, float("inf"))
+    codes, scales = torch.zeros_like(groups), torch.zeros_like(largest)
+    for share in CLIPPING:
+        scale = _half(share * largest / top).to(values)
+        tried = (groups / scale.clamp_min(1e-30)).round().clamp(-top, top)
+        error = (tried * scale - groups).square().sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        codes, scales = torch.where(better, tried, codes), torch.where(better, scale, scales)
+    return Factor(bits, codes.reshape(r, -1)[:, :n].to(torch.int8), scales[..., 0].half())
+
+
+def without_empty(adapter: LayerAdapter) -> LayerAdapter | None:
+    """The adapter without components that rounding made zero; None if nothing is left."""
+    alive = (adapter.down.dense() != 0).any(1) & (adapter.up.dense() != 0).any(1)
+    if bool(alive.all()):
+        return adapter
+    if not bool(alive.any()):
+        return None
+
+    def kept(factor: Factor) -> Factor:
+        scale = None if factor.scale is None else factor.scale[alive]
+        return replace(factor, values=factor.values[alive], scale=scale)
+
+    return LayerAdapter(adapter.name, kept(adapter.down), kept(adapter.up))
+
+
+def _half(values: Tensor) -> Tensor:
+    found = values.half()
+    if not bool(found.isfinite().all()):
+        raise CalibrationError(
+            "a factor of an adapter is too large for float16, or not finite; the layer's inputs or "
+            "gradients differ by more orders of magnitude than 16 bits hold. Use more prompts."
+        )
+    return found

@@ -1,0 +1,178 @@
+"""The error of the final sample that one layer's wrong weight makes, as a quadratic form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import CalibrationError
+
+RIDGE = 1e-3  # of the mean diagonal: directions that the few rows did not show are not free
+_EXTRA, _PASSES = 16, 3  # of the subspace iteration
+
+
+@dataclass(frozen=True)
+class Components:
+    """A map of low rank in order of what each part is worth: ``sum_i up_i down_i^T``.
+
+    Attributes:
+        down: (r, F), a row per component.
+        up: (r, O), a row per component. Both of a component have the same norm.
+        gain: (r,) by how much the quadratic form falls with this component, decreasing.
+        error: of the zero map.
+
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor
+    error: float
+
+    def __len__(self) -> int:
+        return len(self.gain)
+
+    def left(self) -> Tensor:
+        """(r + 1,) the form's value with the first 0, 1, ..., r components."""
+        left = self.error - torch.cat([self.gain.new_zeros(1), self.gain.cumsum(0)])
+        return left.clamp_min(0)
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """``|E|^2 = tr(G E S E^T)``: what a wrong weight E (O, F) does to the denoiser's output.
+
+    With x what enters the layer and g the gradient of a random probe of the output with respect to what
+    leaves it, the output's squared error is, to second order and with x and g independent (K-FAC, Martens
+    & Grosse 2015, arXiv:1503.05671), ``E[(g^T E x)^2] = tr(G E S E^T)``, S = E[x x^T], G = E[g g^T]. In
+    this unit layers can be compared. Without G the layer's own output error is meant, tr(E S E^T): the
+    metric of QERA (arXiv:2410.06040) and EoRA (arXiv:2410.21271).
+
+    Args:
+        inputs: S, (F, F) symmetric, positive definite (see ``second_moment``).
+        outputs: G, (O, O), likewise; None is the identity.
+
+    Raises:
+        CalibrationError: not positive definite.
+
+    >>> metric = OutputMetric(torch.diag(torch.tensor([4.0, 1.0])), None)
+    >>> change = torch.tensor([[1.0, 1.0]])
+    >>> metric.error(change), metric.components(change, 1).error
+    (5.0, 5.0)
+
+    """
+
+    inputs: Tensor
+    outputs: Tensor | None
+
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor | None]:
+        """Cholesky factors L of S and C of G."""
+        return _root(self.inputs), None if self.outputs is None else _root(self.outputs)
+
+    def error(self, change: Tensor) -> float:
+        """The form's value for a change of the weight, (O, F)."""
+        return float(self._whitened(change).square().sum())
+
+    def components(self, change: Tensor, limit: int) -> Components:
+        """The best map of every rank up to ``limit`` towards ``change`` (O, F), in this metric.
+
+        With ``C^T D L = U diag(s) V^T`` the best map of rank r is ``C^-T U_r diag(s_r) V_r^T L^-1``
+        (Eckart and Young), and component i is worth s_i^2.
+
+        Args:
+            change: D, what the map should be.
+            limit: at most so many components.
+
+        """
+        inputs, outputs = self.roots
+        white = self._whitened(change)
+        u, s, v = _largest(white, min(limit, *white.shape))
+        root = s.sqrt()
+        up = u * root
+        if outputs is not None:
+            up = torch.linalg.solve_triangular(outputs.T, up, upper=True)
+        down = torch.linalg.solve_triangular(inputs, (v * root).T, upper=False, left=False)
+        balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+        total = float(white.square().sum())
+        return Components(down * balance[:, None], (up / balance).T, s.square(), total)
+
+    def best_up(self, change: Tensor, down: Tensor) -> Tensor:
+        """(r, O): the up that belongs to a given down (r, F); the metric of the outputs cancels."""
+        return _solve(down @ self.inputs @ down.T, down @ self.inputs @ change.T)
+
+    def best_down(self, change: Tensor, up: Tensor) -> Tensor:
+        """(r, F): the down that belongs to a given up (r, O); the metric of the inputs cancels."""
+        weighted = up if self.outputs is None else up @ self.outputs
+        return _solve(weighted @ up.T, weighted @ change)
+
+    def _whitened(self, change: Tensor) -> Tensor:
+        inputs, outputs = self.roots
+        white = change.to(inputs) @ inputs
+        return white if outputs is None else outputs.T @ white
+
+
+def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
+    """(F, F) float64 mean of ``x x^T`` over rows (n, F), drawn to its diagonal where rows are few.
+
+    What stands beside the diagonal is multiplied by one minus the share of it that is chance,
+    ``sum Var(s_ij) / sum s_ij^2`` over i != j (Schaefer & Strimmer 2005, target D), with
+    ``Var(s_ij) = (mean(x_i^2 x_j^2) - s_ij^2) / n``. On top stands ``ridge`` times the mean diagonal.
+
+    Raises:
+        CalibrationError: no rows, or values that are not finite.
+
+    >>> second_moment(torch.ones(1000, 2)).round(decimals=2).tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+
+    """
+    n, x = len(rows), rows.double()
+    moment = x.T @ x / max(n, 1)
+    if not n or not bool(moment.isfinite().all()):
+        raise CalibrationError(
+            f"expected rows with finite values to estimate a second moment from; got {n} rows"
+            f"{' with NaN or infinity' if n else ''}."
+        )
+    diagonal = moment.diagonal().clone()
+    squares = x.square()
+    spread = (squares.T @ squares / n - moment.square()).clamp_min_(0) / n
+    chance = spread.sum() - spread.diagonal().sum()
+    signal = moment.square().sum() - diagonal.square().sum()
+    moment *= 1 - (chance / signal).clamp(0, 1) if signal > 0 else 1.0
+    moment.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo(torch.float64).tiny)
+    return moment
+
+
+def _root(moment: Tensor) -> Tensor:
+    root, info = torch.linalg.cholesky_ex(moment)
+    if int(info):
+        raise CalibrationError(
+            "a second moment is not positive definite: there are fewer rows than features, or rows that "
+            "are all zero. Give more prompts, or a larger ridge."
+        )
+    found: Tensor = root
+    return found
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(gram)).to(gram)
+    found: Tensor = torch.linalg.solve(gram, right)
+    return found
+
+
+def _largest(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular values with their vectors, as columns; U (O, k), s (k,), V (F, k)."""
+    if 4 * (k + _EXTRA) >= min(matrix.shape):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :k], s[:k], vt[:k].T
+    # Subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): a whole decomposition of a
+    # layer of thousands takes minutes.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], k + _EXTRA, generator=generator)
+    basis = torch.linalg.qr(matrix @ start.to(matrix))[0]
+    for _ in range(_PASSES):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ u)[:, :k], s[:k], vt[:k].T
