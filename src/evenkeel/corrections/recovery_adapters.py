@@ -17,8 +17,12 @@ from evenkeel.storage.checks import Number, Tensors, check_json, check_tensors
 from evenkeel.storage.packing import pack, unpack
 
 _SIDES = ("down", "up")
-_LAYER = {"name": str, **dict.fromkeys(("rank", "features", "outputs"), Number(int, low=1))}
-_DESCRIPTION = {"bits": set(BITS), "metric": {"output", "local"}, "layers": [_LAYER]}
+_LAYER = {
+    "name": str,
+    "kernel": [Number(int, low=1)],
+    **dict.fromkeys(("rank", "features", "outputs"), Number(int, low=1)),
+}
+_DESCRIPTION = {"bits": int, "metric": {"output", "local"}, "layers": [_LAYER]}
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,13 @@ class RecoveryAdapters(Correction):
 
     def _described(self) -> dict[str, Any]:
         layers = [
-            {"name": a.name, "rank": a.rank, "features": a.down.width, "outputs": a.up.width}
+            {
+                "name": a.name,
+                "rank": a.rank,
+                "features": a.down.width,
+                "outputs": a.up.width,
+                "kernel": list(a.kernel),
+            }
             for a in self.layers
         ]
         return {"bits": self.bits, "metric": self.metric, "layers": layers}
@@ -119,6 +129,8 @@ class RecoveryAdapters(Correction):
         described, tensors = tables.described, tables.tensors
         check_json(described, _DESCRIPTION, "adapters")
         bits, layers = described["bits"], described["layers"]
+        if bits not in BITS:
+            raise ValueError(f"factors of {bits} bits, expected one of {BITS}")
         if len({layer["name"] for layer in layers}) != len(layers):
             raise ValueError("a layer is listed twice")
         wanted: dict[str, Tensors] = {}
@@ -133,7 +145,7 @@ class RecoveryAdapters(Correction):
                 _factor(tensors, f"{name}.{side}", rank, width, bits)
                 for side, width in _widths(layer)
             )
-            found.append(LayerAdapter(name, down, up))
+            found.append(LayerAdapter(name, down, up, tuple(layer["kernel"])))
         return cls(made_for, described["metric"], bits, tuple(found))
 
 

@@ -66,12 +66,14 @@ class LayerAdapter:
         name: dotted path of the layer in the denoiser.
         down: (r, F); of a convolution F is in_channels x kernel, in the order of ``weight.flatten(1)``.
         up: (r, O).
+        kernel: height and width of a convolution's kernel; empty for a linear layer.
 
     """
 
     name: str
     down: Factor
     up: Factor
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -164,7 +166,7 @@ def rounded(values: Tensor, bits: int) -> Factor:
     best = torch.full_like(largest, float("inf"))
     codes, scales = torch.zeros_like(groups), torch.zeros_like(largest)
     for share in CLIPPING:
-        scale = _half(share * largest / top).to(values)
+        scale = _scale(share * largest / top, bits).to(values)
         tried = (groups / scale.clamp_min(1e-30)).round().clamp(-top, top)
         error = (tried * scale - groups).square().sum(-1, keepdim=True)
         better = error < best
@@ -185,7 +187,14 @@ def without_empty(adapter: LayerAdapter) -> LayerAdapter | None:
         scale = None if factor.scale is None else factor.scale[alive]
         return replace(factor, values=factor.values[alive], scale=scale)
 
-    return LayerAdapter(adapter.name, kept(adapter.down), kept(adapter.up))
+    return replace(adapter, down=kept(adapter.down), up=kept(adapter.up))
+
+
+def _scale(values: Tensor, bits: int) -> Tensor:
+    """Float16 with so short a mantissa that a scale times a code is a float16, too."""
+    mantissa, exponent = torch.frexp(values)
+    short = 2.0 ** (12 - bits)
+    return _half(torch.ldexp((mantissa * short).round() / short, exponent))
 
 
 def _half(values: Tensor) -> Tensor:

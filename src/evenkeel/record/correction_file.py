@@ -69,5 +69,5 @@ def load_correction(name: str, path: str | os.PathLike[str]) -> Correction:
 
 
 def _kind(name: str) -> Kind:
-    remedy = f"run evenkeel {name} again"
+    remedy = f"run evenkeel {'restore' if name == 'adapters' else name} again"
     return Kind(name, ALL[name].version, remedy, keys=("provenance", name), error=RecordError)

@@ -32,14 +32,16 @@ class Site:
         quantized, reference: the layer in both denoisers.
         inputs: rows that enter it.
         gradients: of random probes of the denoiser's output with respect to rows that leave it.
+        dtype: of what enters it.
 
     """
 
     head: Head
-    quantized: nn.Module
-    reference: nn.Module
+    quantized: Any
+    reference: Any
     inputs: RowSample
     gradients: RowSample
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -153,6 +155,7 @@ class _Rows:
 
         def hook(layer: nn.Module, arguments: Any, named: dict[str, Any], output: Tensor) -> None:
             x = input_of(arguments, named)
+            site.dtype = x.dtype
             x = x[None] if x.ndim == 1 else x
             rows = rows_of(site.head, layer, x.detach())
             site.inputs.offer(self.keys(rows), rows.flatten(0, 1).float())

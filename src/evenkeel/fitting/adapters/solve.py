@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from evenkeel.fitting.adapters.collect import Site
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
+from evenkeel.hosts.actuators.head_rows import sizes
 from evenkeel.low_rank.budget import Option, share_out
 from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
 from evenkeel.low_rank.metric import Components, OutputMetric, second_moment
@@ -20,7 +21,7 @@ class LayerProblem:
     """One layer: what its adapter should be, and in which metric.
 
     Attributes:
-        name: of the layer.
+        name, kernel: of the layer.
         change: D = W - W_q, (O, F).
         metric: of the output, or local.
         held_out: the same metric from other rows.
@@ -29,6 +30,7 @@ class LayerProblem:
     """
 
     name: str
+    kernel: tuple[int, ...]
     change: Tensor
     metric: OutputMetric
     held_out: OutputMetric
@@ -37,14 +39,17 @@ class LayerProblem:
 
 def problem_of(name: str, site: Site, *, local: bool) -> LayerProblem | None:
     """None for a layer that computes with its full-precision weight."""
-    change = (reference_weight(site.reference) - effective_weight(site.quantized)).double()
+    change = (
+        reference_weight(site.reference) - effective_weight(site.quantized, site.dtype)
+    ).double()
     if not bool(change.any()):
         return None
     _, x = site.inputs.sorted()
     g = None if local else site.gradients.sorted()[1]
     metric, held_out = _metric(x, g), _metric(x[1::2], None if g is None else g[1::2])
     limit = min(LARGEST_RANK, *change.shape)
-    return LayerProblem(name, change, metric, held_out, metric.components(change, limit))
+    kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
+    return LayerProblem(name, kernel, change, metric, held_out, metric.components(change, limit))
 
 
 def _metric(x: Tensor, g: Tensor | None) -> OutputMetric:
@@ -67,7 +72,7 @@ def solve(
             fit_factors(p.name, p.metric, p.change, p.components, ranks[p.name], bits)
         )
         if adapter is not None and _helps(p, adapter):
-            found.append(adapter)
+            found.append(replace(adapter, kernel=p.kernel))
     return tuple(found)
 
 

@@ -1,0 +1,119 @@
+"""Recovery adapters as an ordinary LoRA file, for loaders that know nothing of this library."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from evenkeel.corrections.recovery_adapters import RecoveryAdapters
+from evenkeel.errors import RecordError
+from evenkeel.low_rank.factors import LayerAdapter
+from evenkeel.storage import write_atomically
+
+LAYOUTS = ("peft", "kohya")
+FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+_DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+def write_lora(
+    adapters: RecoveryAdapters, path: str | os.PathLike[str], layout: str = "peft"
+) -> Path:
+    """The same values in 16 bits, as a LoRA: ``pipe.load_lora_weights`` loads it.
+
+    It belongs beside the quantized layers it was fitted for: fused into them and quantized again, most of
+    what it brings is lost, and beside other weights it is wrong. The metadata say so.
+
+    Args:
+        adapters: at least one.
+        path: a file; with layout ``peft`` usually ``<folder>/pytorch_lora_weights.safetensors``.
+        layout: ``peft`` (diffusers, peft: ``transformer.<layer>.lora_A.weight``) or ``kohya``
+            (``lora_unet_<layer with underscores>.lora_down.weight``, with ``.alpha``).
+
+    Raises:
+        RecordError: no adapters, or an unknown layout.
+
+    """
+    if layout not in LAYOUTS or not adapters.layers:
+        raise RecordError(
+            f"expected a layout out of {LAYOUTS} and adapters of at least one layer; got {layout!r} and "
+            f"{len(adapters.layers)} layers."
+        )
+    tensors: dict[str, Tensor] = {}
+    for layer in adapters.layers:
+        tensors |= _peft(layer, adapters) if layout == "peft" else _kohya(layer)
+    metadata = {"format": "pt", **_said(adapters)}
+    if layout == "peft":
+        metadata[_DIFFUSERS_METADATA] = json.dumps(lora_config(adapters), sort_keys=True)
+    return write_atomically(Path(path), save(tensors, metadata))
+
+
+def lora_tensors(adapters: RecoveryAdapters) -> dict[str, Tensor]:
+    """``lora_A`` and ``lora_B`` by the denoiser's own names, for ``load_lora_adapter(prefix=None)``."""
+    prefix = f"{adapters.provenance.denoiser}."
+    found: dict[str, Tensor] = {}
+    for layer in adapters.layers:
+        found |= {k.removeprefix(prefix): v for k, v in _peft(layer, adapters).items()}
+    return found
+
+
+def lora_config(adapters: RecoveryAdapters) -> Mapping[str, Any]:
+    """What peft's ``LoraConfig`` needs so that every layer's scale is 1, by the denoiser's name."""
+    prefix = adapters.provenance.denoiser
+    ranks = {layer.name: layer.rank for layer in adapters.layers}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {name: r for name, r in ranks.items() if r != common}
+    config = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_bias": False,
+        "use_dora": False,
+    }
+    return {f"{prefix}.{key}": value for key, value in config.items()}
+
+
+def _peft(layer: LayerAdapter, adapters: RecoveryAdapters) -> dict[str, Tensor]:
+    down, up = _pair(layer)
+    name = f"{adapters.provenance.denoiser}.{layer.name}"
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+def _kohya(layer: LayerAdapter) -> dict[str, Tensor]:
+    # Loaders scale by alpha / rank. diffusers loses alphas that differ from layer to layer, without an
+    # error of its own, so that they are all 1 and the rank stands in the factor.
+    down, up = _pair(layer)
+    name = f"lora_unet_{layer.name.replace('.', '_')}"
+    return {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": (up.float() * layer.rank).half(),
+        f"{name}.alpha": torch.tensor(1.0),
+    }
+
+
+def _pair(layer: LayerAdapter) -> tuple[Tensor, Tensor]:
+    """Down (r, F) and up (O, r); of a convolution (r, C, k, k) and (O, r, 1, 1)."""
+    down, up = layer.down.dense().half(), layer.up.dense().T.contiguous().half()
+    if layer.kernel:
+        down = down.reshape(len(down), -1, *layer.kernel)
+        up = up.reshape(*up.shape, *(1 for _ in layer.kernel))
+    return down.contiguous(), up
+
+
+def _said(adapters: RecoveryAdapters) -> dict[str, str]:
+    made_for = adapters.provenance
+    return {
+        "evenkeel.quantized": made_for.quantized,
+        "evenkeel.reference": made_for.reference,
+        "evenkeel.quantizer": made_for.quantizer,
+        "evenkeel.digest": adapters.digest(),
+        "evenkeel.use": "beside the quantized layers; never fuse it into them",
+    }

@@ -1,0 +1,420 @@
+"""Recovery adapters: what the fit collects, what it gives back, and what others make of its file."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import replace
+
+import diffusers as d
+import pytest
+import torch
+from quantized_by import BACKENDS
+from safetensors.torch import load_file
+from tiny_pipelines import ALL, TinyPipeline, generate
+from torch import Tensor, nn
+
+import evenkeel
+from evenkeel import zoo
+from evenkeel.corrections import Composite, RecoveryAdapters
+from evenkeel.errors import CalibrationError, Incompatible, RecordError
+from evenkeel.fitting.adapters.collect import Site, _Probe, _Rows, _Watch, collect
+from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
+from evenkeel.fitting.adapters.judge import lower_bound
+from evenkeel.fitting.adapters.pairs import Pairs
+from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
+from evenkeel.hosts.actuators.head_rows import Head
+from evenkeel.hosts.pipeline.prompts import Prompts
+from evenkeel.hosts.run import Batch, Run
+from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.record.lora_file import FILE, lora_config, lora_tensors, write_lora
+from evenkeel.zoo.pictures import KINDS
+
+W3 = QuantizerSpec.parse("w3a16-g16")
+STEPS = 3
+
+
+def fitted(tiny: TinyPipeline, quantized: nn.Module, **options) -> RecoveryAdapters:
+    """Adapters whatever the held-out pairs say: random networks have nothing to recover."""
+    call = {k: v for k, v in tiny.call.items() if k != "output_type"}
+    settings = {
+        "quantized": quantized,
+        "prompts": list(tiny.prompts),
+        "num_inference_steps": STEPS,
+        "guidance_scale": tiny.guidance_scale,
+        "call": call,
+        "progress": False,
+        **options,
+    }
+    return evenkeel.fit_adapters(tiny.pipe, **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def flux() -> TinyPipeline:
+    return ALL["flux"]()
+
+
+@pytest.fixture(scope="module")
+def flux_w3(flux) -> nn.Module:
+    return quantize_module(flux.model, W3)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(flux, flux_w3) -> RecoveryAdapters:
+    return fitted(flux, flux_w3, rank=4, bits=4, metric="local")
+
+
+def with_quantized(tiny: TinyPipeline, quantized: nn.Module) -> TinyPipeline:
+    """The same pipeline sampling with another denoiser; the components are shared."""
+    pipe = type(tiny.pipe)(**{**tiny.pipe.components, tiny.denoiser: quantized})
+    pipe.set_progress_bar_config(disable=True)
+    return replace(tiny, pipe=pipe)
+
+
+# ---- rows
+
+
+def test_a_sample_of_rows_is_the_same_for_any_split():
+    keys = row_keys(torch.arange(40), 2, torch.arange(40) % 2, 25).flatten()
+    rows = torch.arange(1000.0)[:, None].expand(-1, 3)
+    whole = RowSample(64)
+    whole.offer(keys, rows)
+    generator = torch.Generator().manual_seed(0)
+    halves = [RowSample(64), RowSample(64)]
+    order = torch.randperm(1000, generator=generator)
+    for i in range(0, 1000, 37):
+        part = order[i : i + 37]
+        halves[(i // 37) % 2].offer(keys[part], rows[part])
+    halves[0].merge(halves[1])
+    assert all(torch.equal(a, b) for a, b in zip(whole.sorted(), halves[0].sorted(), strict=True))
+    assert len(whole.sorted()[0]) == 64
+
+
+def test_keys_are_spread_evenly_and_tell_rows_apart():
+    keys = row_keys(torch.arange(100), 7, torch.zeros(100, dtype=torch.int64), 50)
+    assert keys.unique().numel() == 5000
+    shares = torch.histc((keys.double() / 2**63).flatten(), 10, 0, 1) / 5000
+    assert bool(((shares - 0.1).abs() < 0.02).all())
+    other = row_keys(torch.arange(100), 8, torch.zeros(100, dtype=torch.int64), 50)
+    assert not bool(torch.isin(keys, other).any())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_what_is_collected_does_not_depend_on_batches(flux, flux_w3, batch_size):
+    def rows(size):
+        run = Run(
+            flux.pipe, ["a", "b", "c"], STEPS, guidance_scale=3.5, batch_size=size,
+            call={"height": 32, "width": 32}, quantized=flux_w3,
+        )  # fmt: skip
+        name = "transformer_blocks.0.attn.to_q"
+        layers = [m.get_submodule(name) for m in (flux_w3, flux.model)]
+        shape = layers[1].weight.shape
+        head = Head(name, "linear", shape[1], shape[0], True, ())
+        site = Site(head, *layers, RowSample(50), RowSample(50))
+        collect(run, {name: site}, probed=0, progress=False)
+        return site.inputs.sorted()
+
+    (keys, x), (same, y) = rows(batch_size), rows(3)
+    assert torch.equal(keys, same)
+    assert torch.allclose(x, y, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_exact_jacobian():
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 4), nn.Linear(4, 6)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            return (self.second(torch.tanh(self.first(x))),)
+
+    net = Net().eval()
+    x = torch.randn(2, 3, 5)
+    head = Head("first", "linear", 5, 4, True, ())
+    site = Site(head, first, first, RowSample(1), RowSample(100_000))
+    watch = _Watch()
+    rows = _Rows({"first": site}, watch)
+    rows.batch = Batch(Prompts.of(["a", "b"]), 0, 0)
+    probe = _Probe(net, {"first": site}, [2.0], 0)
+    for call in range(3000):
+        watch.calls = call  # another key every time
+        probe.ask(rows, (x,), {}, net(x)[0])
+    gradients = site.gradients.sorted()[1].double()
+    found = gradients.T @ gradients / len(gradients)
+    slopes = 1 - torch.tanh(first(x)).square().reshape(-1, 4)
+    jacobians = second.weight[None] * slopes[:, None, :]  # (rows, 6, 4)
+    exact = 4 * torch.einsum("noi,noj->ij", jacobians, jacobians).double() / len(jacobians)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+# ---- what a layer computes with
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_weight_of_any_backend_is_found_by_asking(name):
+    package, quantize = BACKENDS[name]
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        pytest.skip(f"{package} is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32))
+    x = torch.randn(50, 64)
+    extra = {"run": lambda model: model(x)} if name.startswith("modelopt") else {}
+    quantized = quantize(net, **extra)
+    weight = effective_weight(quantized[0])
+    if "dynamic" in name or "a4" in name:  # they round the input as well
+        assert 0.001 < (weight - reference_weight(net[0])).norm() / weight.norm() < 0.4
+        return
+    with torch.no_grad():
+        assert torch.allclose(x @ weight.T + net[0].bias, quantized(x), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, 3, padding=1, stride=2),
+        nn.Conv2d(3, 5, (3, 5), padding=(2, 1), dilation=2),
+        nn.Conv2d(3, 5, 3, padding="same"),
+        nn.Conv2d(3, 5, 2, stride=2, padding_mode="reflect"),
+        nn.Linear(7, 3),
+    ],
+)
+def test_the_weight_of_a_plain_layer_is_its_own(layer):
+    assert torch.allclose(effective_weight(layer), reference_weight(layer), atol=1e-6)
+
+
+# ---- the fit
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "dit", "pixart_sigma"])
+def test_adapters_of_full_rank_restore_the_full_precision_network(name):
+    tiny = ALL[name]()
+    quantized = quantize_module(tiny.model, W3)[0]
+    full = generate(tiny, steps=STEPS)
+    restored = with_quantized(tiny, quantized)
+    plain = generate(restored, steps=STEPS)
+    adapters = fitted(tiny, quantized, rank=10_000, bits=16, metric="local")
+    assert adapters.layers
+    evenkeel.apply(restored.pipe, adapters)
+    again = generate(restored, steps=STEPS)
+    assert (again - full).norm() < 0.05 * (plain - full).norm()
+    evenkeel.remove(restored.pipe)
+    assert torch.equal(generate(restored, steps=STEPS), plain)
+
+
+def test_a_trained_pipeline_comes_nearer_and_stays_within_its_budget():
+    twin = zoo.twin("pixart-sigma")
+    pipe = zoo.load("pixart-sigma")
+    quantized = quantize_module(pipe.transformer, QuantizerSpec.parse("w3a16-g32"))[0]
+    before = {k: v.clone() for k, v in quantized.state_dict().items()}
+    prompts = KINDS[twin.pictures].prompts(8, 0)
+    adapters, report = evenkeel.fit_adapters(
+        pipe, quantized=quantized, prompts=prompts, num_inference_steps=6, budget=0.2,
+        guidance_scale=twin.guidance_scale, bits=4, progress=False,
+    )  # fmt: skip
+    assert report.confirmed
+    assert report.gain > report.bound > 1.5
+    assert 0.9 * report.budget < adapters.stored_bytes <= report.budget
+    assert report.budget == int(0.2 * report.quantized_bytes)
+    output, local = report.candidates
+    assert (output.metric, local.metric) == ("output", "local")
+    assert all(c.predicted < 0.5 for c in report.candidates)
+    assert "nearer on held-out pairs" in report.text()
+    assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
+    assert not quantized.transformer_blocks[0].attn1.to_q._forward_hooks
+
+
+def test_what_held_out_pairs_do_not_confirm_is_not_added(flux, flux_w3, monkeypatch):
+    from evenkeel.fitting.adapters import fit_adapters as module
+
+    monkeypatch.setattr(module, "gain", lambda before, after: torch.tensor([1.0, -3.0]))
+    adapters, report = evenkeel.fit_adapters(
+        flux.pipe, quantized=flux_w3, prompts=["a"], num_inference_steps=2, rank=1, bits=4,
+        metric="local", call={"height": 32, "width": 32}, progress=False,
+    )  # fmt: skip
+    assert not report.confirmed
+    assert adapters.layers == ()
+    assert report.text().startswith("nothing helped")
+    restored = with_quantized(flux, flux_w3)
+    plain = generate(restored)
+    with evenkeel.applied(restored.pipe, adapters):
+        assert torch.equal(generate(restored), plain)
+
+
+def test_pairs_are_disjoint(flux):
+    def run(n):
+        return Run(flux.pipe, [f"p{i}" for i in range(n)], 2, seed=5)
+
+    for n in (1, 3, 8, 32):
+        pairs = Pairs.of(run(n))
+        parts = [pairs.fit, pairs.choose, pairs.confirm]
+        seeds = [part.seed + i for part in parts for i in range(len(part.prompts))]
+        assert len(set(seeds)) == len(seeds)
+        assert len(pairs.confirm.prompts) >= 8
+        if n >= 8:
+            texts = [set(part.prompts.texts) for part in parts]
+            assert sum(map(len, texts)) == len(set.union(*texts)) == n
+
+
+def test_a_bound_is_students():
+    gains = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert lower_bound(gains) == pytest.approx(2.5 - 2.353363 * 1.290994 / 2, rel=1e-5)
+    assert lower_bound(torch.tensor([5.0])) == -float("inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.1, "rank": 2}, "not both"),
+        ({"budget": 0.0}, "above 0"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 1, "bits": 5}, "bits"),
+        ({"rank": 1, "metric": "best"}, "metric"),
+        ({"rank": 1, "rows": 3}, "rows"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_anything_runs(flux, flux_w3, options, message):
+    with pytest.raises(CalibrationError, match=message):
+        fitted(flux, flux_w3, **options)
+
+
+# ---- applied
+
+
+def test_any_scheduler_may_be_used_and_no_other_network(flux, flux_w3, adapters):
+    restored = with_quantized(flux, flux_w3)
+    pipe = restored.pipe
+    pipe.scheduler = d.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    plain = generate(restored)
+    with evenkeel.applied(pipe, adapters):
+        assert not torch.equal(generate(restored), plain)
+    with pytest.raises(Incompatible, match="full-precision"):
+        evenkeel.apply(flux.pipe, adapters)
+    other = with_quantized(flux, quantize_module(flux.model, QuantizerSpec.parse("w4a16-g16"))[0])
+    with pytest.raises(Incompatible, match="not the one"):
+        evenkeel.apply(other.pipe, adapters)
+    with pytest.raises(Incompatible, match="beside"):
+        evenkeel.apply(ALL["sdxl"]().pipe, adapters, allow=("denoiser",))
+
+
+def test_several_add_up_and_a_file_gives_them_back(flux, flux_w3, adapters, tmp_path):
+    path = evenkeel.save(adapters, tmp_path / "adapters.safetensors")
+    again = evenkeel.load(path)
+    assert isinstance(again, RecoveryAdapters)
+    assert again.digest() == adapters.digest()
+    assert path.stat().st_size < adapters.stored_bytes + 40_000
+    restored = with_quantized(flux, flux_w3)
+    halves = [
+        replace(adapters, layers=adapters.layers[::2]), replace(adapters, layers=adapters.layers[1::2])
+    ]  # fmt: skip
+    with evenkeel.applied(restored.pipe, adapters):
+        whole = generate(restored)
+    with evenkeel.applied(restored.pipe, Composite(tuple(halves))):
+        assert torch.equal(generate(restored), whole)
+    with evenkeel.applied(restored.pipe, Composite((adapters, adapters))):
+        assert not torch.equal(generate(restored), whole)
+
+
+# ---- other loaders
+
+
+def rounded_in_place(tiny: TinyPipeline, quantized: nn.Module) -> nn.Module:
+    """Plain layers with the quantized weights: peft knows no simulated ones."""
+    model = copy.deepcopy(tiny.model)
+    layers = dict(quantized.named_modules())
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and type(layers[name]) is not type(layer):
+            layer.weight.data.copy_(layers[name].weight)
+    return model
+
+
+def lora_difference(
+    tiny: TinyPipeline, quantized: nn.Module, adapters, load
+) -> tuple[float, float]:
+    """How far their loader's samples are from ours, and ours from the quantized ones."""
+    restored = with_quantized(tiny, rounded_in_place(tiny, quantized))
+    plain = generate(restored)
+    with evenkeel.applied(restored.pipe, adapters, allow=("denoiser",)):
+        ours = generate(restored)
+    load(restored.pipe)
+    theirs = generate(restored)
+    return float((theirs - ours).abs().max()), float((ours - plain).abs().max())
+
+
+def uneven(adapters: RecoveryAdapters) -> RecoveryAdapters:
+    """The same with other ranks in every second layer."""
+
+    def cut(layer):
+        down, up = (
+            replace(f, values=f.values[:2], scale=f.scale[:2]) for f in (layer.down, layer.up)
+        )
+        return replace(layer, down=down, up=up)
+
+    layers = (cut(a) if i % 2 else a for i, a in enumerate(adapters.layers))
+    return replace(adapters, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("ranks", ["equal", "unequal"])
+def test_diffusers_loads_the_plain_form(flux, flux_w3, adapters, tmp_path, ranks):
+    shown = adapters if ranks == "equal" else uneven(adapters)
+    write_lora(shown, tmp_path / FILE)
+    found, effect = lora_difference(
+        flux, flux_w3, shown, lambda pipe: pipe.load_lora_weights(tmp_path)
+    )
+    assert found < 1e-5 * max(1, effect)
+    assert effect > 1e-3
+
+
+def test_diffusers_loads_it_into_convolutions_from_either_layout(tmp_path):
+    tiny = ALL["sdxl"]()
+    quantized = quantize_module(tiny.model, W3)[0]
+    adapters = uneven(fitted(tiny, quantized, rank=3, bits=4, metric="local"))
+    assert {a.kernel for a in adapters.layers} >= {(), (3, 3)}
+    write_lora(adapters, tmp_path / FILE)
+    write_lora(adapters, tmp_path / "kohya.safetensors", "kohya")
+    for place, rounding in ((tmp_path, 1e-5), (tmp_path / "kohya.safetensors", 1e-2)):
+        found, effect = lora_difference(
+            tiny,
+            quantized,
+            adapters,
+            lambda pipe, p=place: pipe.load_lora_weights(p),
+        )
+        assert found < rounding * max(1, effect)
+        assert effect > 1e-3
+
+
+def test_peft_adds_it_to_a_class_without_a_loader(tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    tiny = ALL["pixart_sigma"]()
+    quantized = quantize_module(tiny.model, W3)[0]
+    adapters = uneven(fitted(tiny, quantized, rank=3, bits=3, metric="local"))
+
+    def load(pipe):
+        config = {k.removeprefix("transformer."): v for k, v in lora_config(adapters).items()}
+        inject_adapter_in_model(LoraConfig(**config), pipe.transformer)
+        set_peft_model_state_dict(pipe.transformer, lora_tensors(adapters))
+
+    found, effect = lora_difference(tiny, quantized, adapters, load)
+    assert found < 1e-5 * max(1, effect)
+    assert effect > 1e-3
+
+
+def test_the_plain_file_says_what_it_is_for(adapters, tmp_path):
+    from safetensors import safe_open
+
+    path = write_lora(adapters, tmp_path / FILE)
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert said["evenkeel.quantized"] == adapters.provenance.quantized
+    assert "never fuse" in said["evenkeel.use"]
+    layer = adapters.layers[0]
+    tensors: dict[str, Tensor] = load_file(path)
+    up, down = (tensors[f"transformer.{layer.name}.lora_{s}.weight"] for s in "BA")
+    assert torch.equal(up.float() @ down.float(), layer.change)
+    with pytest.raises(RecordError, match="layout"):
+        write_lora(adapters, path, "a1111")
