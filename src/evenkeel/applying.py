@@ -18,12 +18,12 @@ from evenkeel.hosts.actuators.correcting import interceptors_of
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
-from evenkeel.hosts.scheduler.interception import install, installed, set_aside, uninstall
+from evenkeel.hosts.scheduler.interception import APPLIED, install, installed, set_aside, uninstall
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe
 
 ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
-_GUARD, _APPLIED = "_evenkeel_guard", "_evenkeel_applied"
+_GUARD = "_evenkeel_guard"
 
 
 def apply(
@@ -94,7 +94,7 @@ def apply(
     )
     remove(pipeline)
     install(pipeline.scheduler, *interceptors)
-    pipeline.__dict__[_APPLIED] = interceptors
+    pipeline.__dict__[APPLIED] = interceptors
     for interceptor in interceptors:
         interceptor.attach()
     # The denoiser warns when the scheduler is replaced.
@@ -105,7 +105,7 @@ def remove(pipeline: Any) -> None:
     """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
     # Those of a pipeline that shares the scheduler, and those kept with this one: its scheduler or
     # denoiser may have been exchanged meanwhile.
-    for interceptor in (*installed(pipeline.scheduler), *pipeline.__dict__.pop(_APPLIED, ())):
+    for interceptor in (*installed(pipeline.scheduler), *pipeline.__dict__.pop(APPLIED, ())):
         interceptor.detach()
     uninstall(pipeline.scheduler)
     handle = pipeline.__dict__.pop(_GUARD, None)
@@ -116,7 +116,7 @@ def remove(pipeline: Any) -> None:
 @contextmanager
 def _heads_at_rest(pipeline: Any) -> Iterator[None]:
     """Inside, the denoiser has its own head, so that it can be recognised."""
-    interceptors = pipeline.__dict__.get(_APPLIED, ())
+    interceptors = pipeline.__dict__.get(APPLIED, ())
     for interceptor in interceptors:
         interceptor.detach()
     try:
@@ -136,9 +136,9 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
         **options: ``allow``, ``guidance_scale``, ``layout``, ``recognise``, as for ``apply``.
 
     """
-    kept = {n: pipeline.__dict__.pop(n) for n in (_GUARD, _APPLIED) if n in pipeline.__dict__}
+    kept = {n: pipeline.__dict__.pop(n) for n in (_GUARD,) if n in pipeline.__dict__}
     try:
-        with set_aside(pipeline.scheduler):
+        with set_aside(pipeline):
             apply(pipeline, correction, **options)
             try:
                 yield pipeline
@@ -262,9 +262,12 @@ class _SwapGuard:
         if pipeline is None or self._warned:
             return
         replaced = pipeline.scheduler is not self._scheduler()
+        applied_to = pipeline.__dict__.get(APPLIED, ())
         if replaced and not installed(pipeline.scheduler):
+            if not any(interceptor.on_steps for interceptor in applied_to):
+                return  # beside the layers: any scheduler will do
             self._warned = True
-            for interceptor in pipeline.__dict__.get(_APPLIED, ()):
+            for interceptor in applied_to:
                 interceptor.detach()  # a run that was interrupted left a step's head in place
             warnings.warn(
                 f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "

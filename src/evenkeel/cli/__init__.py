@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from evenkeel.cli import fitting, generating, planning, quantizing, zoo
+from evenkeel.cli import fitting, generating, planning, quantizing, restoring, zoo
 from evenkeel.cli.several import LAUNCHED, several_processes
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         generating.add_demo,
         planning.add_plan,
+        restoring.add_restore,
         quantizing.add_quantize,
         fitting.add_calibrate,
         fitting.add_readout,

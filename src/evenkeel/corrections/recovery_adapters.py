@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,6 @@ from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage.checks import Number, Tensors, check_json, check_tensors
 from evenkeel.storage.packing import pack, unpack
 
-_SIDES = ("down", "up")
 _LAYER = {
     "name": str,
     "kernel": [Number(int, low=1)],
@@ -109,18 +109,13 @@ class RecoveryAdapters(Correction):
         return {"bits": self.bits, "metric": self.metric, "layers": layers}
 
     def tables(self) -> Tables:
-        """Packed codes with their scales, or float16 values; ``<layer>.down`` and ``<layer>.up``."""
-        tensors: dict[str, Tensor] = {}
-        for layer in self.layers:
-            for side in _SIDES:
-                factor: Factor = getattr(layer, side)
-                key = f"{layer.name}.{side}"
-                if factor.scale is None:
-                    tensors[key] = factor.values
-                    continue
-                codes = (factor.values.to(torch.int16) + _offset(factor.bits)).to(torch.uint8)
-                tensors[key] = pack(codes, factor.bits)
-                tensors[f"{key}.scale"] = factor.scale
+        """Packed codes and scales of all factors one after another, or their float16 values."""
+        factors = [factor for layer in self.layers for factor in (layer.down, layer.up)]
+        if self.bits == 16:
+            return Tables(self._described(), {"values": _joined([f.values for f in factors])})
+        codes = [pack((f.values.to(torch.int16) + f.top).to(torch.uint8), f.bits) for f in factors]
+        scales = [f.scale for f in factors if f.scale is not None]
+        tensors = {"codes": _joined(codes), "scales": _joined(scales)} if factors else {}
         return Tables(self._described(), tensors)
 
     @classmethod
@@ -133,45 +128,50 @@ class RecoveryAdapters(Correction):
             raise ValueError(f"factors of {bits} bits, expected one of {BITS}")
         if len({layer["name"] for layer in layers}) != len(layers):
             raise ValueError("a layer is listed twice")
-        wanted: dict[str, Tensors] = {}
-        for layer in layers:
-            for side, width in _widths(layer):
-                wanted |= _stored(f"{layer['name']}.{side}", layer["rank"], width, bits)
-        check_tensors(tensors, wanted)
-        found = []
-        for layer in layers:
-            name, rank = layer["name"], layer["rank"]
-            down, up = (
-                _factor(tensors, f"{name}.{side}", rank, width, bits)
-                for side, width in _widths(layer)
-            )
-            found.append(LayerAdapter(name, down, up, tuple(layer["kernel"])))
+        shapes = [(x["rank"], x[width]) for x in layers for width in ("features", "outputs")]
+        factors = iter(_factors(tensors, shapes, bits))
+        found = (
+            LayerAdapter(x["name"], next(factors), next(factors), tuple(x["kernel"]))
+            for x in layers
+        )
         return cls(made_for, described["metric"], bits, tuple(found))
 
 
-def _offset(bits: int) -> int:
-    return int(2 ** (bits - 1) - 1)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
-def _widths(layer: dict[str, Any]) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("down", layer["features"]), ("up", layer["outputs"])
-
-
-def _stored(key: str, rank: int, width: int, bits: int) -> dict[str, Tensors]:
-    """What a file holds of one factor."""
+def _factors(
+    tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]], bits: int
+) -> list[Factor]:
+    """Of these shapes, from what ``tables`` joined."""
+    if not shapes:
+        check_tensors(tensors, {})
+        return []
     if bits == 16:
-        return {key: Tensors(torch.float16, (rank, width))}
-    groups = -(-width // GROUP)
-    return {
-        key: Tensors(torch.uint8, (-(-rank * width * bits // 8),)),
-        f"{key}.scale": Tensors(torch.float16, (rank, groups), low=0.0),
-    }
-
-
-def _factor(tensors: dict[str, Tensor], key: str, rank: int, width: int, bits: int) -> Factor:
-    if bits == 16:
-        return Factor(bits, tensors[key], None)
-    codes = unpack(tensors[key], bits, rank * width).to(torch.int16) - _offset(bits)
-    if int(codes.max()) > _offset(bits):
-        raise ValueError(f"{key} holds a code that no factor of {bits} bits has")
-    return Factor(bits, codes.to(torch.int8).reshape(rank, width), tensors[f"{key}.scale"])
+        sizes = [rank * width for rank, width in shapes]
+        check_tensors(tensors, {"values": Tensors(torch.float16, (sum(sizes),))})
+        values = torch.split(tensors["values"], sizes)
+        return [Factor(bits, v.reshape(s), None) for v, s in zip(values, shapes, strict=True)]
+    sizes = [-(-rank * width * bits // 8) for rank, width in shapes]
+    groups = [(rank, -(-width // GROUP)) for rank, width in shapes]
+    scales = [rank * count for rank, count in groups]
+    check_tensors(
+        tensors,
+        {
+            "codes": Tensors(torch.uint8, (sum(sizes),)),
+            "scales": Tensors(torch.float16, (sum(scales),), low=0.0),
+        },
+    )
+    parts = zip(
+        *(torch.split(tensors[n], s) for n, s in (("codes", sizes), ("scales", scales))),
+        strict=True,
+    )
+    found = []
+    for (codes, scale), (rank, width), count in zip(parts, shapes, groups, strict=True):
+        signed = unpack(codes, bits, rank * width).to(torch.int16) - (2 ** (bits - 1) - 1)
+        factor = Factor(bits, signed.to(torch.int8).reshape(rank, width), scale.reshape(count))
+        if int(signed.max()) > factor.top:
+            raise ValueError(f"a code that no factor of {bits} bits has")
+        found.append(factor)
+    return found

@@ -272,7 +272,7 @@ class Run:
         """
         pipeline, active = self.pipeline, self.denoiser if denoiser is None else denoiser
         with (
-            set_aside(pipeline.scheduler),
+            set_aside(pipeline),
             quiet(pipeline),
             denoiser_swapped(pipeline, active),
             sensible_threads(active),

@@ -41,6 +41,11 @@ class Factor:
         """Features or outputs."""
         return self.values.shape[1]
 
+    @property
+    def top(self) -> int:
+        """The largest code; the smallest is minus it."""
+        return int(2 ** (self.bits - 1) - 1)
+
     def to(self, device: torch.device) -> Factor:
         """The same on a device."""
         scale = None if self.scale is None else self.scale.to(device)

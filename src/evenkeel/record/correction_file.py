@@ -8,11 +8,12 @@ from pathlib import Path
 
 from evenkeel.corrections.base import Correction, Tables
 from evenkeel.corrections.catalogue import ALL, FILE
+from evenkeel.corrections.composite import Composite
 from evenkeel.errors import RecordError
 from evenkeel.record.record import Record
 from evenkeel.record.schema import check_provenance
 from evenkeel.statistics.provenance import Provenance
-from evenkeel.storage import Kind, kind_of, read_tensors, write_tensors
+from evenkeel.storage import Kind, check_json, kind_of, read_folder, read_tensors, write_tensors
 
 
 def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
@@ -40,10 +41,14 @@ def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> Record | Correction:
     """A record, or a correction that has a file of its own, by what the file says it is.
 
+    Of a folder that ``evenkeel restore`` wrote, everything in it as one correction.
+
     Raises:
         RecordError: neither, or missing, damaged, changed, or of another schema version.
 
     """
+    if Path(path).is_dir():
+        return load_restored(path)
     name = kind_of(path)
     is_correction = name in ALL and ALL[name].source == FILE
     return load_correction(name, path) if is_correction else Record.load(path)
@@ -71,3 +76,22 @@ def load_correction(name: str, path: str | os.PathLike[str]) -> Correction:
 def _kind(name: str) -> Kind:
     remedy = f"run evenkeel {'restore' if name == 'adapters' else name} again"
     return Kind(name, ALL[name].version, remedy, keys=("provenance", name), error=RecordError)
+
+
+# What ``evenkeel restore`` writes, in the order in which it acts.
+RESTORED = Kind("restored", 1, "run evenkeel restore again", keys=("parts",), error=RecordError)
+
+
+def load_restored(folder: str | os.PathLike[str]) -> Correction:
+    """The corrections of a folder as one.
+
+    Raises:
+        RecordError: not such a folder, or a file in it is missing, damaged or changed.
+
+    """
+    header, files = read_folder(folder, RESTORED)
+    with RESTORED.valid(folder):
+        check_json(header["parts"], [str])
+        parts = [(name, files[f"{name}.safetensors"]) for name in header["parts"]]
+    found = [load_correction(name, path) for name, path in parts]
+    return found[0] if len(found) == 1 else Composite(tuple(found))

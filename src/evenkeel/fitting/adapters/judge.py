@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from evenkeel.applying import applied
+from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.beside import attach
 from evenkeel.hosts.run import Run
@@ -27,10 +29,18 @@ class Judge:
         self.run = run
         self._reference = self._sampled(full=True)
 
-    def errors(self, adapters: Sequence[LayerAdapter] = ()) -> Tensor:
-        """(pairs,) float64 squared distance of every final sample, with these adapters attached."""
+    def errors(
+        self, adapters: Sequence[LayerAdapter] = (), correction: Correction | None = None
+    ) -> Tensor:
+        """(pairs,) float64 squared distance of every final sample, with these adapters attached.
+
+        Args:
+            adapters: beside the quantized denoiser's layers.
+            correction: applied on top; made for the denoiser with these adapters.
+
+        """
         with beside(self.run, adapters):
-            found = self._sampled(full=False)
+            found = self._sampled(full=False, correction=correction)
         each = (found.double() - self._reference.double()).flatten(1).square().mean(1)
         if not bool(each.isfinite().all()):
             raise CalibrationError(
@@ -39,9 +49,11 @@ class Judge:
             )
         return each
 
-    def _sampled(self, *, full: bool) -> Tensor:
+    def _sampled(self, *, full: bool, correction: Correction | None = None) -> Tensor:
         run, made = self.run, []
-        with run.undisturbed(None if full else run.pair[1]):
+        with run.undisturbed(None if full else run.pair[1]), ExitStack() as stack:
+            if correction is not None:
+                stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
             for batch in run.batches():
                 made.append(torch.as_tensor(run.sample(batch)).detach().cpu())
         return torch.cat(made)

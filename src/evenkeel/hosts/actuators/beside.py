@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import Incompatible
 from evenkeel.hosts.actuators.head_rows import border, sizes
+from evenkeel.hosts.pipeline.fingerprint import BESIDE
 from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.low_rank.factors import LayerAdapter
@@ -34,6 +36,7 @@ class Beside(Interceptor):
     """
 
     on_denoiser = True
+    on_steps = False
     correction: Correction
 
     def __init__(self, correction: Correction, denoiser: nn.Module) -> None:
@@ -59,6 +62,33 @@ class Beside(Interceptor):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+@contextmanager
+def with_adapters(denoiser: nn.Module, correction: Correction) -> Iterator[nn.Module]:
+    """Inside, the denoiser has these adapters and is recognised as another one than without.
+
+    Whatever is measured or fitted inside is so for the denoiser with its adapters.
+
+    Raises:
+        Incompatible: a layer is missing, or of another size; or it has adapters already.
+
+    """
+    model = uncompiled(denoiser)
+    if getattr(model, BESIDE, ""):
+        raise Incompatible(
+            f"this {type(model).__name__} has adapters already; put all of them in one correction: "
+            f"Composite((first, second))."
+        )
+    handles = attach(denoiser, correction.beside)
+    if correction.beside:
+        setattr(model, BESIDE, correction.digest()[:16])
+    try:
+        yield denoiser
+    finally:
+        for handle in handles:
+            handle.remove()
+        setattr(model, BESIDE, "")
 
 
 def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:

@@ -12,6 +12,7 @@ from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.backends.catalogue import backend_settings, backend_text, stored_tensors
 
 _SAMPLED = 65_536
+BESIDE = "evenkeel_beside"  # attribute of a denoiser whose layers have adapters: their digest
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -65,6 +66,13 @@ def quantizer_text(module: nn.Module) -> str:
     (``torchao:int8 x 46, plain x 7``); of one that is not known, what diffusers noted about it.
     """
     module = getattr(module, "_orig_mod", module)
+    beside = getattr(module, BESIDE, "")
+    if beside:
+        return f"{_quantizer_text(module)} + adapters {beside}"
+    return _quantizer_text(module)
+
+
+def _quantizer_text(module: nn.Module) -> str:
     own = getattr(module, "evenkeel_quantizer", None)
     if own is not None:
         return str(own)

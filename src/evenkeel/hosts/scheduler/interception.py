@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,13 @@ class Interceptor:
 
     Attributes:
         on_denoiser: after a step it makes the denoiser ready for the next one.
+        on_steps: what it does depends on the scheduler; False for what acts whatever scheduler there is.
         correction, plan: what it carries out, and the numbers of the latest run; None if it does not.
 
     """
 
     on_denoiser: bool = False
+    on_steps: bool = True
     correction: Correction | None = None
     plan: SamplerPlan | None = None
 
@@ -71,6 +73,7 @@ class Interceptor:
 
 _SUBCLASSES: dict[type, type] = {}
 _STATE = "_evenkeel_interceptors"
+APPLIED = "_evenkeel_applied"  # attribute of a pipeline: what was installed for it
 
 
 def install(scheduler: Any, *interceptors: Interceptor) -> None:
@@ -91,25 +94,29 @@ def installed(scheduler: Any) -> list[Interceptor]:
 
 
 @contextmanager
-def set_aside(scheduler: Any) -> Iterator[None]:
-    """Inside, the scheduler is its own, and so is a denoiser that was changed along with it.
+def set_aside(pipeline: Any) -> Iterator[None]:
+    """Inside, the pipeline's scheduler is its own, and so is a denoiser that was changed along with it.
 
-    Afterwards what was installed is back, and nothing else, whatever happened inside.
+    Afterwards what was installed is back, and nothing else, whatever happened inside. What was installed
+    for this pipeline counts even where its scheduler has been exchanged since.
     """
-    before = installed(scheduler)
-    _let_go(scheduler)
+    scheduler = pipeline.scheduler
+    before, kept = installed(scheduler), pipeline.__dict__.pop(APPLIED, None)
+    _let_go(scheduler, kept or ())
     try:
         yield
     finally:
-        _let_go(scheduler)
+        _let_go(scheduler, pipeline.__dict__.pop(APPLIED, ()))
         if before:
             install(scheduler, *before)
-        for interceptor in before:
+        if kept is not None:
+            pipeline.__dict__[APPLIED] = kept
+        for interceptor in dict.fromkeys((*before, *(kept or ()))):
             interceptor.attach()
 
 
-def _let_go(scheduler: Any) -> None:
-    for interceptor in installed(scheduler):
+def _let_go(scheduler: Any, kept: Iterable[Interceptor]) -> None:
+    for interceptor in (*installed(scheduler), *kept):
         interceptor.detach()
     uninstall(scheduler)
 

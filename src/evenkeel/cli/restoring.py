@@ -1,0 +1,89 @@
+"""The command that brings a quantized model nearer: restore."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from evenkeel.cli.options import command, loaded, positive, sampling
+
+
+def add_restore(commands: Any) -> None:
+    """``evenkeel restore``."""
+    parser = command(
+        commands,
+        "restore",
+        _run_restore,
+        "Fit small adapters beside the layers of a quantized denoiser, keep what held-out pairs confirm, "
+        "and write one folder with adapters, model card and what was measured.",
+    )
+    sampling(parser)
+    parser.add_argument(
+        "--count", type=positive, help="fit on so many prompts (default: all, or 32)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="bytes of the adapters over those of the quantized denoiser, 5%% or 0.05 (default: 5%%)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=16, help="other images to measure on; 0 measures nothing"
+    )
+    parser.add_argument("--no-readout", action="store_true", help="adapters alone")
+    parser.add_argument("--out", type=Path, default=Path("restored"), help="folder")
+
+
+def share(text: str) -> float:
+    """``5%`` or ``0.05``."""
+    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a share above 0 and at most 1 (100%), got {text}"
+        )
+    return value
+
+
+def _run_restore(options: argparse.Namespace) -> None:
+    from evenkeel.cli.sources import evaluator_for, load_prompts
+    from evenkeel.comparing.restore import restore
+    from evenkeel.reports.restored import write_restored
+
+    pipeline, quantized, settings = loaded(options)
+    measured_on = []
+    if options.images:
+        measured_on = load_prompts(options.prompts, pipeline, None, options.seed + 1)[
+            : options.images
+        ]
+    found = restore(
+        pipeline,
+        quantized=quantized,
+        prompts=load_prompts(options.prompts, pipeline, options.count, options.seed),
+        measured_on=measured_on,
+        budget=options.budget,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        evaluator=evaluator_for(pipeline),
+        readout=not options.no_readout,
+        progress=not options.json,
+        **settings,
+    )
+    described = {
+        "pipeline": options.pipeline,
+        "quantized": options.quantized,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "budget": options.budget,
+        "seed": options.seed,
+        **settings,
+    }
+    written = bool(found.parts)
+    if written:
+        write_restored(options.out, found, described, [*map(str, measured_on)])
+    if options.json:
+        print(json.dumps({"out": str(options.out) if written else None, **found.as_dict()}))
+    else:
+        print(found.sentence)
+        print(f"\n{options.out}" if written else "\nnothing was written")

@@ -1,0 +1,193 @@
+"""Restore: fit what brings a quantized pipeline nearer, keep what held-out pairs confirm, measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from evenkeel.comparing.comparison import Comparison, Evaluator, compare, standard_arms
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.composite import Composite
+from evenkeel.corrections.readout import Readout
+from evenkeel.corrections.recovery_adapters import RecoveryAdapters
+from evenkeel.errors import EvenkeelError
+from evenkeel.fitting.adapters.fit_adapters import AdapterReport, fit_adapters
+from evenkeel.fitting.adapters.judge import Judge, gain, lower_bound
+from evenkeel.fitting.adapters.pairs import Pairs
+from evenkeel.fitting.readout.fit_readout import fit_readout
+from evenkeel.hosts.actuators.beside import with_adapters
+from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.run import Run
+
+RESTORED = "restored"
+OTHER_STEPS = (4, 50)  # measured beside the fitted number
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was kept, and what it is worth.
+
+    Attributes:
+        adapters: empty where they were not confirmed.
+        report: of their fit.
+        readout: fitted on top; None where it was not confirmed or cannot be.
+        readout_gain: dB on the confirming pairs that it adds, with its one-sided 95 % bound.
+        measured: number of steps -> comparison on other prompts; None with the reason in ``unmeasured``.
+        unmeasured: number of steps -> why nothing was measured there.
+
+    """
+
+    adapters: RecoveryAdapters
+    report: AdapterReport
+    readout: Readout | None
+    readout_gain: tuple[float, float] | None
+    measured: dict[int, Comparison] = field(default_factory=dict)
+    unmeasured: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[Correction, ...]:
+        """What was kept, in the order in which it acts."""
+        kept = [self.adapters] if self.adapters.layers else []
+        return (*kept, *([] if self.readout is None else [self.readout]))
+
+    @property
+    def sentence(self) -> str:
+        """What came out."""
+        if not self.parts:
+            return self.report.text().splitlines()[0]
+        found = "no adapters: they were not confirmed"
+        if self.adapters.layers:
+            found = self.report.text().splitlines()[0]
+        if self.readout is not None and self.readout_gain is not None:
+            found += f"; a readout adds {self.readout_gain[0]:+.2f} dB (bound {self.readout_gain[1]:+.2f})"
+        for steps, comparison in self.measured.items():
+            psnr = comparison[RESTORED].difference_to_quantized["psnr"]
+            found += (
+                f"; at {steps} steps PSNR to full precision {psnr.value:+.2f} dB "
+                f"[{psnr.low:+.2f}, {psnr.high:+.2f}] on {psnr.n} other images"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "sentence": self.sentence,
+            "parts": [part.name for part in self.parts],
+            "adapters": self.report.as_dict(),
+            "readout": None if self.readout_gain is None else list(self.readout_gain),
+            "measured": {
+                str(steps): [arm.as_dict() for arm in comparison.arms]
+                for steps, comparison in self.measured.items()
+            },
+            "unmeasured": {str(steps): why for steps, why in self.unmeasured.items()},
+        }
+
+
+def restore(
+    pipeline: Any,
+    *,
+    quantized: nn.Module,
+    prompts: Sequence[Prompt],
+    measured_on: Sequence[Prompt],
+    num_inference_steps: int,
+    budget: float = 0.05,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    call: dict[str, Any] | None = None,
+    evaluator: Evaluator | None = None,
+    readout: bool = True,
+    progress: bool = True,
+) -> Restored:
+    """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
+
+    Args:
+        pipeline: a diffusers pipeline with its full-precision denoiser.
+        quantized: its quantized denoiser, of any backend; not changed.
+        prompts: to fit on.
+        measured_on: other prompts; what was kept is compared on them at the fitted number of steps, at 4
+            and at 50. Empty measures nothing.
+        num_inference_steps: as passed to the pipeline.
+        budget: bytes of the adapters over bytes of the quantized denoiser.
+        guidance_scale: as passed to the pipeline; None uses the pipeline's default.
+        seed: of the first prompt's initial noise.
+        batch_size: prompts per pipeline call.
+        call: further arguments of the pipeline call.
+        evaluator: of images, as of ``compare``.
+        readout: whether to try one.
+        progress: show bars.
+
+    Raises:
+        CalibrationError: nothing is quantized, or an argument is out of range.
+
+    """
+    asked: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "batch_size": batch_size,
+        "call": call,
+    }
+    fitting: dict[str, Any] = {
+        "quantized": quantized,
+        "prompts": prompts,
+        "seed": seed,
+        "progress": progress,
+    }
+    fitting["num_inference_steps"] = num_inference_steps
+    adapters, report = fit_adapters(pipeline, budget=budget, **fitting, **asked)
+    head, gained = None, None
+    if readout:
+        run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
+        head, gained = _readout(run, adapters, progress)
+    found = Restored(adapters, report, head, gained)
+    if not (found.parts and len(measured_on)):
+        return found
+    kept = found.parts[0] if len(found.parts) == 1 else Composite(found.parts)
+    for count in dict.fromkeys((num_inference_steps, *OTHER_STEPS)):
+        # Heads belong to the fitted noise levels; adapters do not.
+        shown = kept if count == num_inference_steps or head is None else adapters
+        if not (shown.beside or shown.heads):
+            found.unmeasured[count] = "the readout that was kept belongs to the fitted steps"
+            continue
+        try:
+            found.measured[count] = compare(
+                pipeline,
+                standard_arms(pipeline, quantized, {RESTORED: shown}),
+                prompts=measured_on,
+                num_inference_steps=count,
+                evaluator=evaluator,
+                progress=progress,
+                **asked,
+            )
+        except EvenkeelError as e:
+            found.unmeasured[count] = str(e)
+    return found
+
+
+def _readout(
+    run: Run, adapters: RecoveryAdapters, progress: bool
+) -> tuple[Readout | None, tuple[float, float] | None]:
+    """A readout of the denoiser with its adapters, if one can be fitted and is confirmed."""
+    pairs = Pairs.of(run)
+    _, quantized = run.pair
+    try:
+        with with_adapters(quantized, adapters):
+            found = fit_readout(
+                run.pipeline,
+                quantized=quantized,
+                prompts=pairs.fit.prompts.values,
+                num_inference_steps=run.num_inference_steps,
+                guidance_scale=run.guidance_scale,
+                seed=run.seed,
+                batch_size=run.batch_size,
+                call=run.call,
+                progress=progress,
+            )
+    except EvenkeelError:
+        return None, None  # this denoiser has no head that can be refitted
+    judge = Judge(pairs.confirm)
+    gains = gain(judge.errors(adapters.layers), judge.errors(adapters.layers, found))
+    said = float(gains.mean()), lower_bound(gains)
+    return (found if said[1] > 0 else None), said
