@@ -158,7 +158,7 @@ class _Rows:
             site.dtype = x.dtype
             x = x[None] if x.ndim == 1 else x
             rows = rows_of(site.head, layer, x.detach())
-            site.inputs.offer(self.keys(rows), rows.flatten(0, 1).float())
+            site.inputs.offer(self.keys(rows), rows.flatten(0, 1))
 
         return hook
 
@@ -191,7 +191,7 @@ class _Probe:
             site = self.sites[name]
             gradient = gradient[None] if gradient.ndim == 1 else gradient
             out = outputs_as_rows(site.head, gradient)
-            site.gradients.offer(rows.keys(out), out.flatten(0, 1).float())
+            site.gradients.offer(rows.keys(out), out.flatten(0, 1))
 
 
 def _leaving(left: dict[str, Tensor], name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from evenkeel.fitting.adapters.collect import Site, collect
 from evenkeel.fitting.adapters.judge import Judge, gain, lower_bound
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.adapters.row_sample import RowSample
-from evenkeel.fitting.adapters.solve import LayerProblem, predicted, problem_of, solve
+from evenkeel.fitting.adapters.solve import Measured, predicted, solve
 from evenkeel.hosts.actuators.beside import shape_of
 from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.hosts.backends.catalogue import bytes_of
@@ -37,7 +37,8 @@ class Candidate:
         metric, bits: of it.
         bytes: of its factors.
         predicted: error of the final sample by the metric, over that without adapters.
-        gain: dB by which the final samples' squared error falls, mean over the choosing pairs.
+        gain: dB by which the final samples' squared error falls, mean over the choosing pairs; None
+            where there was nothing to choose between.
 
     """
 
@@ -45,7 +46,7 @@ class Candidate:
     bits: int
     bytes: int
     predicted: float
-    gain: float
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class AdapterReport:
             )
         lines = [
             f"  {c.metric:6s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted error x "
-            f"{c.predicted:.3f}  {c.gain:+.2f} dB{'  <- chosen' if i == self.chosen else ''}"
+            f"{c.predicted:.3f}{_decibels(c.gain)}{'  <- chosen' if i == self.chosen else ''}"
             for i, c in enumerate(self.candidates)
         ]
         return "\n".join([found, *lines])
@@ -174,29 +175,29 @@ def fit_adapters(
     sites = _sites(run, rows)
     probed = PROBED if "output" in tried_metrics else 0
     collected = collect(pairs.fit, sites, probed=probed, progress=progress)
-    judge = Judge(pairs.choose)
-    before = judge.errors()
+    measured = [m for name, site in sites.items() if (m := Measured.of(name, site)) is not None]
     found: list[tuple[Candidate, tuple[LayerAdapter, ...]]] = []
-    layers = 0
     for name in tried_metrics:
-        problems = _problems(sites, local=name == "local")
-        layers = len(problems)
+        problems = [p for m in measured if (p := m.problem(local=name == "local")) is not None]
         for b in TRIED_BITS if bits is None else (bits,):
             adapters = solve(problems, b, spend, rank)
-            after = judge.errors(adapters)
             size_of = sum(a.stored_bytes for a in adapters)
-            said = Candidate(
-                name, b, size_of, predicted(problems, adapters), float(gain(before, after).mean())
-            )
-            found.append((said, adapters))
-    chosen = max(range(len(found)), key=lambda i: found[i][0].gain)
+            found.append((Candidate(name, b, size_of, predicted(problems, adapters)), adapters))
+    if len(found) > 1:
+        judge = Judge(pairs.choose)
+        before = judge.errors()
+        found = [
+            (replace(said, gain=float(gain(before, judge.errors(adapters)).mean())), adapters)
+            for said, adapters in found
+        ]
+    chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
     kept, adapters = found[chosen]
     judge = Judge(pairs.confirm)
     gains = gain(judge.errors(), judge.errors(adapters))
     bound = lower_bound(gains)
     report = AdapterReport(
         prompts=len(run.prompts),
-        layers=layers,
+        layers=len(measured),
         quantized_bytes=size,
         budget=spend,
         candidates=tuple(c for c, _ in found),
@@ -208,6 +209,10 @@ def fit_adapters(
     made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
     layers_kept = adapters if report.confirmed else ()
     return RecoveryAdapters(made_for, kept.metric, kept.bits, layers_kept), report
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"  {value:+.2f} dB"
 
 
 def stored_size(denoiser: nn.Module) -> int:
@@ -243,11 +248,6 @@ def _computes_alike(layer: Any, original: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
     plain = type(layer) is type(original) and type(weight) in (Tensor, nn.Parameter)
     return plain and weight is not None and torch.equal(weight, original.get_parameter("weight"))
-
-
-def _problems(sites: dict[str, Site], *, local: bool) -> list[LayerProblem]:
-    found = (problem_of(name, site, local=local) for name, site in sites.items())
-    return [p for p in found if p is not None]
 
 
 def _check(

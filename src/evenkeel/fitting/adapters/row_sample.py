@@ -51,41 +51,37 @@ class RowSample:
 
     Attributes:
         size: at most so many rows are kept.
-        keys, rows: (n,) and (n, F) of those kept; in no special order until ``sorted``.
 
     """
 
     size: int
-    keys: Tensor | None = None
-    rows: Tensor | None = None
-    _limit: int = field(default=0x7FFFFFFFFFFFFFFF)
+    _parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _held: int = 0
+    _limit: int = 0x7FFFFFFFFFFFFFFF
 
     def offer(self, keys: Tensor, rows: Tensor) -> None:
         """Take in rows (n, F) with their keys (n,)."""
-        fresh = (keys < self._limit).nonzero().flatten()
-        keys, rows = keys[fresh], rows[fresh].detach()
-        if self.keys is not None and self.rows is not None:
-            keys, rows = torch.cat([self.keys, keys]), torch.cat([self.rows, rows.to(self.rows)])
-        self.keys, self.rows = keys, rows
-        if len(keys) > 2 * self.size:
-            self._cut()
+        if self._limit < 0x7FFFFFFFFFFFFFFF:
+            fresh = (keys <= self._limit).nonzero().flatten()
+            keys, rows = keys[fresh], rows[fresh]
+        self._parts.append((keys, rows.detach().float()))
+        self._held += len(keys)
+        if self._held > 2 * self.size:
+            self.sorted()
 
     def merge(self, other: RowSample) -> None:
         """Take in what another sample of the same size kept."""
-        if other.keys is not None and other.rows is not None:
-            self.offer(other.keys, other.rows)
+        for keys, rows in other._parts:
+            self.offer(keys, rows)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Keys and rows in the order of the keys; no more than ``size``."""
-        self._cut()
-        assert self.keys is not None and self.rows is not None
-        return self.keys, self.rows
-
-    def _cut(self) -> None:
-        if self.keys is None or self.rows is None:
-            self.keys, self.rows = torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
-            return
-        order = self.keys.argsort()[: self.size]
-        self.keys, self.rows = self.keys[order], self.rows[order]
-        if len(order) == self.size:
-            self._limit = int(self.keys[-1])
+        """Keys (n,) and rows (n, F) float32 in the order of the keys; no more than ``size``."""
+        if not self._parts:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
+        keys, rows = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        order = keys.argsort()[: self.size]
+        keys, rows = keys[order], rows[order]
+        self._parts, self._held = [(keys, rows)], len(keys)
+        if len(keys) == self.size:
+            self._limit = int(keys[-1])
+        return keys, rows

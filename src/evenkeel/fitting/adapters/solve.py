@@ -37,23 +37,45 @@ class LayerProblem:
     components: Components
 
 
-def problem_of(name: str, site: Site, *, local: bool) -> LayerProblem | None:
-    """None for a layer that computes with its full-precision weight."""
-    change = (
-        reference_weight(site.reference) - effective_weight(site.quantized, site.dtype)
-    ).double()
-    if not bool(change.any()):
-        return None
-    _, x = site.inputs.sorted()
-    g = None if local else site.gradients.sorted()[1]
-    metric, held_out = _metric(x, g), _metric(x[1::2], None if g is None else g[1::2])
-    limit = min(LARGEST_RANK, *change.shape)
-    kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
-    return LayerProblem(name, kernel, change, metric, held_out, metric.components(change, limit))
+@dataclass(frozen=True)
+class Measured:
+    """What a run told of one layer; its problem in either metric follows.
+
+    Attributes:
+        name, kernel: of the layer.
+        change: D = W - W_q, (O, F) float64.
+        inputs, gradients: second moments from all rows kept, and from every second one.
+
+    """
+
+    name: str
+    kernel: tuple[int, ...]
+    change: Tensor
+    inputs: tuple[Tensor, Tensor]
+    gradients: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, name: str, site: Site) -> Measured | None:
+        """None for a layer that computes with its full-precision weight."""
+        (_, x), (_, g) = site.inputs.sorted(), site.gradients.sorted()
+        change = reference_weight(site.reference) - effective_weight(site.quantized, site.dtype)
+        if not (len(x) and bool(change.any())):  # some layers are never called
+            return None
+        kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
+        return cls(name, kernel, change.double(), _both(x), _both(g) if len(g) else None)
+
+    def problem(self, *, local: bool) -> LayerProblem | None:
+        """None where the output's metric is asked for and the output does not depend on the layer."""
+        gradients = (None, None) if local else self.gradients
+        if gradients is None:
+            return None
+        metric, held_out = map(OutputMetric, self.inputs, gradients)
+        components = metric.components(self.change, min(LARGEST_RANK, *self.change.shape))
+        return LayerProblem(self.name, self.kernel, self.change, metric, held_out, components)
 
 
-def _metric(x: Tensor, g: Tensor | None) -> OutputMetric:
-    return OutputMetric(second_moment(x), None if g is None else second_moment(g))
+def _both(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return second_moment(rows), second_moment(rows[1::2])
 
 
 def solve(
