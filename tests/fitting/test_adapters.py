@@ -301,6 +301,36 @@ def test_any_scheduler_may_be_used_and_no_other_network(flux, flux_w3, adapters)
         evenkeel.apply(ALL["sdxl"]().pipe, adapters, allow=("denoiser",))
 
 
+def test_a_scheduler_exchanged_later_loses_nothing_and_a_comparison_sees_the_plain_one(
+    flux, flux_w3, adapters
+):
+    restored = with_quantized(flux, flux_w3)
+    pipe = restored.pipe
+    plain = generate(restored)
+    evenkeel.apply(pipe, adapters)
+    corrected = generate(restored)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    assert torch.equal(generate(restored), corrected)  # and no warning
+    run = Run(pipe, ["a"], 4)
+    with run.undisturbed():
+        assert torch.equal(generate(restored), plain)
+    assert torch.equal(generate(restored), corrected)
+    evenkeel.remove(pipe)
+    assert torch.equal(generate(restored), plain)
+
+
+def test_what_is_fitted_with_adapters_belongs_to_them(flux, flux_w3, adapters):
+    from evenkeel.hosts.actuators.beside import with_adapters
+    from evenkeel.hosts.pipeline.fingerprint import fingerprint
+
+    before = fingerprint(flux_w3)
+    with with_adapters(flux_w3, adapters) as restored:
+        assert fingerprint(restored) != before
+        with pytest.raises(Incompatible, match="already"), with_adapters(restored, adapters):
+            pass
+    assert fingerprint(flux_w3) == before
+
+
 def test_several_add_up_and_a_file_gives_them_back(flux, flux_w3, adapters, tmp_path):
     path = evenkeel.save(adapters, tmp_path / "adapters.safetensors")
     again = evenkeel.load(path)

@@ -17,10 +17,12 @@ from evenkeel.corrections import (
     Correction,
     HeadFit,
     Readout,
+    RecoveryAdapters,
     StepbaQ,
 )
 from evenkeel.corrections.catalogue import ALL, EVIDENCE
 from evenkeel.corrections.head_table import HeadTable
+from evenkeel.low_rank.factors import LayerAdapter, rounded
 from evenkeel.statistics.evidence import Evidence
 
 
@@ -56,6 +58,15 @@ def readout(evidence: Evidence) -> Readout:
     return Readout(evidence.source, "proj_out_2", "per-step", table, fits, plain)
 
 
+def adapters(evidence: Evidence) -> RecoveryAdapters:
+    """Of rank 2 beside the tiny pipeline's head, as large as the error; none without one."""
+    size = float(evidence.by_step.dd.mean()) ** 0.5
+    rows = torch.linspace(-1, 1, 64).reshape(2, 32)
+    layer = LayerAdapter("proj_out_2", rounded(size * rows, 4), rounded(rows.flip(0), 4))
+    assert evidence.source is not None
+    return RecoveryAdapters(evidence.source, "output", 4, (layer,) if size else ())
+
+
 def dcnc(evidence: Evidence) -> DCNC:
     """With the plain variance: no histogram is drawn."""
     return DCNC(evidence, estimator="std")
@@ -68,5 +79,6 @@ MADE: dict[str, Callable[[Evidence], Correction]] = {
     "tac": tac,
     "stepbaq": stepbaq,
     "readout": readout,
+    "adapters": adapters,
     "readout+drift": lambda evidence: readout(evidence).with_drift(),
 }

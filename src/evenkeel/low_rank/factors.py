@@ -55,7 +55,7 @@ class Factor:
         """(r, n) in this dtype.
 
         >>> rounded(torch.tensor([[1.0, -0.5, 0.25]]), 4).dense()
-        tensor([[ 0.9998, -0.5713,  0.2856]])
+        tensor([[ 0.9980, -0.5703,  0.2852]])
         """
         if self.scale is None:
             return self.values.to(dtype)

@@ -93,6 +93,8 @@ def check_declared(correction: Any) -> None:
         heads == (correction.heads is not None),
         "stage 'head' and heads belong together",
     )
+    layers = "layers" in correction.stages or not correction.beside
+    _expect(correction, layers, "has adapters but does not declare the stage 'layers'")
 
 
 def check_digest(correction: Correction, again: Correction) -> None:

@@ -172,7 +172,7 @@ def fit_adapters(
     spend = None if share is None or rank is not None else int(share * size)
     pairs = Pairs.of(run)
     tried_metrics = METRICS if metric is None else (metric,)
-    sites = _sites(run, rows)
+    sites = sites_of(run, rows)
     probed = PROBED if "output" in tried_metrics else 0
     collected = collect(pairs.fit, sites, probed=probed, progress=progress)
     measured = [m for name, site in sites.items() if (m := Measured.of(name, site)) is not None]
@@ -221,7 +221,13 @@ def stored_size(denoiser: nn.Module) -> int:
     return int(getattr(report, "stored_bytes", 0)) or bytes_of(denoiser)
 
 
-def _sites(run: Run, rows: int) -> dict[str, Site]:
+def sites_of(run: Run, rows: int) -> dict[str, Site]:
+    """Every quantized layer that may get an adapter, with room for so many rows.
+
+    Raises:
+        CalibrationError: there is none.
+
+    """
     full, quantized = (uncompiled(m) for m in run.pair)
     originals = dict(full.named_modules())
     sites = {}
