@@ -2,7 +2,7 @@
 
 Frozen: embedded pipeline, DPM-Solver++ 2M, 20 steps, guidance 4.5; fitted on 32 prompts (seed 0); 500 images
 (seed 1) of other prompts, the same noise in every arm. Budgets are bytes of the adapters over bytes of the
-quantized denoiser. Baselines get the same rows, the same sharing out of bytes and the same rounding of factors:
+quantized denoiser. Baselines get the same rows, sharing out of bytes and rounding of factors:
 plain SVD (LoftQ: S = G = 1), diagonal (LQER: diagonal of S), local (QERA, EoRA: S); 16-bit factors in
 the output's metric; and the same weights with one more bit each.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.statistics.exact import working
 
 RIDGE = 1e-3  # of the mean diagonal: directions that the few rows did not show are not free
 _EXTRA, _PASSES = 16, 3  # of the subspace iteration
@@ -115,11 +116,12 @@ class OutputMetric:
 
 
 def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
-    """(F, F) float64 mean of ``x x^T`` over rows (n, F), drawn to its diagonal where rows are few.
+    """(F, F) mean of ``x x^T`` over rows (n, F), drawn to its diagonal where rows are few.
 
     What stands beside the diagonal is multiplied by one minus the share of it that is chance,
     ``sum Var(s_ij) / sum s_ij^2`` over i != j (Schaefer & Strimmer 2005, target D), with
     ``Var(s_ij) = (mean(x_i^2 x_j^2) - s_ij^2) / n``. On top stands ``ridge`` times the mean diagonal.
+    float64 on the CPU, float32 elsewhere.
 
     Raises:
         CalibrationError: no rows, or values that are not finite.
@@ -128,7 +130,7 @@ def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
     [[1.0, 1.0], [1.0, 1.0]]
 
     """
-    n, x = len(rows), rows.double()
+    n, x = len(rows), working(rows)
     moment = x.T @ x / max(n, 1)
     if not n or not bool(moment.isfinite().all()):
         raise CalibrationError(
@@ -141,7 +143,7 @@ def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
     chance = spread.sum() - spread.diagonal().sum()
     signal = moment.square().sum() - diagonal.square().sum()
     moment *= 1 - (chance / signal).clamp(0, 1) if signal > 0 else 1.0
-    moment.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo(torch.float64).tiny)
+    moment.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo(moment.dtype).tiny)
     return moment
 
 
@@ -157,7 +159,9 @@ def _root(moment: Tensor) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(gram)).to(gram)
+    limits = torch.finfo(gram.dtype)
+    floor = 10 * limits.eps * gram.diagonal().mean().clamp_min(limits.tiny)
+    gram = gram + floor * torch.eye(len(gram)).to(gram)
     found: Tensor = torch.linalg.solve(gram, right)
     return found
 

@@ -57,15 +57,11 @@ class RowSample:
     size: int
     _parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _held: int = 0
-    _limit: int = 0x7FFFFFFFFFFFFFFF
 
     def offer(self, keys: Tensor, rows: Tensor) -> None:
-        """Take in rows (n, F) with their keys (n,)."""
-        if self._limit < 0x7FFFFFFFFFFFFFFF:
-            fresh = (keys <= self._limit).nonzero().flatten()
-            keys, rows = keys[fresh], rows[fresh]
-        self._parts.append((keys, rows.detach().float()))
-        self._held += len(keys)
+        """Take in rows (n, F) with their keys (n,); the device is not waited for."""
+        self._parts.append(_smallest(keys, rows.detach().float(), self.size))
+        self._held += len(self._parts[-1][0])
         if self._held > 2 * self.size:
             self.sorted()
 
@@ -79,9 +75,11 @@ class RowSample:
         if not self._parts:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
         keys, rows = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        order = keys.argsort()[: self.size]
-        keys, rows = keys[order], rows[order]
+        keys, rows = _smallest(keys, rows, self.size)
         self._parts, self._held = [(keys, rows)], len(keys)
-        if len(keys) == self.size:
-            self._limit = int(keys[-1])
         return keys, rows
+
+
+def _smallest(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    found, order = keys.topk(min(size, len(keys)), largest=False, sorted=True)
+    return found, rows[order]

@@ -12,6 +12,7 @@ from evenkeel.hosts.actuators.head_rows import sizes
 from evenkeel.low_rank.budget import Option, share_out
 from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
 from evenkeel.low_rank.metric import Components, OutputMetric, second_moment
+from evenkeel.statistics.exact import working
 
 LARGEST_RANK = 128
 
@@ -43,7 +44,7 @@ class Measured:
 
     Attributes:
         name, kernel: of the layer.
-        change: D = W - W_q, (O, F) float64.
+        change: D = W - W_q, (O, F).
         inputs, gradients: second moments from all rows kept, and from every second one.
 
     """
@@ -62,7 +63,7 @@ class Measured:
         if not (len(x) and bool(change.any())):  # some layers are never called
             return None
         kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
-        return cls(name, kernel, change.double(), _both(x), _both(g) if len(g) else None)
+        return cls(name, kernel, working(change), _both(x), _both(g) if len(g) else None)
 
     def problem(self, *, local: bool) -> LayerProblem | None:
         """None where the output's metric is asked for and the output does not depend on the layer."""
