@@ -48,10 +48,19 @@ class Asked:
     processes: int = 1
 
     @property
+    def batches(self) -> int:
+        """Of one process."""
+        return ceil(ceil(self.prompts / self.batch_size) / self.processes)
+
+    @property
+    def per_batch(self) -> int:
+        """Denoiser calls of one batch."""
+        return self.steps * self.calls
+
+    @property
     def per_run(self) -> int:
         """Denoiser calls of one process in a run over all prompts."""
-        batches = ceil(self.prompts / self.batch_size)
-        return ceil(batches / self.processes) * self.steps * self.calls
+        return self.batches * self.per_batch
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,18 @@ def readout_bytes(asked: Asked, denoiser: nn.Module) -> int:
     sizes |= {"B": asked.calls, "F": head.features, "O": head.targets}
     fits = 150 * asked.steps * asked.calls
     return fits + _file(asked, (*TABLE.values(), *moments_schema().values()), sizes)
+
+
+def readout_calls(asked: Asked, head_input: int, feature_memory: float) -> tuple[int, int]:
+    """Calls of the full-precision and of the quantized denoiser.
+
+    A look at one prompt's guidance comes first. Batches whose inputs of the head, so many bytes each,
+    find no room while a step is solved run their quantized denoiser again.
+    """
+    kept = min(asked.batches, int(feature_memory // max(head_input, 1)))
+    again = asked.batches - kept if asked.batches > 1 else 0
+    full = asked.per_run + asked.calls + 1
+    return full, full + again * asked.per_batch
 
 
 def closed_loop_bytes(asked: Asked) -> int:

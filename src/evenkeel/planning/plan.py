@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
+from evenkeel.hosts.actuators.heads import find_head, layer_of
 from evenkeel.planning.blueprint import INDEX, Blueprint, read_blueprint
 from evenkeel.planning.denoiser_inputs import Shapes, Size, guidance_of, spatial_factor
 from evenkeel.planning.jobs import (
@@ -21,6 +23,7 @@ from evenkeel.planning.jobs import (
     Job,
     closed_loop_bytes,
     readout_bytes,
+    readout_calls,
     record_bytes,
     refit_runs,
 )
@@ -121,6 +124,7 @@ def plan(
     dtype: str = "bfloat16",
     histograms: bool = True,
     memory: float = 2e9,
+    feature_memory: float = 64e6,
     processes: int = 1,
 ) -> Plan:
     """What calibrate, readout, refit, closed loop, compare and sample take, before anything is loaded.
@@ -144,6 +148,7 @@ def plan(
         dtype: of the networks.
         histograms: as of ``calibrate``.
         memory: as of ``refit_branches``.
+        feature_memory: as of ``fit_readout``.
         processes: that share the prompts, each with a device of its own.
 
     Raises:
@@ -177,7 +182,7 @@ def plan(
     asked = Asked(
         prompts, batch_size, steps, guidance.calls, shapes.latent, scheduler, histograms, processes
     )
-    denoising = _denoising(shapes, rows)
+    denoising, head_input = _denoising(shapes, rows)
     decoding = _decoding(shapes, batch_size)
     whole = next(w for n, w in weights.items() if blueprint.networks[n] is denoiser)
     needs = _Needs(sum(weights.values()) - whole, whole, form, denoising, decoding)
@@ -194,7 +199,7 @@ def plan(
         form,
         denoising,
         decoding,
-        _jobs(asked, blueprint, needs, pixels, arms, memory),
+        _jobs(asked, blueprint, needs, pixels, arms, memory, (head_input, feature_memory)),
     )
 
 
@@ -232,11 +237,17 @@ class _Needs:
 
 
 def _jobs(
-    asked: Asked, blueprint: Blueprint, needs: _Needs, pixels: int, arms: int, memory: float
+    asked: Asked,
+    blueprint: Blueprint,
+    needs: _Needs,
+    pixels: int,
+    arms: int,
+    memory: float,
+    features: tuple[int, float],
 ) -> tuple[Job, ...]:
     run, denoiser = asked.per_run, blueprint.denoiser
     state = 4 * prod(asked.latent) * asked.batch_size
-    tape = 3 * asked.steps * state  # states and both outputs of a batch
+    tape = 2 * asked.steps * state  # of a batch: the states and what the first denoiser gave
     one_prompt = asked.steps * asked.calls
     refitted = refit_runs(denoiser, asked.prompts, memory)
     form = needs.quantized
@@ -254,8 +265,8 @@ def _jobs(
     ]
     try:
         file = readout_bytes(asked, denoiser)
-        calls = run + asked.calls + 1  # a look at one prompt's guidance comes first
-        jobs.append(Job("readout", calls, calls, needs.both(), needs.alone(), "readout", file))
+        calls = readout_calls(asked, *features)
+        jobs.append(Job("readout", *calls, needs.both(), needs.alone(), "readout", file))
     except UnsupportedPipeline:  # no head that can be refitted
         pass
     if form.own:
@@ -340,11 +351,19 @@ def _steps(blueprint: Blueprint, asked: int | None) -> int:
     return len(scheduler.timesteps)
 
 
-def _denoising(shapes: Shapes, rows: int) -> int | None:
+def _denoising(shapes: Shapes, rows: int) -> tuple[int | None, int]:
+    """Of one call its activations, and the input of its output head; 0 where there is none."""
     if not shapes.known():
-        return None
+        return None, 0
     inputs, denoiser = shapes.inputs(rows), shapes.blueprint.denoiser
-    return peak_bytes(lambda: denoiser(**inputs, return_dict=False))
+    seen = [0]
+    with ExitStack() as stack:
+        with suppress(UnsupportedPipeline):
+            layer = layer_of(denoiser, find_head(denoiser))
+            hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].nbytes))
+            stack.callback(hook.remove)
+        peak = peak_bytes(lambda: denoiser(**inputs, return_dict=False))
+    return peak, seen[-1]
 
 
 def _decoding(shapes: Shapes, prompts: int) -> int | None:
