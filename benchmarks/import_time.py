@@ -6,14 +6,13 @@ Run: python benchmarks/import_time.py
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
-from timing import Spread, interleaved, report
+from timing import Spread, children_seconds, interleaved, report
 
 REPEATS = 40
 COMMANDS = {
@@ -36,12 +35,6 @@ IMPORTED = {
 def run(arguments: list[str]) -> str:
     command = [sys.executable, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def children_seconds() -> float:
-    """Processor time of all finished child processes."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def prepared(arguments: list[str]) -> Callable[[], str]:

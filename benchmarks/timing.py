@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,6 +70,12 @@ def interleaved(
             if repeat >= 0:
                 laps[name].append(elapsed)
     return laps
+
+
+def children_seconds() -> float:
+    """Processor time of all finished child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def ratio(laps: dict[str, list[float]], name: str, base: str) -> Spread:

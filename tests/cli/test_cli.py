@@ -68,6 +68,15 @@ def test_help_imports_nothing_heavy(command):
     assert out.strip().endswith("[]")
 
 
+def test_demo_begins_with_how_long_it_takes():
+    code = "import sys; sys.modules['torch'] = None; from evenkeel.cli import main; main(['demo'])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "torch" in ran.stderr  # the line came before anything was imported
+    assert ran.stdout.splitlines() == [
+        "This takes about 3 minutes and a processor core. Nothing is downloaded."
+    ]
+
+
 def test_inspect_says_what_was_measured(capsys, record):
     code, out, _ = run(capsys, "inspect", record)
     assert code == 0

@@ -26,7 +26,7 @@ def add_demo(commands: Any) -> None:
         _run_demo,
         "Quantize the embedded pipeline, calibrate, correct, and show what that changed.",
     )
-    parser.add_argument("--images", type=positive, default=512, help="per arm")
+    parser.add_argument("--images", type=positive, default=256, help="per arm")
     parser.add_argument("--calibration-prompts", type=positive, default=32)
     parser.add_argument("--quantizer", default="w3a4-g32-r16", help="specification")
     parser.add_argument(
@@ -35,6 +35,8 @@ def add_demo(commands: Any) -> None:
 
 
 def _run_demo(options: argparse.Namespace) -> None:
+    if not options.json:
+        print(_duration(options.images, options.calibration_prompts), flush=True)
     from evenkeel.cli.demo import demo
 
     results = demo(
@@ -51,6 +53,15 @@ def _run_demo(options: argparse.Namespace) -> None:
 
     print(text_table(results))
     print(f"\nreport: {options.out / 'report.html'}")
+
+
+def _duration(images: int, prompts: int) -> str:
+    """What to expect; seconds of one core as benchmarks/README.md measured them."""
+    minutes = max(1, round((15 + 1.3 * prompts + 0.4 * images) / 60))
+    return (
+        f"This takes about {minutes} minute{'s' * (minutes > 1)} and a processor core. Nothing is "
+        f"downloaded."
+    )
 
 
 def add_sample(commands: Any) -> None:

@@ -30,6 +30,7 @@ from evenkeel.metrics import (
     per_image_psnr,
     per_image_ssim,
 )
+from evenkeel.threads import sensible_threads
 
 FULL_PRECISION = "full-precision"
 QUANTIZED = "quantized"
@@ -224,12 +225,26 @@ def measure(
     names = list(images)
     floats = {name: images[name].float() / 255 for name in names}
     features = {name: _features(evaluator, floats[name]) for name in names}
+    matches = {name: _matches(evaluator, floats[name], prompts) for name in names}
     real = None
     if reference_images is not None:
         real = _features(evaluator, reference_images.float() / 255)
+    # What an evaluator's network gains from is its own affair.
+    with sensible_threads(images[names[0]].numel()):
+        return _results(floats, features, matches, seconds, real)
+
+
+def _results(
+    floats: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | None],
+    matches: Mapping[str, Tensor | None],
+    seconds: Mapping[str, list[float]],
+    real: Tensor | None,
+) -> list[ArmResult]:
+    names = list(floats)
     first = names[0]
     results = {name: ArmResult(name, dict.fromkeys(MEASURES, _MISSING)) for name in names}
-    per_image = {name: _per_image(floats, name, first, evaluator, prompts) for name in names}
+    per_image = {name: _per_image(floats[name], floats[first], matches[name]) for name in names}
     for name in names:
         found = results[name].measures
         mine = features[name]
@@ -262,22 +277,19 @@ def _features(evaluator: Evaluator | None, images: Tensor) -> Tensor | None:
         return torch.cat([evaluator.features(part) for part in torch.split(images, 256)])
 
 
-def _per_image(
-    floats: Mapping[str, Tensor],
-    name: str,
-    first: str,
-    evaluator: Evaluator | None,
-    prompts: Sequence[Prompt],
-) -> dict[str, Tensor]:
-    found = {
-        "psnr": per_image_psnr(floats[name], floats[first]),
-        "ssim": per_image_ssim(floats[name], floats[first]),
-    }
-    if evaluator is not None:
-        with torch.no_grad():
-            matches = evaluator.matches(floats[name], prompts)
-        if matches is not None:
-            found["alignment"] = matches
+def _matches(
+    evaluator: Evaluator | None, images: Tensor, prompts: Sequence[Prompt]
+) -> Tensor | None:
+    if evaluator is None:
+        return None
+    with torch.no_grad():
+        return evaluator.matches(images, prompts)
+
+
+def _per_image(images: Tensor, first: Tensor, matches: Tensor | None) -> dict[str, Tensor]:
+    found = {"psnr": per_image_psnr(images, first), "ssim": per_image_ssim(images, first)}
+    if matches is not None:
+        found["alignment"] = matches
     return found
 
 

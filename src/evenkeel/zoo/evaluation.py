@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from evenkeel.threads import sensible_threads
 from evenkeel.zoo import EVALUATOR_FILE
 from evenkeel.zoo.captions import read_caption, sample_mentions, write_caption
 from evenkeel.zoo.handwriting import (
@@ -63,12 +64,14 @@ class HandwritingEvaluator:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
-        return self.network.features(images)
+        with sensible_threads(self.network):
+            return self.network.features(images)
 
     @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
         """(n, 6): 1 where the image shows what the caption says, NaN where it says nothing."""
-        parts = [self.network(part) for part in torch.split(images, 256)]
+        with sensible_threads(self.network):
+            parts = [self.network(part) for part in torch.split(images, 256)]
         columns = []
         asked = [read_caption(str(p)) for p in prompts]
         for name in ATTRIBUTES:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from evenkeel.threads import sensible_threads
 from evenkeel.zoo import EVALUATOR_FILE
 from evenkeel.zoo.evaluation import AttributeNetwork
 from evenkeel.zoo.handwriting import UNSPECIFIED
@@ -50,7 +51,8 @@ class SceneEvaluator:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) in [0, 1] to (n, 96)."""
-        return self.network.features(images)
+        with sensible_threads(self.network):
+            return self.network.features(images)
 
     @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
@@ -59,7 +61,8 @@ class SceneEvaluator:
         NaN where the caption says nothing. The relation is shown if the digits stand as asked and have
         not changed places; which digits and colours they are is what the other columns say.
         """
-        parts = [self.network(part) for part in torch.split(images, 256)]
+        with sensible_threads(self.network):
+            parts = [self.network(part) for part in torch.split(images, 256)]
         shown = {k: torch.cat([p[k].argmax(1) for p in parts]) for k in SCENE}
         asked = [read_caption(str(p)) for p in prompts]
         wanted = {k: torch.tensor([a[k] for a in asked]) for k in SCENE}
