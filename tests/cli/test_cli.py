@@ -68,6 +68,15 @@ def test_help_imports_nothing_heavy(command):
     assert out.strip().endswith("[]")
 
 
+@pytest.mark.parametrize("action", [["list"], ["card", "pixart-sigma"], ["path", "pixart-sigma"]])
+def test_what_only_reads_the_zoo_waits_for_nothing_heavy(action):
+    code = f"import sys; from evenkeel.cli import main; main(['zoo', *{action}])"
+    modules = "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+    command = [sys.executable, "-c", f"{code}; {modules}"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "pixart-sigma" in out and out.endswith("\n[]\n")
+
+
 def test_demo_begins_with_how_long_it_takes():
     code = "import sys; sys.modules['torch'] = None; from evenkeel.cli import main; main(['demo'])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

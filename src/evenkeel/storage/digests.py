@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # what is only listed must not wait for torch
+    from torch import Tensor
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -20,6 +20,8 @@ def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
     """
     running = hashlib.sha256(header.encode())
+    if tensors:
+        import torch
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         running.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

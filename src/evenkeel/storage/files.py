@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from evenkeel.errors import StorageError
 from evenkeel.storage.atomic import write_atomically
 from evenkeel.storage.digests import digest, json_text
+
+if TYPE_CHECKING:  # what is only listed must not wait for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,9 @@ def write_tensors(
         StorageError: the header has other keys, or something in it that JSON cannot hold.
 
     """
+    import torch
+    from safetensors.torch import save
+
     texts = _texts(path, kind, header)
     # Cloned: safetensors refuses tensors that share memory.
     own = {
