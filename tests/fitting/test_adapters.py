@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import diffusers as d
@@ -11,11 +14,13 @@ import pytest
 import torch
 from quantized_by import BACKENDS
 from safetensors.torch import load_file
+from several_processes import environment, torchrun
 from tiny_pipelines import ALL, TinyPipeline, generate
 from torch import Tensor, nn
 
 import evenkeel
 from evenkeel import zoo
+from evenkeel.cli import main
 from evenkeel.corrections import Composite, RecoveryAdapters
 from evenkeel.errors import CalibrationError, Incompatible, RecordError
 from evenkeel.fitting.adapters.collect import Site, _Probe, _Rows, _Watch, collect
@@ -448,3 +453,66 @@ def test_the_plain_file_says_what_it_is_for(adapters, tmp_path):
     assert torch.equal(up.float() @ down.float(), layer.change)
     with pytest.raises(RecordError, match="layout"):
         write_lora(adapters, path, "a1111")
+
+
+# ---- several processes, and the command
+
+TOGETHER = """
+import sys
+from pathlib import Path
+import evenkeel
+from evenkeel.quantizers import QuantizerSpec, quantize_module
+from several_processes import environment, torchrun
+from tiny_pipelines import ALL
+
+tiny = ALL["flux"]()
+quantized = quantize_module(tiny.model, QuantizerSpec.parse("w3a16-g16"))[0]
+adapters, report = evenkeel.fit_adapters(
+    tiny.pipe, quantized=quantized, prompts=["a", "b", "c"], num_inference_steps=2, rank=2, bits=4,
+    guidance_scale=3.5, batch_size=1, rows=64, call={"height": 32, "width": 32}, progress=False,
+)
+print(report.candidates, report.gain, adapters.bits)
+"""
+
+
+def test_two_processes_give_the_adapters_of_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER)
+    alone = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    both = torchrun(tmp_path, str(script))
+    assert both.returncode == 0, both.stderr[-2000:]
+    said = [line for line in both.stdout.splitlines() if line]
+    assert said == 2 * [alone.stdout.strip()]
+
+
+def test_restore_writes_a_folder_that_any_loader_takes(tmp_path, capsys):
+    out = tmp_path / "restored"
+    code = main(
+        [
+            "restore", "zoo:pixart-sigma", "--quantized", "w3a16-g32", "--budget", "20%", "--steps", "6",
+            "--count", "8", "--images", "4", "--no-readout", "--out", str(out), "--json",
+        ]
+    )  # fmt: skip
+    said = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert said["out"] == str(out)
+    assert said["parts"] == ["adapters"]
+    assert {"6", "4", "50"} == set(said["measured"])
+    written = {path.name for path in out.iterdir()}
+    assert written == {
+        "README.md", "adapters.safetensors", FILE, "report.html", "restored.json", "results.json"
+    }  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert "Never merge it" in card
+    assert said["sentence"][1:] in card
+    assert isinstance(evenkeel.load(out), RecoveryAdapters)
+    (out / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(RecordError, match="changed"):
+        evenkeel.load(out)

@@ -11,7 +11,8 @@ from pathlib import Path
 HELPERS = str(Path(__file__).parent)
 
 
-def _environment(here: Path, **more: str) -> dict[str, str]:
+def environment(here: Path, **more: str) -> dict[str, str]:
+    """Of a child that finds modules in ``here`` and the helpers."""
     path = [str(here), HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)} | more
 
@@ -21,7 +22,7 @@ def torchrun(here: Path, *command: str, count: int = 2) -> subprocess.CompletedP
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     return subprocess.run(
         [sys.executable, *launcher, *command],
-        env=_environment(here),
+        env=environment(here),
         capture_output=True,
         text=True,
         timeout=600,
@@ -36,7 +37,7 @@ def unwatched(here: Path, code: str, count: int = 2) -> list[subprocess.Complete
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env=_environment(
+            env=environment(
                 here,
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),

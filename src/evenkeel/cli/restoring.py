@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command, loaded, positive, sampling
+from evenkeel.cli.options import command, loaded, positive, sampling, several
 
 
 def add_restore(commands: Any) -> None:
@@ -20,6 +20,7 @@ def add_restore(commands: Any) -> None:
         "and write one folder with adapters, model card and what was measured.",
     )
     sampling(parser)
+    several(parser)
     parser.add_argument(
         "--count", type=positive, help="fit on so many prompts (default: all, or 32)"
     )
@@ -50,6 +51,7 @@ def share(text: str) -> float:
 def _run_restore(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import evaluator_for, load_prompts
     from evenkeel.comparing.restore import restore
+    from evenkeel.hosts.processes import processes
     from evenkeel.reports.restored import write_restored
 
     pipeline, quantized, settings = loaded(options)
@@ -80,7 +82,7 @@ def _run_restore(options: argparse.Namespace) -> None:
         **settings,
     }
     written = bool(found.parts)
-    if written:
+    if written and processes().main:
         write_restored(options.out, found, described, [*map(str, measured_on)])
     if options.json:
         print(json.dumps({"out": str(options.out) if written else None, **found.as_dict()}))

@@ -104,6 +104,8 @@ def restore(
 ) -> Restored:
     """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
 
+    Under torchrun the processes share the prompts of all but the readout.
+
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
         quantized: its quantized denoiser, of any backend; not changed.

@@ -17,10 +17,12 @@ from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
 from evenkeel.hosts.actuators.beside import input_of
 from evenkeel.hosts.actuators.head_rows import Head, outputs_as_rows, rows_of
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
+from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
-from evenkeel.hosts.scheduler.tape import law_of_run
 from evenkeel.sampling.step_law import StepLaw
+
+_ONE = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass
@@ -62,18 +64,17 @@ class Collected:
 
 @dataclass
 class _Watch(Interceptor):
-    """Counts steps, and reads the law at the first one."""
+    """Counts steps, and keeps the state that enters the first one."""
 
     step: int = 0
-    law: StepLaw | None = None
     first: Tensor | None = None
     calls: int = field(default=0)  # of the denoiser, in this step
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        if self.law is None:
-            self.law, self.first = law_of_run(scheduler, timestep, kwargs), sample.detach()
+        if self.first is None:
+            self.first = sample.detach()
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
         self.step, self.calls = self.step + 1, 0
@@ -101,16 +102,14 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
     law = run.law(quantized)
     weights = np.abs(law.trajectory[1][-1])
     weights = weights / np.sqrt((weights**2).mean())
-    watch = _Watch()
+    us, watch = processes(), _Watch()
     probe = _Probe(full, sites, weights, run.seed)
-    batches = run.batches()
-    bar = tqdm(batches, desc="adapters", unit="batch", disable=not progress)
+    bar = tqdm(run.share(), desc="adapters", unit="batch", disable=not (progress and us.main))
     with bar, run.undisturbed(quantized, watch), ExitStack() as stack:
         rows = _Rows(sites, watch)
         for site in sites.values():
-            stack.callback(
-                site.quantized.register_forward_hook(rows.look(site), with_kwargs=True).remove
-            )
+            hook = site.quantized.register_forward_hook(rows.look(site), with_kwargs=True)
+            stack.callback(hook.remove)
 
         def ask(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
             if rows.batch.first < probed:
@@ -119,13 +118,35 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
 
         stack.callback(quantized.register_forward_hook(ask, with_kwargs=True).remove)
         for batch in bar:
+            us.check()
             watch.step, watch.calls, rows.batch = 0, 0, batch
             run.sample(batch)
-    if watch.law is None or watch.first is None:
+    first = _exchanged(us, sites, watch.first)
+    if first is None:
         raise CalibrationError(
             f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to fit."
         )
-    return Collected(dict(sites), watch.law, watch.first)
+    return Collected(dict(sites), law, first)
+
+
+def _exchanged(us: Processes, sites: Mapping[str, Site], first: Tensor | None) -> Tensor | None:
+    """All processes' rows in every process, site by site; the first state, of whichever had one."""
+    if us.count == 1:
+        return first
+    for name, site in sites.items():
+        samples = {"inputs": site.inputs, "gradients": site.gradients}
+        own = {}
+        for side, sample in samples.items():
+            own[f"{side}.keys"], own[f"{side}.rows"] = sample.sorted()
+        for rank, (dtype, theirs) in enumerate(us.gathered(str(site.dtype), own)):
+            if rank == us.rank:
+                continue
+            for side, sample in samples.items():
+                if len(theirs[f"{side}.keys"]):
+                    sample.offer(theirs[f"{side}.keys"], theirs[f"{side}.rows"])
+                    sites[name].dtype = getattr(torch, dtype.removeprefix("torch."))
+    found = us.gathered(None, {} if first is None else {"first": first})
+    return next((tensors["first"] for _, tensors in found if tensors), None)
 
 
 class _Rows:
@@ -168,7 +189,7 @@ class _Probe:
 
     def __init__(self, full: nn.Module, sites: Mapping[str, Site], weights: Any, seed: int) -> None:
         self.full, self.sites, self.weights = full, sites, weights
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
     def ask(self, rows: _Rows, arguments: Any, named: dict[str, Any], like: Tensor) -> None:
         """One probe of one call, its gradients offered with the keys of the call's rows."""
@@ -178,7 +199,10 @@ class _Probe:
                 stack.callback(site.reference.register_forward_hook(_leaving(left, name)).remove)
             # No hook of the denoiser itself: guards and the pipeline's own must not notice.
             output = answer_of(self.full.forward(*arguments, **named))
-            signs = torch.randn(output.shape, generator=self.generator).to(output)
+            # Of this call alone: whichever process makes it.
+            call = row_keys(torch.tensor([rows.batch.seed]), rows.watch.step, _ONE, 1)
+            generator = torch.Generator().manual_seed(int(call) + self.seed + rows.watch.calls)
+            signs = torch.randn(output.shape, generator=generator).to(output)
             signs[:, _sample_channels(arguments, named, output) :] = 0  # of a learned variance
             names = list(left)
             weight = float(self.weights[min(rows.watch.step, len(self.weights) - 1)])

@@ -21,6 +21,7 @@ from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.hosts.backends.catalogue import bytes_of
 from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import BITS, LayerAdapter
 
@@ -129,7 +130,7 @@ def fit_adapters(
 
     Several such fits are tried (metric, bits) and one is chosen by the final samples of held-out
     (prompt, seed) pairs; others confirm it, by a one-sided 95 % bound. Unconfirmed, the result has no
-    adapters and changes nothing.
+    adapters and changes nothing. Under torchrun the processes share the prompts; all return the same.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -170,44 +171,45 @@ def fit_adapters(
     size = stored_size(quantized)
     share = budget if budget is not None or rank is not None else 0.05
     spend = None if share is None or rank is not None else int(share * size)
-    pairs = Pairs.of(run)
-    tried_metrics = METRICS if metric is None else (metric,)
-    sites = sites_of(run, rows)
-    probed = PROBED if "output" in tried_metrics else 0
-    collected = collect(pairs.fit, sites, probed=probed, progress=progress)
-    measured = [m for name, site in sites.items() if (m := Measured.of(name, site)) is not None]
-    found: list[tuple[Candidate, tuple[LayerAdapter, ...]]] = []
-    for name in tried_metrics:
-        problems = [p for m in measured if (p := m.problem(local=name == "local")) is not None]
-        for b in TRIED_BITS if bits is None else (bits,):
-            adapters = solve(problems, b, spend, rank)
-            size_of = sum(a.stored_bytes for a in adapters)
-            found.append((Candidate(name, b, size_of, predicted(problems, adapters)), adapters))
-    if len(found) > 1:
-        judge = Judge(pairs.choose)
-        before = judge.errors()
-        found = [
-            (replace(said, gain=float(gain(before, judge.errors(adapters)).mean())), adapters)
-            for said, adapters in found
-        ]
-    chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
-    kept, adapters = found[chosen]
-    judge = Judge(pairs.confirm)
-    gains = gain(judge.errors(), judge.errors(adapters))
-    bound = lower_bound(gains)
-    report = AdapterReport(
-        prompts=len(run.prompts),
-        layers=len(measured),
-        quantized_bytes=size,
-        budget=spend,
-        candidates=tuple(c for c, _ in found),
-        chosen=chosen,
-        gain=float(gains.mean()),
-        bound=bound,
-        confirmed=bound > 0,
-    )
-    made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
-    layers_kept = adapters if report.confirmed else ()
+    with processes().telling():
+        pairs = Pairs.of(run)
+        tried_metrics = METRICS if metric is None else (metric,)
+        sites = sites_of(run, rows)
+        probed = PROBED if "output" in tried_metrics else 0
+        collected = collect(pairs.fit, sites, probed=probed, progress=progress)
+        measured = [m for name, site in sites.items() if (m := Measured.of(name, site)) is not None]
+        found: list[tuple[Candidate, tuple[LayerAdapter, ...]]] = []
+        for name in tried_metrics:
+            problems = [p for m in measured if (p := m.problem(local=name == "local")) is not None]
+            for b in TRIED_BITS if bits is None else (bits,):
+                adapters = solve(problems, b, spend, rank)
+                size_of = sum(a.stored_bytes for a in adapters)
+                found.append((Candidate(name, b, size_of, predicted(problems, adapters)), adapters))
+        if len(found) > 1:
+            judge = Judge(pairs.choose)
+            before = judge.errors()
+            found = [
+                (replace(said, gain=float(gain(before, judge.errors(adapters)).mean())), adapters)
+                for said, adapters in found
+            ]
+        chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
+        kept, adapters = found[chosen]
+        judge = Judge(pairs.confirm)
+        gains = gain(judge.errors(), judge.errors(adapters))
+        bound = lower_bound(gains)
+        report = AdapterReport(
+            prompts=len(run.prompts),
+            layers=len(measured),
+            quantized_bytes=size,
+            budget=spend,
+            candidates=tuple(c for c, _ in found),
+            chosen=chosen,
+            gain=float(gains.mean()),
+            bound=bound,
+            confirmed=bound > 0,
+        )
+        made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
+        layers_kept = adapters if report.confirmed else ()
     return RecoveryAdapters(made_for, kept.metric, kept.bits, layers_kept), report
 
 

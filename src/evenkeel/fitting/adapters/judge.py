@@ -13,6 +13,7 @@ from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.beside import attach
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import LayerAdapter
 
@@ -50,13 +51,16 @@ class Judge:
         return each
 
     def _sampled(self, *, full: bool, correction: Correction | None = None) -> Tensor:
-        run, made = self.run, []
+        run, us, made = self.run, processes(), []
         with run.undisturbed(None if full else run.pair[1]), ExitStack() as stack:
             if correction is not None:
                 stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
-            for batch in run.batches():
+            for batch in run.share():
+                us.check()
                 made.append(torch.as_tensor(run.sample(batch)).detach().cpu())
-        return torch.cat(made)
+        # Of several processes each samples a share, and all see all samples.
+        found = us.gathered(None, {"samples": torch.cat(made)} if made else {})
+        return torch.cat([tensors["samples"] for _, tensors in found if tensors])
 
 
 @contextmanager
