@@ -38,14 +38,16 @@ def _run_demo(options: argparse.Namespace) -> None:
     if not options.json:
         print(_duration(options.images, options.calibration_prompts), flush=True)
     from evenkeel.cli.demo import demo
+    from evenkeel.threads import sensible_threads
 
-    results = demo(
-        images=options.images,
-        calibration_prompts=options.calibration_prompts,
-        quantizer=options.quantizer,
-        out=options.out,
-        progress=not options.json,
-    )
+    with sensible_threads(0):  # the embedded pipeline is small, from loading it to the report
+        results = demo(
+            images=options.images,
+            calibration_prompts=options.calibration_prompts,
+            quantizer=options.quantizer,
+            out=options.out,
+            progress=not options.json,
+        )
     if options.json:
         print(json.dumps(results))
         return

@@ -144,6 +144,14 @@ def sampling_of(options: argparse.Namespace) -> tuple[int | None, float | None]:
     return steps, guidance
 
 
+def threads_for(options: argparse.Namespace, pipeline: Any) -> None:
+    """To the end of the command, loading, saving and reporting included: threads do not fight."""
+    from evenkeel.hosts.pipeline.pipelines import denoiser_of
+    from evenkeel.threads import sensible_threads
+
+    options.closing.enter_context(sensible_threads(denoiser_of(pipeline)))
+
+
 def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
     from evenkeel.cli.sources import load_denoiser, load_pipeline, parse_call
@@ -153,6 +161,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     if steps is None:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
     pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
+    threads_for(options, pipeline)
     quantized = load_denoiser(options.quantized, pipeline)
     device = own_device(options.device)
     if device:

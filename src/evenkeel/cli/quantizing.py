@@ -14,6 +14,7 @@ from evenkeel.cli.options import (
     positive,
     sampling_of,
     scheduler,
+    threads_for,
 )
 
 
@@ -69,6 +70,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
     pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
+    threads_for(options, pipeline)
     if options.device:
         pipeline.to(options.device)
     steps, guidance = sampling_of(options)

@@ -172,9 +172,9 @@ def refit_branches(
             for site in group:
                 decided[site.name] = site.decide(penalties)
                 site.folds.clear()  # what is kept is as small as the branch
-    # Only now: all groups of layers must see the same trajectory.
-    for site in sites:
-        site.put(decided[site.name][1])
+        # Only now: all groups of layers must see the same trajectory.
+        for site in sites:
+            site.put(decided[site.name][1])
     report = RefitReport(
         tuple(decided[site.name][0] for site in sites),
         len(prompts),

@@ -40,7 +40,7 @@ def quantized_on(
     """What the quantizer makes of the workspace's denoiser."""
     with sensible_threads(workspace.quantized):
         quantizer.quantize(workspace)
-    return workspace.result(str(quantizer), quantizer.as_dict())
+        return workspace.result(str(quantizer), quantizer.as_dict())
 
 
 def quantize_module(
@@ -72,7 +72,8 @@ def quantize_module(
     ['', 'matched by no `only` pattern']
 
     """
-    return quantized_on(Workspace(module, progress=progress), spec)
+    with sensible_threads(module):
+        return quantized_on(Workspace(module, progress=progress), spec)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from evenkeel.quantizers.layers.replacing import swap
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
 from evenkeel.storage import Kind, Number, check_json, read_folder, write_folder
+from evenkeel.threads import sensible_threads
 
 TENSORS, DESCRIPTION = "quantized.safetensors", "quantized.json"
 KIND = Kind(
@@ -63,9 +64,10 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
     config = json.loads(module.to_json_string())  # type: ignore[operator]
     report = _report(module)
     layers, packed = {}, {}
-    for layer in report.quantized:
-        own, layers[layer.name] = write_layer(_quantized(module, layer.name))
-        packed.update({f"{layer.name}.{k}": v for k, v in own.items()})
+    with sensible_threads(module):
+        for layer in report.quantized:
+            own, layers[layer.name] = write_layer(_quantized(module, layer.name))
+            packed.update({f"{layer.name}.{k}": v for k, v in own.items()})
     inside = _prefixes(module)
     # clone: safetensors refuses tensors that share memory
     dense = {
