@@ -204,12 +204,13 @@ def _shuffled_correlation(quantizer: str) -> np.ndarray:
     prompts, tape = sample_prompts(32, 0), Tape()
     install(pipe.scheduler, Recorder(tape))
     run_pipeline(pipe, prompts, range(32), output_type="latent", call={}, **SAMPLING)
-    replay = Replayer(tape)
+    outputs: list[torch.Tensor] = []
+    replay = Replayer(tape, lambda step, output, reached: outputs.append(output.clone()))
     install(pipe.scheduler, replay)
     with denoiser_swapped(pipe, quantized):
         run_pipeline(pipe, prompts, range(32), output_type="latent", call={}, **SAMPLING)
     uninstall(pipe.scheduler)
-    errors = [(q - e).flatten(1) for q, e in zip(replay.outputs, tape.outputs, strict=True)]
+    errors = [(q - e).flatten(1) for q, e in zip(outputs, tape.outputs, strict=True)]
     generator = torch.Generator().manual_seed(0)
     mixed = torch.stack([d[torch.randperm(32, generator=generator)].flatten() for d in errors])
     gram = mixed.double() @ mixed.double().T

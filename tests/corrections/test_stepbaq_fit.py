@@ -24,7 +24,7 @@ from evenkeel import zoo
 from evenkeel.corrections.base import digest_of
 from evenkeel.corrections.stepbaq import StepbaQ
 from evenkeel.errors import CalibrationError, EvenkeelError, OutOfRange, UnsupportedSampler
-from evenkeel.fitting.closed_loop.fit_stepbaq import fenced_variance, fit_stepbaq, training_levels
+from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq, pending_error, training_levels
 from evenkeel.hosts.pipeline.pipelines import denoiser_of, denoiser_swapped, run_pipeline
 from evenkeel.hosts.scheduler.interception import installed
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -186,11 +186,11 @@ def test_the_fence_leaves_outliers_out() -> None:
     values = torch.cat(
         [torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.tensor([90.0])]
     )
-    everything = fenced_variance(values, None)
+    everything = pending_error([values.reshape(1, 1, -1)], None).now()[1]
     assert everything == pytest.approx(float(values.double().var(correction=0)))
-    fenced = fenced_variance(values, 1.7)
+    fenced = pending_error([values.reshape(1, 1, -1)], 1.7).now()[1]
     assert everything > 5 and 0.8 < fenced < 1.1
-    assert fenced_variance(values, 1e6) == everything
+    assert pending_error([values.reshape(1, 1, -1)], 1e6).now()[1] == everything
     tiny = ALL["dit"]()
     quantized = quantize_module(tiny.model, QuantizerSpec.parse("w4a4-g8"))[0]
     loose, tight = (fitted(tiny, quantized, fence=f) for f in (None, 0.5))

@@ -14,7 +14,7 @@ from torch import nn
 
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.refit.refit_branches import RefitReport, refit_branches
-from evenkeel.fitting.refit.site import LayerRefit, Site, fold_index
+from evenkeel.fitting.refit.site import LayerRefit, Site, fold_index, spread
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_swapped
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
@@ -223,6 +223,26 @@ def test_an_error_of_the_branch_s_rank_is_recovered(bias):
     assert (layer.bias is None) is not bias
 
 
+def test_of_many_tokens_some_are_taken_evenly_and_others_in_the_next_call():
+    x = torch.arange(700.0).expand(3, 700)[..., None] + torch.tensor([0.0, 1e4])
+    first, second = spread(x, 0), spread(x, 1)
+    assert first.shape == second.shape == (3, 256, 2)
+    assert first[0, :, 0].tolist() == [i * 700 // 256 for i in range(256)]
+    assert torch.equal(second, first + 1) and second.max() < 1e4 + 700
+    assert torch.equal(spread(x, 2), first)
+    assert spread(x[:, :256], 5) is x[:, :256] or torch.equal(spread(x[:, :256], 5), x[:, :256])
+    image = x.reshape(3, 70, 10, 2)
+    assert torch.equal(spread(image, 1), second)
+    vectors = torch.zeros(5, 2)
+    assert spread(vectors, 1) is vectors
+    reference = linear()
+    layer = QuantizerSpec(3, 4, group=8, rank=2).layer(reference)
+    site = site_of(layer, reference)
+    look(site, torch.randn(4, 600, 16))
+    site.settle()
+    assert [fold.count for fold in site.folds] == [256] * 4
+
+
 def test_the_target_is_the_layers_own_error_without_branch():
     reference = linear()
     layer = QuantizerSpec(3, 4, group=8, rank=2).layer(reference)
@@ -230,6 +250,7 @@ def test_the_target_is_the_layers_own_error_without_branch():
     look(site, x)
     rounded = fake_quantize(x, 4, layer.activation.group)
     r = (reference(x) - F.linear(rounded, layer.weight, layer.bias)).double()
+    site.settle()
     total = NormalEquations.merged(site.folds)
     assert np.allclose(total.mean_t, r.mean((0, 1)), atol=1e-6)
     assert np.allclose(site.folds[2].mean_h, x[2].double().mean(0))

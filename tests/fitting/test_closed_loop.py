@@ -154,12 +154,13 @@ def test_branches_and_their_shares(name: str, unconditional: int, scale: float) 
     seen = Observer()
     result = looped(tiny, twin(tiny.model, lambda m: 0.9 * m), seen, n=2, steps=2)
     for pair in (p for step in seen.pairs for p in step):
-        assert pair.shares is not None
-        assert pair.shares[unconditional] == pytest.approx(1 - scale, abs=1e-3)
-        assert pair.shares[1 - unconditional] == pytest.approx(scale, abs=1e-3)
+        shares = pair.shares.now()
+        assert shares is not None
+        assert shares[unconditional] == pytest.approx(1 - scale, abs=1e-3)
+        assert shares[1 - unconditional] == pytest.approx(scale, abs=1e-3)
         parts = ((pair.reference_branches, pair.reference_output), (pair.branches, pair.output))
         for branches, output in parts:
-            guided = sum(float(s) * b for s, b in zip(pair.shares, branches, strict=True))
+            guided = sum(float(s) * b for s, b in zip(shares, branches, strict=True))
             assert torch.allclose(guided, output, atol=1e-4)
             assert len(output) == 2
     assert result.sample.shape == seen.pairs[0][0].sample.shape

@@ -20,7 +20,7 @@ from evenkeel.corrections import Identity, QDrift
 from evenkeel.errors import CalibrationError, UnsupportedPipeline
 from evenkeel.fitting import calibrate, fit_readout
 from evenkeel.hosts.pipeline import fingerprint as fingerprints
-from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt, refuse_non_finite
+from evenkeel.hosts.pipeline.denoiser_calls import finite, one_per_prompt
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.run import Batch, Run
@@ -317,6 +317,6 @@ def test_doubled_rows_are_counted_once_and_other_numbers_refused() -> None:
 
 
 def test_what_is_not_finite_is_named_with_its_step() -> None:
-    refuse_non_finite(torch.ones(2), "quantized", 3)
+    finite(torch.ones(2), "quantized", 3).now()
     with pytest.raises(CalibrationError, match=r"the quantized denoiser .* step 3; float16"):
-        refuse_non_finite(torch.tensor([1.0, float("inf")]), "quantized", 3)
+        finite(torch.tensor([1.0, float("inf")]), "quantized", 3).now()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
+from evenkeel.statistics.exact import Pending, sum_pair, working
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,36 @@ class Reconstruction:
             CalibrationError: shapes differ, or a value is not finite.
 
         """
+        return self.pending(e, q).now()
+
+    def pending(self, e: Tensor, q: Tensor) -> Pending[GainSums]:
+        """The same, still where the outputs are."""
         if e.shape != q.shape or e.dim() != 3:
             raise CalibrationError(
                 f"expected two outputs of one shape (samples, channels, elements), got "
                 f"{tuple(e.shape)} and {tuple(q.shape)}."
             )
-        e, q = e.double(), q.double()
-        if not bool((e.isfinite() & q.isfinite()).all()):
-            raise CalibrationError("the outputs hold values that are not finite (NaN or infinity).")
+        e, q = working(e), working(q)
         size = e.abs() if self.mask == "magnitude" else e
         chosen = size > self.threshold * e.abs().mean((1, 2), keepdim=True)
-        axes = (0, 2) if self.per_channel else (0, 1, 2)
-
-        def total(values: Tensor) -> Tensor:
-            return values.sum(axes).reshape(-1).cpu()
-
         masked = q * chosen
         ratio = torch.zeros_like(q)
         if self.lambda_1 > 0:
             ratio = torch.where(chosen, q / torch.where(chosen, e, torch.ones_like(e)), ratio)
-        return GainSums(
-            qe=total(masked * e),
-            qq=total(masked * masked),
-            ratio=total(ratio),
-            ratio_squared=total(ratio * ratio),
-            count=total(chosen.double()),
-            samples=len(e),
-            size=e[0].numel(),
-        )
+        values = (masked * e, masked * masked, ratio, ratio * ratio, chosen.to(q.dtype))
+        rows = torch.stack([v.transpose(0, 1).flatten(1) for v in values])
+        sums = sum_pair(rows if self.per_channel else rows.flatten(1)[:, None])
+        samples, elements = len(e), e[0].numel()
+
+        def finish(sums: Tensor, fine: Tensor) -> GainSums:
+            if not fine:
+                raise CalibrationError(
+                    "the outputs hold values that are not finite (NaN or infinity)."
+                )
+            qe, qq, ratio, squared, count = sums.sum(0)
+            return GainSums(qe, qq, ratio, squared, count, samples, elements)
+
+        return Pending((sums, (e.isfinite() & q.isfinite()).all()), finish)
 
     def gain(self, sums: GainSums) -> Tensor:
         """K, (C,) or (1,) float64; 1 where no element was summed."""

@@ -35,6 +35,7 @@ class Asked:
         scheduler: its configuration.
         histograms: whether a record keeps them.
         processes: that share the prompts.
+        stacked: whether a denoiser call holds both branches of guidance.
 
     """
 
@@ -46,6 +47,7 @@ class Asked:
     scheduler: Mapping[str, Any]
     histograms: bool = True
     processes: int = 1
+    stacked: bool = False
 
     @property
     def batches(self) -> int:
@@ -113,12 +115,13 @@ def readout_bytes(asked: Asked, denoiser: nn.Module) -> int:
 def readout_calls(asked: Asked, head_input: int, feature_memory: float) -> tuple[int, int]:
     """Calls of the full-precision and of the quantized denoiser.
 
-    A look at one prompt's guidance comes first. Batches whose inputs of the head, so many bytes each,
-    find no room while a step is solved run their quantized denoiser again.
+    A look at one prompt's guidance comes first, where calls hold both branches. Batches whose inputs
+    of the head, so many bytes each, find no room while a step is solved run their quantized denoiser
+    again.
     """
     kept = min(asked.batches, int(feature_memory // max(head_input, 1)))
     again = asked.batches - kept if asked.batches > 1 else 0
-    full = asked.per_run + asked.calls + 1
+    full = asked.per_run + (asked.calls if asked.stacked else 0)
     return full, full + again * asked.per_batch
 
 

@@ -124,7 +124,7 @@ def plan(
     dtype: str = "bfloat16",
     histograms: bool = True,
     memory: float = 2e9,
-    feature_memory: float = 64e6,
+    feature_memory: float = 256e6,
     processes: int = 1,
 ) -> Plan:
     """What calibrate, readout, refit, closed loop, compare and sample take, before anything is loaded.
@@ -180,7 +180,15 @@ def plan(
     steps = _steps(blueprint, num_inference_steps)
     scheduler = dict(getattr(blueprint.scheduler, "config", {}))
     asked = Asked(
-        prompts, batch_size, steps, guidance.calls, shapes.latent, scheduler, histograms, processes
+        prompts,
+        batch_size,
+        steps,
+        guidance.calls,
+        shapes.latent,
+        scheduler,
+        histograms,
+        processes,
+        guidance.rows > 1,
     )
     denoising, head_input = _denoising(shapes, rows)
     decoding = _decoding(shapes, batch_size)
@@ -255,7 +263,8 @@ def _jobs(
     jobs = [
         Job(
             "calibrate",
-            run + 2 * one_prompt,  # the noise floor: one prompt, twice
+            # The noise floor: one prompt, twice; a batch of one has been there already.
+            run + (1 if asked.batch_size == 1 else 2) * one_prompt,
             run,
             needs.both(tape),
             needs.alone(tape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +66,24 @@ def group_scales(
     [[1.5, 0.75]]
 
     """
+    return next(every_group_scales(equations, weight, group, [penalty]))
+
+
+def every_group_scales(
+    equations: NormalEquations, weight: Tensor, group: int | None, penalties: Sequence[float]
+) -> Iterator[Scales]:
+    """The same for several penalties, in turn.
+
+    Z_o S Z_o^T, which takes nearly all of the time, does not depend on the penalty and is made once.
+    """
     targets, features = weight.shape
-    if (features, targets) != (equations.features, equations.targets) or not 0 < penalty < np.inf:
-        raise CalibrationError(
-            f"expected a weight of {equations.targets} rows of {equations.features} and a positive "
-            f"finite penalty; got {tuple(weight.shape)} and {penalty}."
-        )
+    fits = (features, targets) == (equations.features, equations.targets)
+    for penalty in penalties:
+        if not fits or not 0 < penalty < np.inf:
+            raise CalibrationError(
+                f"expected a weight of {equations.targets} rows of {equations.features} and a positive "
+                f"finite penalty; got {tuple(weight.shape)} and {penalty}."
+            )
     upper = torch.from_numpy(np.triu(lapack.dtfttr(features, equations.hh)[0]))
     scatter = upper + torch.triu(upper, 1).T
     cross = torch.from_numpy(equations.ht)
@@ -79,20 +92,22 @@ def group_scales(
     index = torch.arange(features) // size
     w = weight.detach().cpu().double()
     step = max(1, int(ROWS_AT_A_TIME / (8 * (groups * groups + 2 * features))))
-    d = torch.cat(
-        [
-            _solve(w[i : i + step], cross[:, i : i + step], scatter, size, penalty)
-            for i in range(0, targets, step)
-        ]
-    )
-    change = w * d[:, index]
-    constant = torch.zeros(targets, dtype=torch.float64)
-    if equations.intercept:
-        constant = torch.from_numpy(equations.mean_t - equations.mean_h @ change.T.numpy())
-    return Scales(1 + d, change, constant)
+    parts = [
+        _solve(w[i : i + step], cross[:, i : i + step], scatter, size, penalties)
+        for i in range(0, targets, step)
+    ]
+    for found in zip(*parts, strict=True):
+        d = torch.cat(found)
+        change = w * d[:, index]
+        constant = torch.zeros(targets, dtype=torch.float64)
+        if equations.intercept:
+            constant = torch.from_numpy(equations.mean_t - equations.mean_h @ change.T.numpy())
+        yield Scales(1 + d, change, constant)
 
 
-def _solve(w: Tensor, cross: Tensor, scatter: Tensor, size: int, penalty: float) -> Tensor:
+def _solve(
+    w: Tensor, cross: Tensor, scatter: Tensor, size: int, penalties: Sequence[float]
+) -> list[Tensor]:
     """(rows, G) factors less one. Z itself is never formed: all but one group of a row are zero."""
     starts = range(0, w.shape[1], size)
     groups = [slice(i, i + size) for i in starts]
@@ -100,8 +115,11 @@ def _solve(w: Tensor, cross: Tensor, scatter: Tensor, size: int, penalty: float)
     right = _summed(w * cross.T, size)
     mean = inner.diagonal(dim1=1, dim2=2).mean(1)
     mean = torch.where(mean > 0, mean, 1.0)  # a row without weight or input keeps its scales
-    inner.diagonal(dim1=1, dim2=2).add_(penalty * mean[:, None])
-    found: Tensor = torch.linalg.solve(inner, right)
+    found = []
+    for penalty in penalties:
+        system = inner.clone()
+        system.diagonal(dim1=1, dim2=2).add_(penalty * mean[:, None])
+        found.append(torch.linalg.solve(system, right))
     return found
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
-from evenkeel.statistics.error_structure import radial_spectrum
+from evenkeel.statistics.error_structure import pending_spectrum
+from evenkeel.statistics.exact import Pending, check, settled, working
 from evenkeel.statistics.moments import PairedMoments
 
 Statistic = Callable[[int | None], float]
@@ -117,8 +118,9 @@ class PairedRun:
     """Collects the states of one batch, step by step, beside their full-precision twins."""
 
     def __init__(self) -> None:
-        self._moments: list[PairedMoments] = []
-        self._spectra: list[Tensor] = []
+        self._checks: list[Pending[None]] = []
+        self._moments: list[Pending[PairedMoments]] = []
+        self._spectra: list[Pending[Tensor]] = []
         self._last = torch.empty(0)
 
     def add(
@@ -137,7 +139,7 @@ class PairedRun:
             spatial: whether the last two axes are height and width.
 
         Raises:
-            CalibrationError: the shapes differ, or a state is not finite.
+            CalibrationError: the shapes differ.
 
         """
         step = len(self._moments)
@@ -146,30 +148,33 @@ class PairedRun:
                 f"after step {step} the two samplers have states of different shape: "
                 f"{tuple(reference.shape)} and {tuple(state.shape)}. They are not twins."
             )
-        if not bool(torch.isfinite(state).all()):
-            raise CalibrationError(
-                f"after step {step} the state is not finite (NaN or infinity): this sampler diverges."
-            )
-        x, y = reference.double(), state.double()
+        diverges = CalibrationError(
+            f"after step {step} the state is not finite (NaN or infinity): this sampler diverges."
+        )
+        self._checks.append(check(torch.isfinite(state).all(), lambda: diverges))
+        x, y = working(reference), working(state)
         self._last = y - x
         e, d, own = (as_channels(t)[:, None] for t in (x, self._last, y))
-        self._moments.append(PairedMoments.of(e, d, own))
+        self._moments.append(PairedMoments.pending(e, d, own))
         if spatial:
-            self._spectra.append(radial_spectrum(torch.stack([x, y], 1))[:, None])
+            self._spectra.append(pending_spectrum(torch.stack([x, y], 1)))
 
     def result(self) -> PairedStates:
-        """Of all steps so far.
+        """Of all steps so far, after one transfer.
 
         Raises:
-            CalibrationError: there were none.
+            CalibrationError: there were none, or a state was not finite.
 
         """
         if not self._moments:
             raise CalibrationError("no step was taken: there are no states to compare.")
+        n, last = len(self._moments), Pending((self._last,), lambda d: d.flatten(1).float())
+        *found, error = settled([*self._checks, *self._moments, *self._spectra, last])
+        moments, spectra = found[n : 2 * n], found[2 * n :]
         return PairedStates(
-            moments=PairedMoments.joined(self._moments, 1),
-            spectra=torch.cat(self._spectra, 1) if self._spectra else None,
-            final_error=self._last.flatten(1).float(),
+            moments=PairedMoments.joined(moments, 1),
+            spectra=torch.stack(spectra, 1) if spectra else None,
+            final_error=error,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import scipy.linalg
@@ -166,8 +167,8 @@ def held_out(
 
     """
 
-    def solve(rest: NormalEquations, penalty: float) -> Solution:
-        return rounded(reduced_rank(rest, penalty, rank, prior)).solution
+    def solve(rest: NormalEquations, penalties: Sequence[float]) -> Iterable[Solution]:
+        return (rounded(reduced_rank(rest, p, rank, prior)).solution for p in penalties)
 
     return cross_validated(folds, penalties, present, solve)
 
@@ -176,7 +177,7 @@ def cross_validated(
     folds: Sequence[NormalEquations],
     penalties: Sequence[float],
     present: Solution,
-    solve: Callable[[NormalEquations, float], Solution],
+    solve: Callable[[NormalEquations, Sequence[float]], Iterable[Solution]],
 ) -> HeldOut:
     """Cross-validate any solution of normal equations against the present map.
 
@@ -184,7 +185,7 @@ def cross_validated(
         folds: normal equations of disjoint sets of rows, at least two, each with rows.
         penalties: candidates.
         present: (F, O) and (O,), the map to beat. It is judged on the same rows.
-        solve: the solution of some equations at some penalty.
+        solve: the solutions of some equations, one per penalty; only one is held at a time.
 
     Raises:
         CalibrationError: fewer than two folds, or a fold without rows.
@@ -198,7 +199,7 @@ def cross_validated(
     columns = []
     for f, fold in enumerate(folds):
         rest = NormalEquations.merged(other for g, other in enumerate(folds) if g != f)
-        found = [solve(rest, p) for p in penalties]
-        columns.append(fold.squared_error([present, *found]))
+        found = chain([present], solve(rest, penalties))
+        columns.append(torch.cat([fold.squared_error([x]) for x in found]))
     errors = torch.stack(columns, 1)
     return HeldOut(errors[0], errors[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from evenkeel.corrections.base import Correction, text_of
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.calibration.step_statistics import StepStatistics
 from evenkeel.hosts.actuators.correcting import interceptors_of
-from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt, refuse_non_finite
+from evenkeel.hosts.pipeline.denoiser_calls import finite, one_per_prompt
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.hosts.scheduler.tape import Recorder, Replayer, Tape
 from evenkeel.record import Record, fixed_point_spectrum, prompt_key
-from evenkeel.statistics.error_structure import radial_spectrum, step_gram
-from evenkeel.statistics.histogram import ErrorHistogram, Frame
-from evenkeel.statistics.moments import PairedMoments
-from evenkeel.statistics.residual import ResidualHistogram
-from evenkeel.statistics.second_order import SecondOrder
+from evenkeel.statistics.exact import Pending, settled, sum_pair, working
+from evenkeel.statistics.histogram import Frame
 
 FULL_PRECISION = "full-precision"
 
@@ -41,33 +39,39 @@ class SideBySide:
         self._histograms = histograms
         self._leads = trajectory == FULL_PRECISION  # the full-precision one
         self._leader, self._follower = run.pair if self._leads else run.pair[::-1]
+        self._alone: Tape | None = None  # of the reference and a batch of one prompt
 
     def record(self, batch: Batch, frame: Frame | None) -> Record:
         """The batch's record, its histograms in this frame or one of its own."""
-        tape, replayed = self._through(batch, self._leader, self._follower, self._correction)
-        outputs = [
-            one_per_prompt(torch.stack(steps, 1), len(batch)).cpu()
-            for steps in (tape.outputs, replayed)
-        ]
-        x = one_per_prompt(torch.stack(tape.samples, 1), len(batch)).cpu()
-        e, q = outputs if self._leads else outputs[::-1]
-        layout = self._run.layout(x[:, 0])
-        d = q.double() - e.double()
-        if not d.any():
+        self._alone = None
+        tape = self._led(batch, self._leader, self._correction)
+        kept: StepStatistics | None = None
+
+        def see(step: int, output: Tensor, reached: Pending[None]) -> None:
+            nonlocal kept
+            n, follower = len(batch), self._whose(self._follower)
+            rows = tape.outputs[step], output, tape.samples[step]
+            first, second, x = (one_per_prompt(t, n) for t in rows)
+            layout = self._run.layout(x)
+            if kept is None:
+                kept = StepStatistics(layout, frame, self._histograms)
+            e, q = (first, second) if self._leads else (second, first)
+            kept.take(e, q, x, reached, finite(output, follower, step))
+            if not self._leads or n > 1:
+                tape.outputs[step] = first[:0]  # the sums are all that is needed of it
+
+        self._follow(batch, self._follower, tape, see)
+        assert kept is not None and tape.law is not None
+        kept.settle()
+        moments = kept.moments
+        if not (moments.mean_d.any() or moments.s(0, 2).any()):
             raise CalibrationError(
                 "the quantized denoiser gives exactly the full-precision outputs: nothing was quantized."
             )
-
-        def channels(t: Tensor) -> Tensor:
-            flat = layout.as_channels(t.flatten(0, 1))
-            return flat.reshape(*t.shape[:2], *flat.shape[1:])
-
-        e_c, d_c = channels(e), channels(d)
-        moments = PairedMoments.of(e_c, d_c, channels(x))
-        if frame is None:
-            frame = _frame_of(moments)
-        spectrum = fixed_point_spectrum(radial_spectrum(d), frame) if layout.is_spatial else None
-        assert tape.law is not None
+        if self._leads and len(batch) == 1:
+            self._alone = tape
+        spectrum = kept.spectrum
+        x = one_per_prompt(tape.samples[0], len(batch))[:, None]
         return Record(
             provenance=self._run.provenance(
                 tape.law, x, trajectory=self._trajectory, correction=text_of(self._correction)
@@ -75,21 +79,36 @@ class SideBySide:
             prompt_keys=torch.stack([prompt_key(text) for text in batch.prompts.texts]),
             seeds=torch.tensor(batch.seeds),
             moments=moments,
-            gram=step_gram(d_c),
-            frame=frame,
-            spectrum=spectrum,
-            histogram=ErrorHistogram.of(frame, e_c, d_c) if self._histograms else None,
-            noise_floor=torch.zeros(x.shape[1], dtype=torch.float64),
+            gram=kept.gram,
+            frame=kept.frame,
+            spectrum=None if spectrum is None else fixed_point_spectrum(spectrum, kept.frame),
+            histogram=kept.histogram,
+            noise_floor=torch.zeros(len(tape.samples), dtype=torch.float64),
             law=tape.law,
-            residual=ResidualHistogram.of(frame, e_c, d_c) if self._histograms else None,
+            residual=kept.residual,
         )
 
     def with_noise_floor(self, part: Record, batch: Batch, limit: float) -> Record:
-        """Run one prompt twice with the reference: what differs is not quantization."""
+        """Run one prompt twice with the reference: what differs is not quantization.
+
+        Where the batch is that prompt and the reference led, its first run is there already.
+        """
         reference = self._run.denoiser
-        tape, again = self._through(batch.alone, reference, reference, None)
-        pairs = zip(tape.outputs, again, strict=True)
-        floor = torch.stack([(a.double() - b.double()).pow(2).mean().cpu() for a, b in pairs])
+        tape, self._alone = self._alone, None
+        if tape is None:
+            tape = self._led(batch.alone, reference, None)
+        squares: list[Pending[Tensor]] = []
+        checks: list[Pending[None]] = []
+        first = tape
+
+        def see(step: int, output: Tensor, reached: Pending[None]) -> None:
+            left = (working(first.outputs[step]) - working(output)).flatten()
+            total, count = sum_pair(left * left), left.numel()
+            squares.append(Pending((total,), lambda pair: pair.sum() / count))
+            checks.append(reached)
+
+        self._follow(batch.alone, reference, tape, see)
+        floor = torch.stack(settled([*checks, *squares])[len(checks) :])
         error = part.gram.double().diagonal(dim1=1, dim2=2).mean(0)
         if (floor > limit * error).any():
             step = int((floor / error.clamp_min(1e-300)).argmax())
@@ -100,51 +119,41 @@ class SideBySide:
             )
         return replace(part, noise_floor=floor)
 
-    def _through(
-        self, batch: Batch, leader: nn.Module, follower: nn.Module, correction: Correction | None
-    ) -> tuple[Tape, list[Tensor]]:
-        """What the leader met and gave, and what the follower gave at the same states."""
+    def _led(self, batch: Batch, leader: nn.Module, correction: Correction | None) -> Tape:
+        """What the leader met and gave."""
         tape = Tape()
         interceptors: list[Interceptor] = [Recorder(tape)]
         if correction is not None:
             run = self._run
             parts = interceptors_of(correction, run.pipeline, leader, layout=run.given_layout)
             interceptors = [*parts, *interceptors]
-        self._sample(
-            batch, leader, interceptors, tape.outputs
-        )  # or the replay would seem to differ
-        replay = Replayer(tape)
-        self._sample(batch, follower, [replay], replay.outputs)
-        if len(replay.outputs) != len(tape.outputs):
-            raise CalibrationError(
-                f"the first run took {len(tape.outputs)} steps, the second {len(replay.outputs)}; the "
-                f"pipeline is not deterministic under replay."
-            )
-        return tape, replay.outputs
+        self._sample(batch, leader, interceptors)
+        # Now, or the replay would seem to differ.
+        settled(finite(x, self._whose(leader), step) for step, x in enumerate(tape.outputs))
+        return tape
 
-    def _sample(
+    def _follow(
         self,
         batch: Batch,
-        denoiser: nn.Module,
-        interceptors: Sequence[Interceptor],
-        outputs: list[Tensor],
+        follower: nn.Module,
+        tape: Tape,
+        see: Callable[[int, Tensor, Pending[None]], None],
+    ) -> None:
+        """Lead the follower through the states of the tape and show what it gives there."""
+        replay = Replayer(tape, see)
+        self._sample(batch, follower, [replay])
+        if replay.steps != len(tape.samples):
+            raise CalibrationError(
+                f"the first run took {len(tape.samples)} steps, the second {replay.steps}; the "
+                f"pipeline is not deterministic under replay."
+            )
+
+    def _sample(
+        self, batch: Batch, denoiser: nn.Module, interceptors: Sequence[Interceptor]
     ) -> None:
         self._run.place(denoiser)
         with self._run.undisturbed(denoiser, *interceptors):
             self._run.sample(batch)
-        whose = FULL_PRECISION if denoiser is self._run.denoiser else "quantized"
-        for step, output in enumerate(outputs):
-            refuse_non_finite(output, whose, step)
 
-
-def _frame_of(moments: PairedMoments) -> Frame:
-    pooled = moments.pooled(0)
-    second = SecondOrder.of(pooled)
-    return Frame(
-        mean_d=pooled.mean_d,
-        std_d=second.dd.sqrt(),
-        mean_e=pooled.mean_e,
-        std_e=second.ee.sqrt(),
-        gain=second.gain,
-        std_r=second.residual.sqrt(),
-    )
+    def _whose(self, denoiser: nn.Module) -> str:
+        return FULL_PRECISION if denoiser is self._run.denoiser else "quantized"

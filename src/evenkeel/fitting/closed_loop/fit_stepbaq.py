@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import Array, StepLaw
+from evenkeel.statistics.exact import Pending, add_pairs, sum_pair, working
 from evenkeel.statistics.provenance import Provenance
 
 
@@ -103,7 +105,7 @@ def training_levels(scheduler: Any, prediction: str) -> Array | None:
             f"are unknown, and StepbaQ rounds to them. Fit with a scheduler that has them (DDIM, Euler, "
             f"DPM-Solver)."
         )
-    kept = torch.as_tensor(table).double().cpu().numpy()
+    kept = torch.as_tensor(table).cpu().double().numpy()
     with np.errstate(divide="ignore"):
         return np.asarray(np.sqrt((1 - kept) / kept))
 
@@ -197,10 +199,10 @@ class StepbaQFit(Rule):
         """The mean to take off after this step, (*sample); None where the error is left to grow."""
         if self._training is None:
             self._training = training_levels(self._scheduler, law.prediction)
-        errors = torch.cat([layout.as_channels(q.double() - e.double()).cpu() for e, q in results])
-        mean = errors.mean((0, 2))
+        errors = [layout.as_channels(working(q) - working(e)) for e, q in results]
+        mean, variance = self.settled(pending_error(errors, self._fence))[0]
         self._means.append(layout.broadcast(mean)[0])
-        self._variances.append(fenced_variance(errors - mean[:, None], self._fence))
+        self._variances.append(variance)
         self._plan = self.correction((law.alpha[:-1], law.sigma[:-1])).plan(law)
         if step + 1 == law.steps:
             return None
@@ -213,16 +215,43 @@ class StepbaQFit(Rule):
         return self._means[-1].float() if corrected else None
 
 
-def fenced_variance(errors: Tensor, fence: float | None) -> float:
-    """Variance of all entries within ``fence`` interquartile ranges of the quartiles (None: of all).
+def pending_error(errors: Sequence[Tensor], fence: float | None) -> Pending[tuple[Tensor, float]]:
+    """Mean per channel, and the variance that is left, of (prompts, channels, elements) per batch.
 
-    >>> fenced_variance(torch.tensor([-1.0, 1.0, -1.0, 1.0, 50.0]), 1.5)
+    The variance is that of all entries within ``fence`` interquartile ranges of the quartiles (None: of
+    all).
+
+    >>> errors = torch.tensor([-1.0, 1.0, -1.0, 1.0, 50.0])
+    >>> pending_error([errors.reshape(1, 1, 5)], 1.5).now()[1]
     1.0
 
     """
-    found = errors.double().numpy().ravel()
+    count = sum(d.shape[0] * d.shape[2] for d in errors)
+    totals = reduce(add_pairs, (sum_pair(d.transpose(0, 1).flatten(1)) for d in errors))
+    mean = totals.sum(0) / count
+    left = [(d - mean[:, None]).flatten() for d in errors]
     if fence is not None:
-        low, high = np.quantile(found, (0.25, 0.75))
+        low, high = _quartiles(torch.cat(left))
         reach = fence * (high - low)
-        found = found[(found >= low - reach) & (found <= high + reach)]
-    return float(found.var())
+        kept = [(x >= low - reach) & (x <= high + reach) for x in left]
+    else:
+        kept = [torch.ones_like(x, dtype=torch.bool) for x in left]
+    left = [torch.where(k, x, torch.zeros_like(x)) for k, x in zip(kept, left, strict=True)]
+    sums = reduce(add_pairs, (sum_pair(torch.stack([x, x * x])) for x in left))
+    entries = torch.stack([k.sum() for k in kept])
+
+    def finish(totals: Tensor, sums: Tensor, entries: Tensor) -> tuple[Tensor, float]:
+        first, second = (sums.sum(0) / entries.sum()).tolist()
+        return totals.sum(0) / count, max(second - first**2, 0.0)
+
+    return Pending((totals, sums, entries), finish)
+
+
+def _quartiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear between neighbours, of any number of entries."""
+    ordered = x.sort().values
+    places = [share * (len(x) - 1) for share in (0.25, 0.75)]
+    below = [ordered[int(p)] for p in places]
+    above = [ordered[min(int(p) + 1, len(x) - 1)] for p in places]
+    low, high = (a + (p - int(p)) * (b - a) for p, a, b in zip(places, below, above, strict=True))
+    return low, high

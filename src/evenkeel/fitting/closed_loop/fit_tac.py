@@ -21,6 +21,7 @@ from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.exact import Pending, add_pairs, fetched, pair_sum, sum_pair, working
 
 
 def fit_tac(
@@ -130,7 +131,7 @@ class TACFit(Rule):
         return TAC(
             *made_for.levels,
             gain=None if self.how is None else torch.stack(self.gains),
-            bias=torch.stack(self.biases) if self.input_bias else None,
+            bias=torch.stack(fetched(self.biases)).float() if self.input_bias else None,
             branch=self._chosen_branch() if self.unconditional else None,
             reconstruction=self.how,
             source=made_for,
@@ -143,24 +144,30 @@ class TACFit(Rule):
         if self.how is None:
             return None
         if not self.unconditional:
-            gain = self._fit(self.how, [(p.reference_output, p.output) for p in pairs], layout)
+            outputs = [(p.reference_output, p.output) for p in pairs]
+            gain = self._fitted(self.how, self.settled(*self._sums(self.how, outputs, layout)))
             edit = _edit(gain, layout, pairs[0].output.device)
             return None, [edit(p.output, p.sample, None) for p in pairs]
-        branch = self._unconditional(step, pairs)
+        shares = [p.shares for p in pairs]
+        known = self._branch if {len(p.branches) for p in pairs} == {2} else None
+        both = self._of_branch(pairs, known)
+        found = self.settled(*shares, *self._sums(self.how, both, layout))
+        told, sums = found[: len(pairs)], found[len(pairs) :]
+        branch = self._unconditional(step, pairs, told)
         if branch is None:
             self.gains.append(torch.ones(layout.channels, dtype=torch.float64))
             return None
-        both = [(p.reference_branches[branch], p.branches[branch]) for p in pairs]
-        gain = self._fit(self.how, both, layout)
-        change = _edit(gain - 1, layout, pairs[0].output.device)
+        if known is None:
+            sums = self.settled(*self._sums(self.how, self._of_branch(pairs, branch), layout))
+        change = _edit(self._fitted(self.how, sums) - 1, layout, pairs[0].output.device)
 
-        outputs = []
-        for pair in pairs:
+        answers = []
+        for pair, share in zip(pairs, told, strict=True):
             # Guidance is linear: what is added to a branch arrives with the branch's share.
-            assert pair.shares is not None
+            assert share is not None
             added = change(pair.branches[branch].to(pair.output), pair.sample, None)
-            outputs.append(pair.output + float(pair.shares[branch]) * added)
-        return None, outputs
+            answers.append(pair.output + float(share[branch]) * added)
+        return None, answers
 
     def state(
         self, step: int, results: list[tuple[Tensor, Tensor]], layout: LatentLayout, law: StepLaw
@@ -171,7 +178,7 @@ class TACFit(Rule):
         bias = self._mean_error(results, layout)
         if law.intermediate[step]:
             bias = torch.zeros_like(bias)
-        self.biases.append(bias[0].cpu())
+        self.biases.append(bias[0])  # where the states are, until the end
         if law.intermediate[step]:
             return None
         return None, [quantized - bias for _, quantized in results]
@@ -185,23 +192,30 @@ class TACFit(Rule):
             )
         return self._branch
 
-    def _fit(
-        self,
-        how: Reconstruction,
-        outputs: list[tuple[Tensor, Tensor]],
-        layout: LatentLayout,
-    ) -> Tensor:
+    @staticmethod
+    def _of_branch(pairs: list[Pair], branch: int | None) -> list[tuple[Tensor, Tensor]]:
+        """Outputs of that branch, full precision and quantized; none while it is not known."""
+        if branch is None:
+            return []
+        return [(p.reference_branches[branch], p.branches[branch]) for p in pairs]
+
+    @staticmethod
+    def _sums(
+        how: Reconstruction, outputs: list[tuple[Tensor, Tensor]], layout: LatentLayout
+    ) -> list[Pending[GainSums]]:
+        """Of all batches, still where the outputs are."""
+        return [how.pending(layout.as_channels(e), layout.as_channels(q)) for e, q in outputs]
+
+    def _fitted(self, how: Reconstruction, sums: list[GainSums]) -> Tensor:
         """K over all batches, as it is applied."""
-        sums: GainSums = reduce(
-            add, (how.sums(layout.as_channels(e), layout.as_channels(q)) for e, q in outputs)
-        )
-        self.gains.append(how.gain(sums))
+        self.gains.append(how.gain(reduce(add, sums)))
         return limited(self.gains[-1])
 
-    def _unconditional(self, step: int, pairs: list[Pair]) -> int | None:
+    def _unconditional(
+        self, step: int, pairs: list[Pair], shares: list[Tensor | None]
+    ) -> int | None:
         """The branch with the smallest share, the same at every step; None where there is only one."""
         counts = {len(p.branches) for p in pairs}
-        shares = [p.shares for p in pairs]
         if counts == {1}:
             return None
         if counts != {2} or any(s is None for s in shares):
@@ -223,11 +237,11 @@ class TACFit(Rule):
     def _mean_error(self, results: list[tuple[Tensor, Tensor]], layout: LatentLayout) -> Tensor:
         """Over all prompts, (1, *sample) float32; over all elements of a channel too if so asked."""
         prompts = sum(len(q) for _, q in results)
-        total = sum((q.double() - e.double()).sum(0, keepdim=True) for e, q in results)
-        assert isinstance(total, Tensor)
-        mean = total / prompts
+        errors = (pair_sum(working(q) - working(e)) for e, q in results)
+        mean = reduce(add_pairs, errors).sum(0)[None] / prompts
         if self.per_channel:
-            mean = layout.broadcast(layout.as_channels(mean).mean((0, 2)))
+            rows = layout.as_channels(mean)[0]
+            mean = layout.broadcast(sum_pair(rows).sum(0) / rows.shape[-1])
         return mean.float()
 
 

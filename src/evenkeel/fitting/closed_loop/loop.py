@@ -8,6 +8,7 @@ exactly as often as in two plain runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ from evenkeel.corrections.base import Correction, text_of
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.closed_loop.paused_call import PausedCall
 from evenkeel.fitting.lockstep.call import advance, first_state, together
-from evenkeel.hosts.pipeline.denoiser_calls import shares_of
+from evenkeel.hosts.pipeline.denoiser_calls import pending_shares
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept, uncompiled
 from evenkeel.hosts.pipeline.strand import Finished
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.exact import Pending, settled
 from evenkeel.statistics.provenance import Provenance
 
 
@@ -36,7 +38,6 @@ class Pair:
             the correction below).
         reference_branches, branches: the denoiser's own outputs, one per guidance branch, without
             learned-variance channels; empty where they do not have the sample's shape.
-        shares: (branches,) with which guidance combined the branches, or None where it is not linear.
 
     """
 
@@ -46,7 +47,14 @@ class Pair:
     output: Tensor
     reference_branches: tuple[Tensor, ...]
     branches: tuple[Tensor, ...]
-    shares: Tensor | None
+
+    @property
+    def shares(self) -> Pending[Tensor | None]:
+        """(branches,) with which guidance combined the branches, or None where it is not linear."""
+        if not self.reference_branches:
+            return Pending((), lambda: None)
+        # Two prompts tell whether guidance is linear with one share for all of them.
+        return pending_shares([b[:2] for b in self.reference_branches], self.reference_output[:2])
 
 
 #: Per batch what the full-precision and what the quantized run goes on with; None: with what it has.
@@ -59,7 +67,18 @@ class Rule:
     Both methods are called once per step, with all batches, in the order of the prompts. ``step``
     counts scheduler steps from 0, as the rows of ``law`` do. None lets all runs go on with what they
     have.
+
+    Attributes:
+        waiting: the loop's own checks of the step, on the device; ``settled`` takes them along.
+
     """
+
+    waiting: Sequence[Pending[None]] = ()
+
+    def settled(self, *pending: Pending[Any]) -> list[Any]:
+        """These results, and whatever waits, after one transfer."""
+        waiting, self.waiting = self.waiting, ()
+        return settled([*waiting, *pending])[len(waiting) :]
 
     def output(
         self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
@@ -133,13 +152,16 @@ def run_closed_loop(
         with together(calls, title, run.num_inference_steps, progress) as bar:
             while advance(calls, resume) is not Finished:
                 pairs = [_pair(*both, steps) for both in zip(references, quantized, strict=True)]
+                rule.waiting = [call.finite(steps) for call in calls]
                 law, first = first_state(references[0], run)
                 layout = run.layout(first[:, 0])
                 _answer(references, quantized, rule.output(steps, pairs, layout, law))
                 del pairs
                 advance(calls, resume)
                 results = [(e.result, q.result) for e, q in zip(references, quantized, strict=True)]
-                _answer(references, quantized, rule.state(steps, results, layout, law))
+                answers = rule.state(steps, results, layout, law)
+                rule.settled()
+                _answer(references, quantized, answers)
                 steps += 1
                 bar.update()
         law, first = first_state(references[0], run)
@@ -156,22 +178,17 @@ def _answer(
 
 
 def _pair(reference: PausedCall, quantized: PausedCall, step: int) -> Pair:
-    reference.refuse_non_finite(step)
-    quantized.refuse_non_finite(step)
     e, q = reference.output, quantized.output
     if e.shape != q.shape:
         raise CalibrationError(
             f"at step {step} the two runs give outputs of different shape: {tuple(e.shape)} and "
             f"{tuple(q.shape)}. The denoisers are not twins."
         )
-    branches = reference.step_branches()
     return Pair(
         reference_sample=reference.sample,
         sample=quantized.sample,
         reference_output=e,
         output=q,
-        reference_branches=branches,
+        reference_branches=reference.step_branches(),
         branches=quantized.step_branches(),
-        # Two prompts tell whether guidance is linear with one share for all of them.
-        shares=shares_of([b[:2] for b in branches], e[:2]) if branches else None,
     )

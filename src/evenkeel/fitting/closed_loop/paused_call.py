@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from evenkeel.corrections.base import Correction
 from evenkeel.fitting.lockstep.call import Call
 from evenkeel.hosts.actuators.correcting import heads_attached
-from evenkeel.hosts.pipeline.denoiser_calls import answer_of, one_per_prompt, refuse_non_finite
+from evenkeel.hosts.pipeline.denoiser_calls import answer_of, finite, one_per_prompt
 from evenkeel.hosts.run import Batch, Run
+from evenkeel.statistics.exact import Pending
 
 AT_OUTPUT, AT_RESULT = "output", "result"
 
@@ -91,10 +92,9 @@ class PausedCall(Call):
         """The denoiser's outputs of this step, one per guidance branch."""
         return tuple(self.branches(self._outputs, self.output))
 
-    def refuse_non_finite(self, step: int) -> None:
-        """Raise if the output of this step is not finite."""
-        whose = "quantized" if self.is_quantized else "full-precision"
-        refuse_non_finite(self.output, whose, step)
+    def finite(self, step: int) -> Pending[None]:
+        """To be settled: refuses an output of this step that is not finite."""
+        return finite(self.output, "quantized" if self.is_quantized else "full-precision", step)
 
 
 def _given(changed: Tensor | None, like: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def fit_readout(
     side_by_side: bool = True,
     call: dict[str, Any] | None = None,
     layout: LatentLayout | None = None,
-    feature_memory: float = 64e6,
+    feature_memory: float = 256e6,
     progress: bool = True,
 ) -> Readout:
     """Refit the output head of ``quantized`` per step, in closed form, on its corrected trajectory.
@@ -90,10 +90,8 @@ def fit_readout(
     )
     if form not in FORMS:
         raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
-    fit = HeadRun(run, head, feature_memory)
+    fit = HeadRun(run, head, feature_memory, guided_rows)
     with torch.no_grad(), run.undisturbed(), fit.in_place():
-        shares = fit.guidance()
-        fit.shares = shares if guided_rows else None
         solved: Solved = PerStep(fit)
         if form != "per-step":
             shared = Shared(fit)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError, UnsupportedPipeline
 from evenkeel.fitting.lockstep.call import advance, first_state, together
-from evenkeel.fitting.readout.head_call import Answer, HeadCall
+from evenkeel.fitting.readout.head_call import STEPPED, Answer, HeadCall, bring
 from evenkeel.fitting.readout.solve import Unit, blocks, units_of
 from evenkeel.fitting.readout.strategies import Strategy
 from evenkeel.hosts.actuators.head_rows import outputs_as_rows, rows_as_outputs, rows_of
@@ -47,7 +47,9 @@ class Passed(NamedTuple):
 class HeadRun:
     """Runs the two denoisers in lockstep over all prompts and asks a strategy for solutions."""
 
-    def __init__(self, run: Run, head: str | None, feature_memory: float) -> None:
+    def __init__(
+        self, run: Run, head: str | None, feature_memory: float, guided_rows: bool = True
+    ) -> None:
         self.run = run
         # Compiled twins are fitted uncompiled: a graph cannot be paused.
         self.reference: Any
@@ -64,9 +66,10 @@ class HeadRun:
             raise CalibrationError(
                 f"the two denoisers have different heads: {other} and {self.head}. They are not twins."
             )
-        self.corrected = torch.tensor(self.head.corrected)
+        self.corrected = torch.tensor(self.head.corrected)  # follows the rows from device to device
         self.feature_memory = feature_memory
         self.shares: Tensor | None = None
+        self._asks_shares = guided_rows
         self.units: list[Unit] = []
         self._current: HeadCall | None = None
         self._captured: Tensor | None = None
@@ -94,10 +97,12 @@ class HeadRun:
 
     def guidance(self) -> Tensor | None:
         """How the pipeline combines the branches of one call, from the first step of one prompt."""
-        (call,) = calls = self._calls([self.run.batches()[0].alone])
+        batch = self.run.batches()[0].alone
+        (call,) = calls = [HeadCall(self.run, batch, self.quantized, one_step=True)]
         with together(calls, "readout: guidance", 1, False):
-            while self._advance(calls) is not Finished and call.step == 0:
+            while self._advance(calls) not in (Finished, STEPPED):
                 call.solution = []
+            bring(calls)
         shares = call.shares
         if shares is None or len(shares) == 1 or abs(float(shares.sum()) - 1) >= 1e-2:
             return None
@@ -112,6 +117,8 @@ class HeadRun:
                     self._solve(calls, strategy)
                 bar.update(calls[0].step - bar.n)
             bar.update(calls[0].step - bar.n)
+        bring(calls)  # shares of the last step,
+        bring(calls)  # and its moments
         strategy.finish()
         return Passed(*first_state(calls[0], self.run), [call.moments for call in calls])
 
@@ -175,7 +182,8 @@ class HeadRun:
         own = outputs_as_rows(self.head, output)
         assert call.expected_rows is not None
         expected = call.expected_rows.to(own.device)
-        call.targets = (expected.float() - own.float())[..., self.corrected.to(own.device)]
+        self.corrected = self.corrected.to(own.device)
+        call.targets = (expected.float() - own.float())[..., self.corrected]
         if call.solution is None:
             call.strand.pause(_AT_HEAD)
             if call.solution is _REWIND:
@@ -185,9 +193,8 @@ class HeadRun:
         if not call.solution:
             return None
         added = torch.zeros(own.shape, device=own.device)
-        columns = self.corrected.to(own.device)
         for sample, positions, change in call.solution(call):
-            added[sample, positions].index_copy_(1, columns, change)
+            added[sample, positions].index_copy_(1, self.corrected, change)
         return rows_as_outputs(self.head, (own.float() + added).to(output.dtype), output)
 
     def rows(self, call: HeadCall) -> Iterator[tuple[Unit, int | None, slice, Tensor, Tensor]]:
@@ -217,6 +224,12 @@ class HeadRun:
         return self._current
 
     def _solve(self, calls: list[HeadCall], strategy: Strategy) -> None:
+        if self._asks_shares:
+            self._asks_shares = False
+            stacked = [len(c.features) for c in calls if c.features is not None]
+            # With one branch per call there is nothing to combine, and two denoiser calls are saved.
+            if stacked != [len(c.batch) for c in calls]:
+                self.shares = self.guidance()
         if not self.units:
             assert calls[0].targets is not None
             positions = calls[0].targets.shape[1]
@@ -225,7 +238,11 @@ class HeadRun:
         kept = 0
         rewound = []
         for call in calls:
-            strategy.take(call)
+            try:
+                strategy.take(call)
+            except CalibrationError:
+                bring(calls)  # what went wrong in the step before says more
+                raise
             assert call.features is not None
             kept += call.features.nbytes
             if kept > self.feature_memory and len(calls) > 1:
@@ -234,6 +251,7 @@ class HeadRun:
         for call in rewound:
             self._current = call
             call.strand.resume()
+        bring(calls, *strategy.pending)
         strategy.close()
         for call in calls:
             call.solution = strategy.answer

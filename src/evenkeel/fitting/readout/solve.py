@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from evenkeel.corrections.readout import HeadFit
+from evenkeel.statistics.exact import Pending, sum_pair, working
 from evenkeel.statistics.normal_equations import (
     CHUNK,
     NormalEquations,
@@ -140,12 +141,28 @@ class Judge:
         self._index = {(u.prompt, u.part): i for i, u in enumerate(units)}
         self.before = torch.zeros(len(units), dtype=torch.float64)
         self.after = torch.zeros(len(units), dtype=torch.float64)
+        self._seen: list[int] = []
+        self._sums: list[Tensor] = []  # where the rows are
 
     def see(self, unit: Unit, before: Tensor, after: Tensor) -> None:
         """Errors of some rows of a unit under the solution that never saw them."""
-        i = self._index[unit.prompt, unit.part]
-        self.before[i] += before.double().pow(2).sum().cpu()
-        self.after[i] += after.double().pow(2).sum().cpu()
+        self._seen.append(self._index[unit.prompt, unit.part])
+        squares = torch.stack([working(before).flatten(), working(after).flatten()]).square()
+        self._sums.append(sum_pair(squares))
+
+    @property
+    def pending(self) -> Pending[None]:
+        """What was seen; a verdict needs it settled."""
+        seen, sums = torch.tensor(self._seen, dtype=torch.int64), self._sums
+        self._seen, self._sums = [], []
+
+        def arrived(*pairs: Tensor) -> None:
+            for pair in pairs:
+                before, after = pair.sum(1).unbind(-1)
+                self.before.index_add_(0, seen, before)
+                self.after.index_add_(0, seen, after)
+
+        return Pending((torch.stack(sums),) if sums else (), arrived)
 
     def verdict(self, step: int, branch: int, penalty: float) -> HeadFit:
         """Keep the change only if the mean error over units falls, with 95 % confidence.

@@ -14,8 +14,9 @@ from evenkeel.fitting.readout.head_call import HeadCall
 from evenkeel.fitting.readout.solve import CallFit, Judge, Unit, new_folds, take_in
 from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.statistics.evidence import Evidence
+from evenkeel.statistics.exact import Pending, settled
 from evenkeel.statistics.moments import PairedMoments
-from evenkeel.statistics.normal_equations import NormalEquations
+from evenkeel.statistics.normal_equations import NormalEquations, Solution
 from evenkeel.statistics.provenance import Provenance
 
 
@@ -54,8 +55,13 @@ class Strategy:
     def take(self, call: HeadCall) -> None:
         """All rows of one paused call."""
 
+    @property
+    def pending(self) -> list[Pending[Any]]:
+        """What ``close`` needs of what lies on the device."""
+        return []
+
     def close(self) -> None:
-        """All rows have been seen."""
+        """All rows have been seen, and what was pending is here."""
 
     def finish(self) -> None:
         """The pass is over."""
@@ -97,12 +103,21 @@ class Solved(Strategy):
         self.fits: dict[tuple[int, int], HeadFit] = {}
         self._call: CallFit | None = None
         self._judge: Judge | None = None
+        self._placed: dict[int, Solution] = {}  # of the current call, where its rows are
+
+    def _without(self, fold: int, h: Tensor) -> Solution:
+        """What the prompts of a fold go on with."""
+        assert self._call is not None
+        if fold not in self._placed:
+            weight, constant = self._call.without[fold]
+            self._placed[fold] = weight.to(h), constant.to(h)
+        return self._placed[fold]
 
     def _answer(self, call: HeadCall) -> Iterator[tuple[int, slice, Tensor]]:
-        assert self._call is not None and self._judge is not None
+        assert self._judge is not None
         for unit, sample, place, h, t in self.fit.rows(call):
-            weight, constant = self._call.without[unit.fold]
-            change = h @ weight.to(h) + constant.to(h)
+            weight, constant = self._without(unit.fold, h)
+            change = h @ weight + constant
             self._judge.see(unit, t, t - change)
             if sample is not None:
                 yield sample, place, change
@@ -112,14 +127,15 @@ class Solved(Strategy):
     ) -> Readout:
         """Table, verdicts and the evidence that is left: of every batch, its moments per step."""
         fit = self.fit
+        columns = fit.corrected.cpu()
         steps = 1 + max(step for step, _ in self.calls)
         branches = 1 + max(branch for _, branch in self.calls)
         weight = torch.zeros(steps, branches, fit.head.features, fit.head.targets)
         constant = torch.zeros(steps, branches, fit.head.targets)
         active = torch.zeros(steps, branches, dtype=torch.bool)
         for (step, branch), call in self.calls.items():
-            weight[step, branch][:, fit.corrected] = call.whole[0].float()
-            constant[step, branch][fit.corrected] = call.whole[1].float()
+            weight[step, branch][:, columns] = call.whole[0].float()
+            constant[step, branch][columns] = call.whole[1].float()
             active[step, branch] = not self.fits[step, branch].explanation
         table = HeadTable.of(*provenance.levels, weight, constant, active)
         evidence = None
@@ -141,23 +157,28 @@ class PerStep(Solved):
         self._prior = prior
         self._key = (0, 0)
         self._folds: list[NormalEquations] = []
+        self._judges: dict[tuple[int, int], Judge] = {}
 
     def open(self, step: int, branch: int) -> None:
-        self.finish()
         self._key = (step, branch)
         self._folds = self._new_folds()
-        self._judge = Judge(self.fit.units)
+        self._judge = self._judges[self._key] = Judge(self.fit.units)
 
     def take(self, call: HeadCall) -> None:
         self._take_in(self._folds, call)
 
+    @property
+    def pending(self) -> list[Pending[Any]]:
+        return [p for fold in self._folds for p in fold.pending]
+
     def close(self) -> None:
         self._call = self.calls[self._key] = CallFit.of(self._folds, self._prior)
-        self._folds = []
+        self._folds, self._placed = [], {}
 
     def finish(self) -> None:
-        if self._call is not None and self._judge is not None:
-            self.fits[self._key] = self._judge.verdict(*self._key, self._call.penalty)
+        settled(judge.pending for judge in self._judges.values())
+        for key, judge in self._judges.items():
+            self.fits[key] = judge.verdict(*key, self.calls[key].penalty)
 
 
 class Fixed(Solved):
@@ -174,5 +195,6 @@ class Fixed(Solved):
 
     def finish(self) -> None:
         assert self._call is not None and self._judge is not None
+        settled([self._judge.pending])
         for key in self.calls:
             self.fits[key] = self._judge.verdict(*key, self._call.penalty)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from evenkeel.errors import CalibrationError
 from evenkeel.quantizers.layers.quantized_layers import Quantized, QuantizedLinear
-from evenkeel.statistics.group_scales import Scales, group_scales
+from evenkeel.statistics.exact import Pending, add_pairs, settled, sum_pair
+from evenkeel.statistics.group_scales import Scales, every_group_scales
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
 from evenkeel.statistics.reduced_rank import (
     HeldOut,
@@ -22,6 +23,7 @@ from evenkeel.statistics.reduced_rank import (
     reduced_rank,
 )
 
+TOKENS = 256  # of an image and call that a linear layer is fitted on
 BIAS_ALONE = float("inf")  # scales stay what they are, bit for bit
 
 
@@ -61,7 +63,8 @@ class Site:
     layer: Quantized
     reference: nn.Module
     folds: list[NormalEquations] = field(default_factory=list)
-    energy: float = 0.0  # of the layer's output
+    energy: float = 0.0  # of the layer's output, once settled
+    squares: Tensor | None = None  # its sum so far, where the output is
     calls: int = 0
     prompts: tuple[int, int] = field(default=(0, 1))  # the batch: index of its first, how many
     group: int | None = None
@@ -105,6 +108,8 @@ class Site:
     ) -> None:
         """Forward hook: take in what entered the layer, and its error without the branch."""
         x = (arguments[0] if arguments else named["x"]).detach()
+        if isinstance(self.layer, QuantizedLinear):
+            x, output = (spread(t, self.calls) for t in (x, output))
         if not isinstance(self.layer, QuantizedLinear):
             h, r = None, _convolution_error(self.reference, x, output).movedim(-3, -1)
             r = r.reshape(-1, *r.shape[-3:])
@@ -116,17 +121,34 @@ class Site:
         index = fold_index(r.shape[0], r.shape[1], *self.prompts, len(self.folds), self.calls)
         try:
             for k, fold in enumerate(self.folds):
-                mine = (index == k).to(r.device)
-                fold.add(h[mine], r[mine])
+                mine = (index == k).flatten().nonzero()[:, 0]
+                if len(mine):
+                    mine = mine.to(r.device)
+                    fold.add(h.flatten(0, 1)[mine], r.flatten(0, 1)[mine])
         except CalibrationError as error:
             raise CalibrationError(f"the layer {self.name!r}: {error}") from error
-        self.energy += float(output.detach().to(_wide(output)).square().sum())
+        squares = sum_pair(output.detach().to(_wide(output)).square().flatten())
+        self.squares = squares if self.squares is None else add_pairs(self.squares, squares)
         self.calls += 1
+
+    def settle(self) -> None:
+        """Bring the sums here, in one transfer."""
+        waiting = [p for fold in self.folds for p in fold.pending]
+        squares = () if self.squares is None else (self.squares,)
+        settled([*waiting, Pending(squares, self._has_energy)])
+        self.squares = None
+
+    def _has_energy(self, *pairs: Tensor) -> None:
+        self.energy += sum(float(pair.sum()) for pair in pairs)
 
     def decide(self, penalties: Sequence[float]) -> tuple[LayerRefit, LowRank | Scales | None]:
         """What to put in: None keeps the layer as it is."""
         rank = 0 if self.branch is None else len(self.branch[0])
         base = LayerRefit(self.name, rank, what=self.what)
+        try:
+            self.settle()
+        except CalibrationError as error:
+            raise CalibrationError(f"the layer {self.name!r}: {error}") from error
         folds = [fold for fold in self.folds if fold.count]
         if not self.what and self.layer.bias is None:
             return _kept(base, "neither branch nor scales nor bias"), None
@@ -141,9 +163,7 @@ class Site:
         present = self._present(folds[0])
         try:
             if self.what == "scales":
-                errors = cross_validated(
-                    folds, penalties, present, lambda e, p: self._scaled(e, p).solution
-                )
+                errors = cross_validated(folds, penalties, present, self._solutions)
             else:
                 errors = held_out(folds, penalties, rank, present, prior, self._stored)
         except CalibrationError as error:  # a float16 factor may overflow
@@ -168,20 +188,31 @@ class Site:
             return _kept(found, "no gain on held-out prompts"), None
         everything = NormalEquations.merged(folds)
         if self.what == "scales":
-            scales = self._scaled(everything, chosen)
+            scales = next(self._scaled(everything, [chosen]))
             if not scales.change.any():  # the stored weight is the one there was
                 found = replace(found, what="", penalty=None)
             return found, scales
         return found, reduced_rank(everything, chosen, rank, prior)
 
-    def _scaled(self, equations: NormalEquations, penalty: float) -> Scales:
-        """Scales as the layer's dtype holds the scaled weight."""
+    def _solutions(
+        self, equations: NormalEquations, penalties: Sequence[float]
+    ) -> Iterator[Solution]:
+        return (s.solution for s in self._scaled(equations, penalties))
+
+    def _scaled(self, equations: NormalEquations, penalties: Sequence[float]) -> Iterator[Scales]:
+        """Scales as the layer's dtype holds the scaled weight; ``BIAS_ALONE`` comes last, if at all."""
         old = self.layer.weight.cpu().double()
-        if penalty == BIAS_ALONE:
+        finite = [p for p in penalties if p != BIAS_ALONE]
+        if finite:
+            for found in every_group_scales(equations, old, self.group, finite):
+                yield self._held(found, old)
+        if len(finite) < len(penalties):
             mean = torch.from_numpy(equations.mean_t.copy())  # zero without an intercept
-            found = Scales(torch.ones(len(old), 1).double(), torch.zeros_like(old), mean)
-        else:
-            found = group_scales(equations, old, self.group, penalty)
+            alone = Scales(torch.ones(len(old), 1).double(), torch.zeros_like(old), mean)
+            yield self._held(alone, old)
+
+    def _held(self, found: Scales, old: Tensor) -> Scales:
+        """As the layer's dtype holds the scaled weight."""
         change = (old + found.change).to(self.layer.weight.dtype).double() - old
         constant = found.constant
         if self.layer.bias is not None:
@@ -230,6 +261,20 @@ class Site:
             old = self.layer.bias.cpu().double()
             constant = (old + constant).to(self.layer.bias.dtype).double() - old
         return LowRank(down, up, constant)
+
+
+def spread(x: Tensor, calls: int) -> Tensor:
+    """At most TOKENS tokens of every row of (rows, ..., features), evenly spaced, others in each call.
+
+    A layer is fitted on the inputs of many prompts and steps; neighbouring tokens of one image add
+    little to them, and would take several times as long as the layer itself.
+    """
+    tokens = x[0, ..., 0].numel() if x.ndim > 2 else 1
+    if tokens <= TOKENS:
+        return x
+    stride = tokens // TOKENS
+    index = (torch.arange(TOKENS) * tokens // TOKENS + calls % stride).to(x.device)
+    return x.flatten(1, -2)[:, index]
 
 
 def fold_index(rows: int, tokens: int, first: int, batch: int, folds: int, calls: int) -> Tensor:

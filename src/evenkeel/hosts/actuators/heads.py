@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.actuators.head_rows import Head, border, sizes
+from evenkeel.statistics.exact import working
 
 # Where the denoisers of diffusers keep it; a star is the only entry of a ModuleDict (Z-Image).
 _PLACES = (
@@ -129,7 +130,7 @@ def is_reordered(out: Tensor, prediction: Tensor) -> bool:
     (True, False)
 
     """
-    given, found = prediction.detach().flatten().double(), out.detach().flatten().double()
+    given, found = (working(x).flatten() for x in (prediction, out))
     if given.numel() == found.numel():
         return torch.equal(given.sort().values, found.sort().values)
     return bool(torch.isin(given, found).all())

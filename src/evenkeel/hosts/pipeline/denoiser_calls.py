@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import OVERFLOW, CalibrationError, UnsupportedPipeline
+from evenkeel.statistics.exact import Pending, check, fetched, product_pair, sum_pair, working
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # else 3e-2: guidance in half precision
 _SAMPLE_NAMES = ("hidden_states", "sample")
@@ -92,17 +93,15 @@ def one_per_prompt(rows: Tensor, prompts: int) -> Tensor:
     return rows
 
 
-def refuse_non_finite(output: Tensor, whose: str, step: int) -> None:
-    """Refuse what a denoiser gave where it is NaN or infinite, before anything is made of it.
+def finite(output: Tensor, whose: str, step: int) -> Pending[None]:
+    """To be settled: refuses what a denoiser gave where it is NaN or infinite.
 
-    Raises:
-        CalibrationError: says whose output it is, and at which step.
-
+    Its error, a CalibrationError, says whose output it is, and at which step.
     """
-    if not bool(output.isfinite().all()):
-        raise CalibrationError(
-            f"the {whose} denoiser gave a non-finite output (NaN or infinity) at step {step}; {OVERFLOW}"
-        )
+    error = CalibrationError(
+        f"the {whose} denoiser gave a non-finite output (NaN or infinity) at step {step}; {OVERFLOW}"
+    )
+    return check(output.isfinite().all(), lambda: error)
 
 
 def guidance_of(outputs: Sequence[Tensor], given: Tensor) -> tuple[int, Tensor]:
@@ -132,12 +131,35 @@ def shares_of(parts: Sequence[Tensor], output: Tensor) -> Tensor | None:
     Classifier-free guidance of scale g has (1 - g, g); one branch has (1,). Rescaled, projected or
     thresholded guidance is not linear.
     """
-    rows = torch.stack([p.cpu().double().flatten() for p in parts], 1)
-    target = output.cpu().double().flatten()
-    found: Tensor = torch.linalg.lstsq(rows, target).solution
-    left = (rows @ found - target).norm()
+    return pending_shares(parts, output).now()
+
+
+def pending_shares(parts: Sequence[Tensor], output: Tensor) -> Pending[Tensor | None]:
+    """The same, still where the outputs are.
+
+    Least squares from sums of products with ``parts_0`` and with differences from it: branches are
+    much alike, and what tells them apart is small.
+    """
+    first, *others = (working(p).flatten() for p in parts)
+    target = working(output).flatten()
+    rows = torch.stack([first, *(other - first for other in others), target - first])
     limit = TOLERANCE.get(output.dtype, 3e-2)
-    return found if left <= limit * target.norm() else None
+
+    def finish(sums: Tensor, norm: Tensor) -> Tensor | None:
+        gram = sums.sum(0)
+        if not bool(gram.isfinite().all()):
+            return None
+        size = gram.diagonal().sqrt()
+        size = torch.where(size > 0, size, torch.ones_like(size))
+        scaled = gram / size[:, None] / size
+        rest = torch.linalg.pinv(scaled[:-1, :-1], rtol=1e-12, hermitian=True) @ scaled[:-1, -1]
+        left = scaled[-1, -1] - 2 * rest @ scaled[:-1, -1] + rest @ scaled[:-1, :-1] @ rest
+        found = rest * size[-1] / size[:-1]
+        if left.clamp_min(0).sqrt() * size[-1] > limit * norm.sum().sqrt():
+            return None
+        return torch.cat([1 + found[:1] - found[1:].sum(), found[1:]])
+
+    return Pending((product_pair(rows, rows), sum_pair(target * target)), finish)
 
 
 def as_input(given: Tensor, sample: Tensor, renoised: Tensor) -> Tensor:
@@ -161,10 +183,13 @@ def as_input(given: Tensor, sample: Tensor, renoised: Tensor) -> Tensor:
             f"the denoiser was called with {tuple(given.shape)} for latents of {tuple(sample.shape)}: "
             f"something is joined to them (inpainting, a reference image). It cannot be asked again."
         )
-    tiled = torch.cat([sample] * copies).cpu().double()
-    wide = given.cpu().double()
-    factor = float((wide * tiled).sum() / tiled.square().sum())
-    if (wide - factor * tiled).norm() > TOLERANCE.get(given.dtype, 3e-2) * wide.norm():
+    both = torch.stack([working(torch.cat([sample] * copies)).flatten(), working(given).flatten()])
+    state, shared, size = (
+        fetched([product_pair(both, both)])[0].sum(0)[[0, 0, 1], [0, 1, 1]].tolist()
+    )
+    factor = shared / state
+    left = max(size - shared * factor, 0.0) ** 0.5
+    if left > TOLERANCE.get(given.dtype, 3e-2) * size**0.5:
         raise UnsupportedPipeline(
             "the denoiser's input is not a multiple of the state that the scheduler steps from; it "
             "cannot be asked again at another state."

@@ -63,7 +63,7 @@ def probe_scheduler(
             run,
             sampler=name,
             prediction=prediction_type(scheduler),
-            timesteps=[float(t) for t in timesteps],
+            timesteps=torch.as_tensor(timesteps).cpu().tolist(),  # at once
             alpha_start=alpha,
             sigma_start=sigma,
         )

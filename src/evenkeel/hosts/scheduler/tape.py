@@ -7,6 +7,7 @@ and its outputs are caught where the recorded ones were: after guidance, in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from evenkeel.errors import CalibrationError
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.exact import Pending, check
 
 
 @dataclass
@@ -26,7 +28,6 @@ class Tape:
     samples: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
-    timesteps: list[float] = field(default_factory=list)
     law: StepLaw | None = None
 
 
@@ -35,14 +36,18 @@ class Recorder(Interceptor):
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
+        self._last: tuple[Tensor, int] | None = None  # what the last step gave, and its version
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
         if self.tape.law is None:
             self.tape.law = law_of_run(scheduler, timestep, kwargs)
-        self.tape.timesteps.append(float(timestep))
-        self.tape.samples.append(sample.detach().clone())  # clone: CUDA graphs reuse buffers
+        given = self._last is not None and sample is self._last[0]
+        if given and self._last is not None and sample._version == self._last[1]:
+            self.tape.samples.append(self.tape.results[-1])  # the same values: kept once
+        else:
+            self.tape.samples.append(sample.detach().clone())  # clone: CUDA graphs reuse buffers
 
     def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
         self.tape.outputs.append(output.detach().clone())
@@ -50,20 +55,32 @@ class Recorder(Interceptor):
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
         self.tape.results.append(result.detach().to(self.tape.samples[-1].dtype).clone())
+        same = result.dtype == self.tape.results[-1].dtype and not result.is_inference()
+        self._last = (result, result._version) if same else None
         return result
 
 
 class Replayer(Interceptor):
-    """Returns the results of a tape and collects this run's own outputs."""
+    """Returns the results of a tape and shows this run's own outputs.
 
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
-        self.outputs: list[Tensor] = []
+    Args:
+        tape: of the run that led the way.
+        see: called with a step, an output, and whether the step began where the tape's did (a check to be
+            settled when the outputs are, so that no step has to wait for the device).
+
+    Attributes:
+        steps: taken so far.
+
+    """
+
+    def __init__(self, tape: Tape, see: Callable[[int, Tensor, Pending[None]], None]) -> None:
+        self.tape, self._see = tape, see
+        self.steps = 0
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        k = len(self.outputs)
+        k = self.steps
         if k >= len(self.tape.samples):
             raise CalibrationError(
                 f"the second run takes more steps than the first ({len(self.tape.samples)}); the "
@@ -75,17 +92,19 @@ class Replayer(Interceptor):
                 f"at step {k} the two denoisers give outputs of different shape: "
                 f"{tuple(self.tape.outputs[k].shape)} and {tuple(output.shape)}. They are not twins."
             )
-        if sample.shape != recorded.shape or not torch.equal(sample, recorded):
-            raise CalibrationError(
-                f"at step {k} the second run reached another sample than the first although it was "
-                f"led there: the pipeline is not deterministic under replay. Common causes: dropout "
-                f"(call .eval() on every component), a generator that was not passed, a cache "
-                f"(DeepCache, FBCache) that is switched on."
-            )
-        self.outputs.append(output.detach().clone())
+        elsewhere = CalibrationError(
+            f"at step {k} the second run reached another sample than the first although it was "
+            f"led there: the pipeline is not deterministic under replay. Common causes: dropout "
+            f"(call .eval() on every component), a generator that was not passed, a cache "
+            f"(DeepCache, FBCache) that is switched on."
+        )
+        if sample.shape != recorded.shape:
+            raise elsewhere
+        self.steps += 1
+        self._see(k, output.detach(), check((sample == recorded).all(), lambda: elsewhere))
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        return self.tape.results[len(self.outputs) - 1]
+        return self.tape.results[self.steps - 1]
 
 
 def law_of_run(scheduler: Any, timestep: Any, kwargs: dict[str, Any]) -> StepLaw:

@@ -80,8 +80,10 @@ def kept(calls: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> Calibrat
         def copy(
             tensor: Tensor, seen: list[Tensor] = seen, before: list[Tensor] = before
         ) -> Tensor:
-            own = next((b for b in before if _same(b, tensor)), None)
-            own = tensor.detach().cpu().clone() if own is None else own
+            here = tensor.detach().cpu()
+            own = next((b for b in before if _same(b, here)), None)
+            if own is None:
+                own = here.clone() if here.data_ptr() == tensor.data_ptr() else here
             seen.append(own)
             return own
 
@@ -116,4 +118,4 @@ def tensors_in(found: Any) -> list[Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.detach().cpu())
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
