@@ -1,12 +1,14 @@
 """Every twin of the zoo at full precision and quantized to W8A8, W4A8, W4A4, W3A4 and W4A16.
 
-Frozen: each twin with its original's sampler, number of steps and guidance; 2,000 images per arm (prompts of
-seed 1, the same noise in every arm); quantized by rounding to nearest in groups of 32, at 4-bit
-activations beside a branch of rank 16; 32 calibration prompts (seed 0) for the structure of the error.
+Frozen: each twin with its original's sampler, number of steps and guidance; 2,000 images per arm where the
+table does not say another number (prompts of seed 1, the same noise in every arm); quantized by rounding to
+nearest in groups of 32, at 4-bit activations beside a branch of rank 16; 32 calibration prompts (seed 0)
+for the structure of the error. A distance grows as images get fewer: compare it at equal numbers.
 Every arm's images are kept in --work, so an interrupted run continues. Writes zoo/NAME.json and ZOO.md.
 
     python experiments/zoo.py                      # all twins that are here and have no result yet
     python experiments/zoo.py sana dit-xl          # these, again
+    python experiments/zoo.py --arms W4A16 --images 200 sana   # one arm more beside its result
     python experiments/zoo.py --table              # ZOO.md from the results on disk
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,8 @@ SPECS = {
 IMAGES, CALIBRATION_PROMPTS, BATCH = 2000, 32, 100
 
 
-def run(name: str, images: int, work: Path) -> dict[str, Any]:
-    """Compare the arms, and measure the error of each quantized one."""
+def run(name: str, images: int, work: Path, labels: Sequence[str]) -> dict[str, Any]:
+    """Compare full precision and the arms of these labels, and measure the error of each quantized one."""
     twin = zoo.twin(name)
     pipe, kind = zoo.load(name), KINDS[twin.pictures]
     settings: dict[str, Any] = {
@@ -48,7 +51,8 @@ def run(name: str, images: int, work: Path) -> dict[str, Any]:
         "guidance_scale": twin.guidance_scale,
     }
     arms, errors = [Arm(FULL_PRECISION, denoiser_of(pipe))], {}
-    for label, text in SPECS.items():
+    for label in labels:
+        text = SPECS[label]
         quantized, _ = quantize_module(denoiser_of(pipe), QuantizerSpec.parse(text))
         arms.append(Arm(label, quantized))
         errors[label] = error_structure(pipe, quantized, kind, settings)
@@ -61,7 +65,7 @@ def run(name: str, images: int, work: Path) -> dict[str, Any]:
         batch_size=BATCH,
         evaluator=kind.evaluator(zoo.path_of(name)),
         reference_images=kind.references(prompts, 1),
-        folder=work / name,
+        folder=work / f"{name}-{images}",
         **settings,
     )
     return {
@@ -69,7 +73,7 @@ def run(name: str, images: int, work: Path) -> dict[str, Any]:
         "images": images,
         "scheduler": type(pipe.scheduler).__name__,
         "settings": settings,
-        "specifications": SPECS,
+        "specifications": {label: SPECS[label] for label in labels},
         "arms": [arm.as_dict() for arm in comparison.arms],
         "errors": errors,
     }
@@ -101,7 +105,7 @@ def error_structure(
 
 def write_table() -> None:
     """ZOO.md from the results on disk."""
-    lines = ["# The zoo, quantized", "", *(__doc__ or "").splitlines()[2:5], ""]
+    lines = ["# The zoo, quantized", "", *(__doc__ or "").splitlines()[2:6], ""]
     lines += ["`python experiments/zoo.py`", ""]
     found = {n: RESULTS / f"{n}.json" for n in zoo.TWINS}
     results = {n: json.loads(p.read_text()) for n, p in found.items() if p.exists()}
@@ -113,16 +117,18 @@ def write_table() -> None:
         "(same noise) and to held-out scans, ± standard error. Alignment: share of what the prompt asks",
         "for that the image shows.",
         "",
-        "| twin | sampler | arm | FD to full precision | FD to held-out scans | alignment, % | PSNR, dB |",
-        "|---|---|---|---|---|---|---|",
+        "| twin | sampler | images | arm | FD to full precision | FD to held-out scans | alignment, % | "
+        "PSNR, dB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         sampler = f"{result['scheduler'].removesuffix('Scheduler')}, "
         sampler += f"{result['settings']['num_inference_steps']} steps"
-        for arm in result["arms"]:
-            lines.append(
-                f"| {name} | {sampler} | {arm['name']} | " + " | ".join(_cells(arm)) + " |"
-            )
+        for part in (result, *result.get("also", ())):
+            for arm in part["arms"]:
+                if part is result or arm["name"] != FULL_PRECISION:
+                    start = f"| {name} | {sampler} | {part['images']:,} | {arm['name']} | "
+                    lines.append(start + " | ".join(_cells(arm)) + " |")
     lines += [
         "",
         "## The error along the trajectory",
@@ -135,7 +141,8 @@ def write_table() -> None:
         "|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        for label, e in result["errors"].items():
+        errors = [e for part in (result, *result.get("also", ())) for e in part["errors"].items()]
+        for label, e in errors:
             five = f"{e['lag 5']:.2f}" if "lag 5" in e else "-"
             one = f"{e['lag 1']:.2f} [{e['lag 1 low']:.2f}, {e['lag 1 high']:.2f}]"
             gain = f"{e['gain low']:.3f} to {e['gain high']:.3f}"
@@ -163,6 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(zoo.TWINS)}")
     parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(SPECS), help="only these, beside a result"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/zoo"))
     parser.add_argument("--table", action="store_true", help="only write ZOO.md")
     options = parser.parse_args()
@@ -170,8 +180,17 @@ def main() -> None:
     here = [n for n in zoo.TWINS if zoo.find(n)]
     todo = options.names or [n for n in here if not (RESULTS / f"{n}.json").exists()]
     for name in [] if options.table else todo:
-        result = run(name, options.images, options.work)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        result = run(name, options.images, options.work, options.arms or list(SPECS))
+        file = RESULTS / f"{name}.json"
+        if options.arms:
+            found = json.loads(file.read_text())
+            others = [
+                a
+                for a in found.get("also", [])
+                if a["specifications"].keys() & options.arms == set()
+            ]
+            result = found | {"also": [*others, result]}
+        file.write_text(json.dumps(result, indent=1) + "\n")
     write_table()
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from evenkeel import zoo
+from evenkeel.cli.demo import demo
 from evenkeel.comparing.generation import Arm, generate
 from evenkeel.errors import EvenkeelError, MissingExtra
 from evenkeel.hosts.run import Run
@@ -114,6 +115,18 @@ def test_scans_need_the_extra_and_say_so(monkeypatch):
             reference_images(sample_prompts(3, 0), 0)
     finally:
         load_scans.cache_clear()
+
+
+def test_the_demo_says_before_anything_else_that_scans_are_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr("evenkeel.cli.demo.zoo.load", lambda name: pytest.fail("too late"))
+    load_scans.cache_clear()
+    try:
+        with pytest.raises(MissingExtra, match=r"pip install 'evenkeel\[zoo\]'"):
+            demo(images=2, calibration_prompts=2, quantizer="w4a4", out=tmp_path, progress=False)
+    finally:
+        load_scans.cache_clear()
+    assert not list(tmp_path.iterdir())
 
 
 WITHOUT_EXTRAS = """

@@ -16,27 +16,27 @@ from evenkeel.zoo.making.gallery import (
     HEADING,
     LABEL,
     QUANTIZED,
-    SCALE,
     SHOWN,
+    SIDE,
     main,
     mosaic,
 )
 
 ARMS = (FULL_PRECISION, *QUANTIZED)
-SIDE = 32 * SCALE
 
 
-def plain(count, start):
-    """Pictures of one grey each: arm -> (count, 3, 32, 32)."""
+def plain(count, start, side):
+    """Pictures of one grey each: arm -> (count, 3, side, side)."""
     greys = torch.arange(count * len(ARMS), dtype=torch.uint8).reshape(len(ARMS), count) + start
     return {
-        a: g[:, None, None, None].expand(-1, 3, 32, 32) for a, g in zip(ARMS, greys, strict=True)
+        a: g[:, None, None, None].expand(-1, 3, side, side)
+        for a, g in zip(ARMS, greys, strict=True)
     }
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_picture_of_the_mosaic_is_where_its_arm_and_prompt_are(count):
-    twins = {f"twin {i}": plain(SHOWN + 1, 40 * i) for i in range(count)}
+    twins = {f"twin {i}": plain(SHOWN + 1, 40 * i, 32 << i % 2) for i in range(count)}
     pixels = np.array(Image.open(io.BytesIO(mosaic(twins))).convert("L"))
     block = HEADING + len(ARMS) * SIDE
     assert pixels.shape[0] == -(-count // ABREAST) * block + GAP

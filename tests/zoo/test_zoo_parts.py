@@ -79,11 +79,27 @@ def test_sharing_undoes_completing(copied):
     assert (folder / "vae" / "config.json").read_text() == "{}"
 
 
+def test_what_is_made_from_another_file_is_the_same_to_the_bit(tmp_path):
+    shutil.copytree(complete(ZOO / "dit-xl"), tmp_path / "dit-xl")
+    folder = tmp_path / "dit-xl"
+    whole, parts = content(folder), parts_of(folder)
+    assert {part.made for part in parts.values()} == {None, "halved", "unpacked"}
+    for name in parts:
+        (folder / name).unlink()
+    packed = (folder / "transformer.xz").stat().st_size
+    assert packed < 0.8 * len(whole[Path("transformer/diffusion_pytorch_model.safetensors")])
+    assert content(complete(folder)) == whole
+    (folder / PARTS_FILE).unlink()
+    (folder / "transformer.xz").unlink()
+    assert set(share(folder)) == set(parts)
+    assert content(complete(folder)) == whole
+
+
 def test_a_missing_part_says_where_it_was_looked_for(copied):
     shutil.rmtree(copied / "shared" / "kl-4")
     with pytest.raises(EvenkeelError, match=r"shared/kl-4.*sd-v1\.4.*from the repository"):
         complete(copied / "sd-v1.4")
-    for text in ("[]", "{", '{"vae": 3}'):
+    for text in ("[]", "{", '{"vae": 3}', '{"vae": {"guessed": "shared/kl-16"}}'):
         (copied / "sd-v1.4" / PARTS_FILE).write_text(text)
         with pytest.raises(EvenkeelError, match=r"parts\.json is not of the form"):
             parts_of(copied / "sd-v1.4")

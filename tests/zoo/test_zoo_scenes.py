@@ -148,7 +148,7 @@ def test_every_kind_of_picture_asks_and_answers(kind):
     prompts = kind.prompts(40, 3)
     assert len(prompts) == 40 and prompts == kind.prompts(40, 3)
     pictures = kind.references(prompts, 3)
-    assert pictures.shape == (40, 3, 32, 32) and pictures.dtype == torch.uint8
+    assert pictures.shape == (40, 3, kind.size, kind.size) and pictures.dtype == torch.uint8
     assert torch.equal(pictures, kind.references(prompts, 3))
     assert not torch.equal(pictures, kind.references(prompts, 4))
     assert not torch.equal(pictures, kind.references(prompts, 3, held_out=False))

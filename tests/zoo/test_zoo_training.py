@@ -88,7 +88,7 @@ def test_one_command_trains_from_data_to_a_saved_pipeline(name, work):
         call={},
     )
     images = torch.from_numpy(made).permute(0, 3, 1, 2).float()
-    assert images.shape == (2, 3, 32, 32)
+    assert images.shape == (2, 3, kind.size, kind.size)
     assert kind.evaluator(out).features(images).isfinite().all()
     told = json.loads((out / "training.json").read_text())
     assert told["command"] == f"python -m evenkeel.zoo.making.train {name}"

@@ -1,5 +1,6 @@
 """Every twin of the zoo: plain, small, and everything works on it."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,16 @@ def asked(twin):
 
 
 def samples(pipeline, twin, denoiser=None):
-    """(PROMPTS, 3, 32, 32) uint8."""
+    """(PROMPTS, 3, size, size) uint8."""
     arm = Arm("samples", denoiser or denoiser_of(pipeline))
     run = Run(pipeline, **asked(twin), seed=5, batch_size=PROMPTS)
     images, _ = generate(run, arm)
     return images
+
+
+def shape_of(twin):
+    size = KINDS[twin.pictures].size
+    return PROMPTS, 3, size, size
 
 
 def test_the_package_carries_the_embedded_twin_alone():
@@ -73,6 +79,16 @@ def test_the_denoiser_has_1_to_3_million_parameters(twin):
     assert parameters <= denoiser_weights(zoo.path_of(twin.name)) <= 1.01 * parameters
 
 
+def test_loading_a_twin_says_nothing(twin, caplog):
+    remarks = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    remarks.addHandler(caplog.handler)
+    try:
+        zoo.load(twin.name)
+    finally:
+        remarks.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 def test_networks_are_loaded_in_the_precision_asked_for(twin):
     for asked_for in (None, torch.bfloat16):
         pipeline = zoo.load(twin.name, dtype=asked_for)
@@ -86,7 +102,7 @@ def test_a_twin_samples_in_bfloat16_nearly_what_it_samples_in_single_precision(t
     full = samples(zoo.load(twin.name), twin).float()
     half = samples(zoo.load(twin.name, dtype=torch.bfloat16), twin).float()
     # Three steps; a coarser number format moves grey levels, it does not draw another picture.
-    assert full.shape == (PROMPTS, 3, 32, 32)
+    assert full.shape == shape_of(twin)
     assert (half - full).square().mean().sqrt() < 0.5 * full.std()
 
 
@@ -143,4 +159,4 @@ def test_compare_measures_what_rounding_does(twin):
     found = evenkeel.compare(pipeline, arms, progress=False, **asked(twin))
     coarse, fine = found["w3a16"].measures["psnr"].value, found["w8a16"].measures["psnr"].value
     assert 5 < coarse < fine - 6  # five bits are 30 dB; networks this small give back some of them
-    assert found.images["w8a16"].shape == (PROMPTS, 3, 32, 32)
+    assert found.images["w8a16"].shape == shape_of(twin)

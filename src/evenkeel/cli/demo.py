@@ -32,6 +32,8 @@ def demo(
 
     """
     twin = zoo.twin("pixart-sigma")
+    prompts = sample_prompts(images, COMPARISON_SEED)
+    references = reference_images(prompts, COMPARISON_SEED)  # first: they need an optional package
     pipeline = zoo.load(twin.name)
     spec = QuantizerSpec.parse(quantizer)
     quantized, report = quantize_module(denoiser_of(pipeline), spec)
@@ -52,7 +54,6 @@ def demo(
     refitted, _ = refit_branches(pipeline, quantized=quantized, **fitting)
     readout = fit_readout(pipeline, quantized=refitted, **fitting)
     save(readout, out / "readout.safetensors")
-    prompts = sample_prompts(images, COMPARISON_SEED)
     comparison = compare(
         pipeline,
         [
@@ -62,7 +63,7 @@ def demo(
         prompts=prompts,
         batch_size=64,
         evaluator=HandwritingEvaluator(zoo.path_of(twin.name)),
-        reference_images=reference_images(prompts, COMPARISON_SEED),
+        reference_images=references,
         folder=out / "images",
         progress=progress,
         **settings,

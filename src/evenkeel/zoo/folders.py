@@ -10,14 +10,15 @@ from typing import Any
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
-from evenkeel.zoo.parts import files_of
+from evenkeel.zoo.parts import complete, files_of
 
 DENOISERS = ("transformer", "unet")
 
 
 def described(twin: zoo.Twin) -> dict[str, Any]:
     """For a table or JSON: settings, and path, bytes and denoiser weights or None where it is not here."""
-    folder = zoo.find(twin.name)
+    place = zoo.find(twin.name)
+    folder = None if place is None else complete(place)
     return {
         "name": twin.name,
         "class": twin.pipeline,

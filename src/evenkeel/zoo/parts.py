@@ -2,12 +2,17 @@
 
 A twin's ``parts.json`` says what lies elsewhere: ``{"vae": "shared/kl-4"}``, a folder or a file, by its
 path beside the twin's folder or among the package's own weights. Copies, because not every system and
-not every archive has links; the folder is then one that diffusers loads like any other.
+not every archive has links; the folder is then one that diffusers loads like any other. A file can also be
+one that is made from another: ``{"halved": "pixart-sigma/vae/..."}``, the same weights in half precision, or
+``{"unpacked": "dit-xl/transformer.xz"}``, where much of a network is zeros that its pipeline asks for.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from evenkeel.errors import EvenkeelError, StorageError
@@ -24,7 +29,38 @@ KIND = Kind(
 PACKAGED = Path(__file__).resolve().parent / "weights"
 
 
-def parts_of(folder: Path) -> dict[str, Path]:
+def halved(content: bytes) -> bytes:
+    """A safetensors file with its floating numbers in half precision, the same bytes every time."""
+    from safetensors.torch import load, save
+
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in load(content).items()}
+    saved: bytes = save(halves, metadata={"format": "pt"})
+    return saved
+
+
+MADE: dict[str, Callable[[bytes], bytes]] = {"halved": halved, "unpacked": lzma.decompress}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a part of a twin lies.
+
+    Attributes:
+        place: a folder or a file.
+        made: how a file becomes that of the twin, a key of ``MADE``; None where it is that file.
+
+    """
+
+    place: Path
+    made: str | None = None
+
+    def content(self, source: Path) -> bytes:
+        """What the twin's folder gets of a file of the part."""
+        content = source.read_bytes()
+        return content if self.made is None else MADE[self.made](content)
+
+
+def parts_of(folder: Path) -> dict[str, Part]:
     """Name in the twin's folder -> where the part lies; empty where nothing is shared.
 
     Raises:
@@ -35,9 +71,9 @@ def parts_of(folder: Path) -> dict[str, Path]:
     if not file.is_file():
         return {}
     try:
-        named: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        return {part: _place_of(folder, name) for part, name in named.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError) as e:
+        named = json.loads(file.read_text(encoding="utf-8"))
+        return {part: _part_of(folder, name) for part, name in named.items()}
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as e:
         raise EvenkeelError(
             f'{file} is not of the form {{"vae": "shared/NAME", ...}}: {e!r}. Take it from the '
             f"repository again."
@@ -45,10 +81,14 @@ def parts_of(folder: Path) -> dict[str, Path]:
 
 
 def files_of(folder: Path) -> dict[Path, Path]:
-    """Every file of a twin: its place below the folder -> where it lies, shared parts included."""
+    """Every file of a twin: its place below the folder -> where it lies, shared parts included.
+
+    Files that are made from others are there once the folder is complete.
+    """
     found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    for part, place in parts_of(folder).items():
-        found |= {Path(part) / p.relative_to(place): p for p in _files(place)}
+    for name, part in parts_of(folder).items():
+        if part.made is None:
+            found |= {Path(name) / p.relative_to(part.place): p for p in _files(part.place)}
     return found
 
 
@@ -59,10 +99,10 @@ def complete(folder: Path) -> Path:
         EvenkeelError: a part is nowhere, or the folder cannot be written to.
 
     """
-    for part, place in parts_of(folder).items():
-        for source in _files(place):
-            target = folder / part / source.relative_to(place)
-            content = source.read_bytes()
+    for name, part in parts_of(folder).items():
+        for source in _files(part.place):
+            target = folder / name / source.relative_to(part.place)
+            content = part.content(source)
             if target.is_file() and target.read_bytes() == content:
                 continue
             try:
@@ -119,6 +159,15 @@ def _deciding(folder: Path) -> list[tuple[Path, Path]]:
     """Networks, tokenizers, schedulers and the evaluator; not what is told about them."""
     top = ("model_index.json", EVALUATOR_FILE)
     return [(p, s) for p, s in files_of(folder).items() if len(p.parts) > 1 or p.name in top]
+
+
+def _part_of(folder: Path, named: str | dict[str, str]) -> Part:
+    if isinstance(named, str):
+        return Part(_place_of(folder, named))
+    ((made, name),) = named.items()
+    if made not in MADE:
+        raise ValueError(f"{made!r} is none of {', '.join(MADE)}")
+    return Part(_place_of(folder, name), made)
 
 
 def _place_of(folder: Path, name: str) -> Path:

@@ -11,16 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.zoo import evaluation, scene_evaluation, scene_prompts
+from evenkeel.zoo import (
+    emoji,
+    emoji_captions,
+    emoji_evaluation,
+    evaluation,
+    scene_evaluation,
+    scene_prompts,
+)
 from evenkeel.zoo.handwriting import (
     ATTRIBUTES,
     CENTRED,
     CENTRED_WHITE,
+    IMAGE_SIZE,
     draw_scans,
     load_scans,
     render,
     sample_attributes,
 )
+
+_SCANS = """\
+scikit-learn's 1,797 handwriting scans (UCI optical recognition of handwritten digits); 25 % of them are
+held out and train nothing."""
+_EMOJI = """\
+32 emoji of the Noto font (npm emoji-datasource-google 16.0.0, Apache License 2.0, in `sprites/`), in varying
+sizes and places on 8 backgrounds; an eighth of all pairs of objects is held out and trains nothing. All pairs
+that prompts ask for here are held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +49,12 @@ class Pictures:
         attributes: of the columns of the evaluator's ``matches``; none where nothing is asked for.
         evaluator: folder of the twin -> features (n, d) and matches (n, attributes) or None.
         prompts: (n, seed) -> prompts; different seeds give independent ones.
-        references: (prompts, seed) -> real pictures (n, 3, 32, 32) uint8 that show the prompts, drawn
+        references: (prompts, seed) -> real pictures (n, 3, size, size) uint8 that show the prompts, drawn
             from held-out scans; with ``held_out=False`` from those that the twins were trained on.
+        data: what they are made of, a sentence or two.
+        trained_on: the same, in a word.
+        held_out: what of it trained nothing, in the plural; and what did.
+        size: of the pictures, in pixels.
 
     """
 
@@ -44,6 +64,10 @@ class Pictures:
     evaluator: Callable[[Path], Any]
     prompts: Callable[[int, int], list[Any]]
     references: Callable[..., Tensor]
+    data: str = _SCANS
+    trained_on: str = "handwriting"
+    held_out: tuple[str, str] = ("held-out scans", "training scans")
+    size: int = IMAGE_SIZE
 
 
 class DigitEvaluator:
@@ -141,6 +165,18 @@ KINDS = {
             UnaskedEvaluator,
             counted,
             any_images,
+        ),
+        Pictures(
+            "emoji",
+            "one object, or two beside each other, on one of 8 soft backgrounds, described by a caption",
+            emoji_evaluation.MATCHES,
+            emoji_evaluation.EmojiEvaluator,
+            emoji_captions.sample_prompts,
+            emoji_captions.reference_images,
+            _EMOJI,
+            "emoji",
+            ("held-out pairs", "training pairs"),
+            emoji.SIZE,
         ),
     )
 }

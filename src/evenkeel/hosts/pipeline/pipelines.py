@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,9 @@ from evenkeel.hosts.pipeline.prompts import Prompts
 def load(place: Any, **options: Any) -> Any:
     """``DiffusionPipeline.from_pretrained`` without the loading bars of two libraries.
 
-    Without ``torch_dtype`` diffusers' networks come in float32, text encoders as they were saved.
+    Without ``torch_dtype`` diffusers' networks come in float32, text encoders as they were saved. Parts of
+    other classes than the pipeline's type hints name (the zoo's LDM twins) are not remarked on: what
+    evenkeel needs of a part is checked where it is used.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -29,14 +32,21 @@ def load(place: Any, **options: Any) -> Any:
     chatty = [x for x in (diffusers_logging, transformers_logging) if x.is_progress_bar_enabled()]
     for library in chatty:
         library.disable_progress_bar()
+    remarks = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    remarks.addFilter(_is_no_type_hint)
     try:
         with warnings.catch_warnings():
             # Later versions call it dtype; earlier ones know no other name.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             return DiffusionPipeline.from_pretrained(place, **options)
     finally:
+        remarks.removeFilter(_is_no_type_hint)
         for library in chatty:
             library.enable_progress_bar()
+
+
+def _is_no_type_hint(line: logging.LogRecord) -> bool:
+    return not str(line.msg).startswith("Expected types for")
 
 
 def denoiser_name(pipeline: Any) -> str:

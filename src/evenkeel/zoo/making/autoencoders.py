@@ -36,11 +36,12 @@ LATENT_NOISE = 0.1
 Pictures = Callable[[int, np.random.Generator], Tensor]
 
 
-def build_kl(latent_channels: int) -> Any:
-    """``AutoencoderKL``, 4 times smaller in height and width."""
+def build_kl(
+    latent_channels: int, channels: tuple[int, int, int] = (24, 48, 64), size: int = IMAGE_SIZE
+) -> Any:
+    """``AutoencoderKL``, 4 times smaller in height and width, for pictures of ``size`` pixels."""
     from diffusers import AutoencoderKL
 
-    channels = (24, 48, 64)
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -50,7 +51,7 @@ def build_kl(latent_channels: int) -> Any:
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
+        sample_size=size,
         mid_block_add_attention=False,
         shift_factor=None if latent_channels == 4 else 0.0,
         use_quant_conv=latent_channels == 4,
@@ -93,12 +94,14 @@ def train(name: str, work: Path) -> Any:
     return fit_autoencoder(build(name), scenes, recipe, work / name)
 
 
-def fit_autoencoder(vae: Any, pictures_of: Pictures, recipe: Recipe, folder: Path) -> Any:
+def fit_autoencoder(
+    vae: Any, pictures_of: Pictures, recipe: Recipe, folder: Path, batch: int = BATCH
+) -> Any:
     """Train with an L1, an L2 and a gradient loss, and set scale and shift of the latents."""
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
         device = next(module.parameters()).device
-        x = pictures_of(BATCH, rng).to(device) * 2 - 1
+        x = pictures_of(batch, rng).to(device) * 2 - 1
         latents, penalty = _noisy_latents(vae, x)
         return picture_loss(x, vae.decode(latents).sample.float()) + penalty
 

@@ -23,9 +23,7 @@ from evenkeel.zoo.making.quality import measure
 from evenkeel.zoo.pictures import KINDS
 
 GRID = (6, 10)
-_DATA = """\
-scikit-learn's 1,797 handwriting scans (UCI optical recognition of handwritten digits); 25 % of them are
-held out and train nothing. Pictures show {shows}."""
+SHOWN_SIDE = 64  # of a sample in the grid, in pixels
 
 
 def write_card(name: str, images: int = 1000, work: Path | None = None) -> Path:
@@ -91,23 +89,23 @@ def card(
     quality: Mapping[str, Any],
 ) -> str:
     """The Markdown text."""
-    shows = KINDS[twin.pictures].shows
+    kind = KINDS[twin.pictures]
     sections = [
         f"# {twin.name}: a twin of {twin.original}",
-        f"diffusers' own `{twin.pipeline}` with small networks trained on handwriting. "
+        f"diffusers' own `{twin.pipeline}` with small networks trained on {kind.trained_on}. "
         f"`DiffusionPipeline.from_pretrained` loads the folder that `evenkeel zoo path {twin.name}` "
         f"prints; so does `evenkeel ... zoo:{twin.name}`. "
         f"Weights are stored in {', '.join(dtypes)} and were measured in single precision.",
         _table(("network", "class", "parameters"), _network_rows(networks)),
-        f"**Data.** {_DATA.format(shows=shows)}",
+        f"**Data.** {kind.data} Pictures show {kind.shows}.",
         f"**Inference.** {_inference(twin)}",
         f"**Training.** {_training(training)}",
         _table(("network", "steps", "rate", "seed", "minutes"), _recipe_rows(training)),
         "**Differences from the original**, besides size and data:\n\n"
         + "\n".join(f"- {line};" for line in twin.differences)[:-1]
         + ".",
-        _quality_text(quality),
-        _table(("", "samples", "held-out scans"), _quality_rows(quality)),
+        _quality_text(quality, *kind.held_out),
+        _table(("", "samples", kind.held_out[0]), _quality_rows(quality, kind.held_out[0])),
         _samplers(quality),
         _few_steps(twin.name, quality),
         _speed(quality),
@@ -155,10 +153,10 @@ def _recipe_rows(training: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _quality_text(quality: Mapping[str, Any]) -> str:
+def _quality_text(quality: Mapping[str, Any], held_out: str, training: str) -> str:
     judged = (
         "Shares of the prompts that ask for it, according to the evaluator, which was trained on the "
-        "training scans alone."
+        f"{training} alone."
         if "shown_by_samples" in quality
         else "Nothing is asked for, so nothing can be wrong; as a stand-in, *recognisable* is a sample of "
         "whose digit the evaluator is at least as sure as of all but 5 % of the held-out pictures."
@@ -166,12 +164,12 @@ def _quality_text(quality: Mapping[str, Any]) -> str:
     return (
         f"**Quality** (`{quality['command']}`; `quality.json`). {judged} Fréchet distances are between "
         f"{quality['images']:,} pictures each, in the evaluator's features; in the right column between two "
-        f"sets of pictures of held-out scans. Pictures of the training scans themselves are at "
+        f"sets of pictures of {held_out}. Pictures of the {training} themselves are at "
         f"{value_text(quality['frechet_training_to_held_out'])}. All values ± standard error."
     )
 
 
-def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _quality_rows(quality: Mapping[str, Any], held_out: str) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     if "shown_by_samples" in quality:
         for name, share in quality["shown_by_samples"].items():
@@ -181,7 +179,7 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("recognisable", *map(_percent, both)))
     rows.append(
         (
-            "Fréchet distance to held-out scans",
+            f"Fréchet distance to {held_out}",
             value_text(quality["frechet_samples_to_held_out"]),
             value_text(quality["frechet_held_out_to_held_out"]),
         )
@@ -260,7 +258,13 @@ def _write_grid(samples: Any, file: Path) -> None:
     side = samples.shape[-1]
     grid = samples[: rows * columns].reshape(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
     picture = Image.fromarray(grid.reshape(rows * side, columns * side, 3).contiguous().numpy())
-    picture.resize((2 * columns * side, 2 * rows * side), 0).save(file)
+    picture = picture.resize((columns * SHOWN_SIDE, rows * SHOWN_SIDE), 0)
+    fewer_colours(picture).save(file, optimize=True)
+
+
+def fewer_colours(picture: Any) -> Any:
+    """A picture for people in 256 colours: a third of the size in a repository that everyone clones."""
+    return picture.convert("RGB").quantize(256, dither=0)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from evenkeel import zoo
@@ -25,18 +26,19 @@ from evenkeel.reports.grid import new_figure
 from evenkeel.reports.plots import image_grid
 from evenkeel.reports.style import CSS
 from evenkeel.storage import write_atomically
+from evenkeel.zoo.making.card import fewer_colours
 from evenkeel.zoo.pictures import KINDS
 
 FULL_PRECISION = "full precision"
 QUANTIZED = {"W4A4": "w4a4-g32-r16", "W3A4": "w3a4-g32-r16"}
 SEED, COLUMNS = 51, 12
 # Of the PNG: pictures of a twin, twins beside each other, and lengths in pixels.
-SHOWN, ABREAST, SCALE = 7, 2, 2
+SHOWN, ABREAST, SIDE = 7, 2, 64
 LABEL, HEADING, GAP, DPI = 100, 30, 14, 100
 
 
 def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The twin's pictures, arm -> (count, 3, 32, 32) uint8, and their prompts; same noise in all arms."""
+    """The twin's pictures, arm -> (count, 3, size, size) uint8, and their prompts; same noise in all arms."""
     twin = zoo.twin(name)
     pipeline = zoo.load(name)
     prompts = KINDS[twin.pictures].prompts(count, SEED)
@@ -61,8 +63,7 @@ def pictures_of(name: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
 def mosaic(twins: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     """PNG: twins in two columns; each has a row for every arm and a column for every prompt."""
     arms = [FULL_PRECISION, *QUANTIZED]
-    high, wide = (SCALE * side for side in next(iter(twins.values()))[arms[0]].shape[-2:])
-    block_width, block_height = LABEL + SHOWN * wide + GAP, HEADING + len(arms) * high
+    block_width, block_height = LABEL + SHOWN * SIDE + GAP, HEADING + len(arms) * SIDE
     width = min(len(twins), ABREAST) * block_width
     height = -(-len(twins) // ABREAST) * block_height + GAP
     figure = new_figure(figsize=(width / DPI, height / DPI), dpi=DPI)
@@ -76,12 +77,13 @@ def mosaic(twins: Mapping[str, Mapping[str, Tensor]]) -> bytes:
         )
         for j, arm in enumerate(arms):
             row = torch.cat(list(made[arm][:SHOWN]), 2)
-            large = row.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
-            bottom = height - top - (j + 1) * high
+            scale = SIDE // row.shape[1]
+            large = row.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            bottom = height - top - (j + 1) * SIDE
             figure.figimage(large.permute(1, 2, 0).numpy(), left + LABEL, bottom, origin="upper")
             figure.text(
                 (left + LABEL - 8) / width,
-                (bottom + high / 2) / height,
+                (bottom + SIDE / 2) / height,
                 arm,
                 fontsize=9,
                 ha="right",
@@ -97,7 +99,9 @@ def page(twins: Mapping[str, Mapping[str, Tensor]], prompts: Mapping[str, Sequen
     sections = []
     for name, made in twins.items():
         twin = zoo.twin(name)
-        grid = base64.b64encode(image_grid(made, prompts[name], scale=3)).decode()
+        grid = base64.b64encode(
+            image_grid(made, prompts[name], scale=96 // KINDS[twin.pictures].size)
+        ).decode()
         scheduler = next(iter(twin.schedulers.values())).scheduler
         guidance = "" if twin.guidance_scale is None else f", guidance {twin.guidance_scale}"
         sections.append(
@@ -122,7 +126,7 @@ def main() -> None:
     """Parse the command line and write both files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="twins (default: all whose weights are here)")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/gallery"), help="folder")
     options = parser.parse_args()
     names = options.names or [n for n in zoo.TWINS if zoo.find(n)]
     twins, prompts = {}, {}
@@ -130,7 +134,8 @@ def main() -> None:
         twins[name], prompts[name] = pictures_of(name, COLUMNS)
         print(name, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out / "gallery.png", mosaic(twins))
+    picture = Image.open(io.BytesIO(mosaic(twins)))
+    fewer_colours(picture).save(options.out / "gallery.png", optimize=True)
     write_atomically(options.out / "gallery.html", page(twins, prompts))
 
 

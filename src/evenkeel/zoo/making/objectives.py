@@ -99,6 +99,24 @@ def variance_bound(
     return 0.5 * divergence.mean((1, 2, 3))
 
 
+def velocity_loss(predict: Predict, x: Tensor, rng: np.random.Generator, signal: Tensor) -> Tensor:
+    r"""Squared error of the predicted v = alpha eps - sigma x0 (Salimans & Ho 2022, appendix D).
+
+    Args:
+        predict: the denoiser with its conditions.
+        x: clean latents (n, channels, h, w).
+        rng: of the timesteps, stratified; the noise comes from torch's generator.
+        signal: (1000,) cumulative products of alphas.
+
+    """
+    t = (stratified(len(x), rng) * STEPS).long().to(x.device)
+    noise, kept = torch.randn_like(x), signal.to(x.device)[t][:, None, None, None]
+    alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+    output = predict(alpha * x + sigma * noise, t)
+    squared: Tensor = (output - (alpha * noise - sigma * x)).square().mean()
+    return squared
+
+
 def flow_point(x: Tensor, rng: np.random.Generator, shift: float) -> tuple[Tensor, Tensor, Tensor]:
     r"""Noisy samples on straight lines, their timesteps, and the velocity noise - x.
 

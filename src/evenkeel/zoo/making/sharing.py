@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 
 from evenkeel.storage import write_atomically
-from evenkeel.zoo.parts import PACKAGED, PARTS_FILE
+from evenkeel.zoo.parts import PACKAGED, PARTS_FILE, halved
 
 SHARED = "shared"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "evaluator.safetensors")
+DENOISERS = ("transformer", "unet")
+WORTH = 0.78  # a network that packing makes smaller than this share is kept packed: mostly zeros
 
 
-def share(folder: Path) -> dict[str, str]:
+def share(folder: Path) -> dict[str, str | dict[str, str]]:
     """Remove from a twin's folder what lies beside it in ``shared/`` or in the package, to the bit.
+
+    Also what is half the precision of the package's; a denoiser that is mostly zeros is packed.
 
     Writes ``parts.json``, which says where it is, and ``.gitignore``, so that copies laid in for use are not
     tracked; returns what is in the former. A part that differs stays.
@@ -23,7 +28,7 @@ def share(folder: Path) -> dict[str, str]:
         folder: of the twin, in a folder of twins.
 
     """
-    found = {}
+    found: dict[str, str | dict[str, str]] = {}
     for part in PARTS:
         if not (folder / part).exists():
             continue
@@ -33,6 +38,9 @@ def share(folder: Path) -> dict[str, str]:
             if place is not None:
                 found[part] = _inside(place, part).relative_to(_base(root)).as_posix()
                 break
+        if part not in found:
+            found |= _half_of_packaged(folder, part)
+    found |= _packed(folder)
     if not found:
         return {}
     for part in found:
@@ -43,6 +51,28 @@ def share(folder: Path) -> dict[str, str]:
     write_atomically(folder / PARTS_FILE, json.dumps(found, indent=1) + "\n")
     ignored = [f"/{part}/" if "." not in part else f"/{part}" for part in found]
     write_atomically(folder / ".gitignore", "".join(line + "\n" for line in ignored))
+    return found
+
+
+def _half_of_packaged(folder: Path, part: str) -> dict[str, str | dict[str, str]]:
+    for file in sorted((folder / part).glob("*.safetensors")):
+        name = f"{part}/{file.name}"
+        for like in sorted(PACKAGED.glob(f"*/{name}")):
+            if halved(like.read_bytes()) == file.read_bytes():
+                return {name: {"halved": like.relative_to(PACKAGED).as_posix()}}
+    return {}
+
+
+def _packed(folder: Path) -> dict[str, str | dict[str, str]]:
+    found: dict[str, str | dict[str, str]] = {}
+    for denoiser in DENOISERS:
+        for file in sorted((folder / denoiser).glob("*.safetensors")):
+            content = file.read_bytes()
+            packed = lzma.compress(content, preset=9)
+            if len(packed) < WORTH * len(content):
+                place = write_atomically(folder / f"{denoiser}.xz", packed)
+                name = f"{denoiser}/{file.name}"
+                found[name] = {"unpacked": place.relative_to(folder.parent).as_posix()}
     return found
 
 

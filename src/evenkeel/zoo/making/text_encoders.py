@@ -1,15 +1,15 @@
 """The frozen text encoders of the zoo and their tokenizers: CLIP in two sizes, T5, Gemma 2.
 
 Each is of the class that the original pipelines use, three layers deep, and trained to tell what
-a caption of :mod:`evenkeel.zoo.scene_captions` asks for. Every word of the grammar is one token; other
-words fall into letters.
+a caption of :mod:`evenkeel.zoo.scene_captions` or :mod:`evenkeel.zoo.emoji_captions` asks for. Every word
+of the grammar is one token; other words fall into letters.
 """
 
 from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ RECIPES = {
     "gemma": Recipe(steps=1000, learning_rate=2e-3, seed=124),
 }
 BATCH = 128
+Captions = Callable[[int, np.random.Generator], tuple[list[str], dict[str, Tensor]]]
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
@@ -38,25 +39,53 @@ def build(name: str) -> tuple[Any, Any]:
     """Tokenizer and encoder, not trained."""
     if name == "t5":
         return build_t5(vocabulary(), TOKENS, WIDTHS["t5"], layers=3)
-    return _gemma() if name == "gemma" else _clip(name)
+    if name == "gemma":
+        return _gemma()
+    return build_clip(vocabulary(), TOKENS, WIDTHS[name], projection=name == "clip-g")
 
 
 def train(name: str, work: Path) -> tuple[Any, Any]:
     """The tokenizer and the encoder of that name, trained in ``work`` or continued there."""
-    recipe, width = RECIPES[name], WIDTHS[name]
+    recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)
     tokenizer, encoder = build(name)
-    heads = nn.ModuleDict({k: nn.Linear(2 * width, len(v) + 1) for k, v in SCENE.items()})
+    fit_reading(name, tokenizer, encoder, sample_captions, SCENE, recipe, work / name)
+    return tokenizer, encoder
+
+
+def fit_reading(
+    name: str,
+    tokenizer: Any,
+    encoder: Any,
+    captions_of: Captions,
+    scene: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    folder: Path,
+) -> None:
+    """Train an encoder in place to tell what captions mention.
+
+    Args:
+        name: of its kind, a key of ``WIDTHS``.
+        tokenizer: its own.
+        encoder: not trained, or partly.
+        captions_of: (n, generator) -> captions, and attribute -> (n,) what they mention.
+        scene: attribute -> its values.
+        recipe: how long and how fast.
+        folder: of this run.
+
+    """
+    width = encoder.config.hidden_size
+    heads = nn.ModuleDict({k: nn.Linear(2 * width, len(v) + 1) for k, v in scene.items()})
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})
 
     def loss(module: nn.Module, rng: np.random.Generator) -> Tensor:
-        captions, mentions = sample_captions(BATCH, rng)
+        captions, mentions = captions_of(BATCH, rng)
         device = next(module.parameters()).device
         read = _summary(name, encoder, tokenizer, captions, device)
         return reading_loss({k: head(read) for k, head in heads.items()}, mentions)
 
-    fit(both, loss, recipe, work / name)
-    return tokenizer, encoder.eval().cpu()
+    fit(both, loss, recipe, folder)
+    encoder.eval().cpu()
 
 
 def reading_loss(scores: Mapping[str, Tensor], mentions: Mapping[str, Tensor]) -> Tensor:
@@ -147,26 +176,29 @@ def _numbered(pieces: list[str]) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def _clip(name: str) -> tuple[Any, Any]:
+def build_clip(
+    words: Sequence[str], tokens: int, width: int, *, projection: bool = False
+) -> tuple[Any, Any]:
+    """A CLIP tokenizer for which every word is one token, and a text encoder of three layers."""
     import transformers as tf
 
-    merges = _merges(vocabulary(), "</w>")
+    merges = _merges(list(words), "</w>")
     pieces = ["<|startoftext|>", "<|endoftext|>", *_CHARACTERS, *(c + "</w>" for c in _CHARACTERS)]
     vocab = _numbered(pieces + [a + b for a, b in merges])
-    tokenizer = tf.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+    tokenizer = tf.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
     config = tf.CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTHS[name],
-        intermediate_size=2 * WIDTHS[name],
-        projection_dim=WIDTHS[name],
-        num_attention_heads=WIDTHS[name] // 32,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_attention_heads=width // 32,
         num_hidden_layers=3,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    kind = tf.CLIPTextModel if name == "clip-l" else tf.CLIPTextModelWithProjection
+    kind = tf.CLIPTextModelWithProjection if projection else tf.CLIPTextModel
     return tokenizer, kind(config)
 
 
