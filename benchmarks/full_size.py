@@ -25,12 +25,13 @@ from timing import report
 from torch import nn
 
 import evenkeel
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_name, quiet, run_pipeline
 
 PROMPTS, STEPS = ("red 3 on blue", "green 5 on white"), 2
 # In the order in which they tell most.
 CELLS = (
-    "full", "quantized", "calibrate", "readout", "apply", "tac", "stepbaq",
+    "full", "quantized", "calibrate", "readout", "fingerprint", "apply", "tac", "stepbaq",
     "refit-full", "refit-quantized", "refit",
 )  # fmt: skip
 
@@ -88,6 +89,8 @@ class Bench:
             return lambda: self.plain(denoiser)
         if cell == "calibrate":
             return lambda: evenkeel.calibrate(self.pipeline, **self.asked).save(folder / cell)
+        if cell == "fingerprint":  # once per calibration or fit: both denoisers are read whole
+            return lambda: _nothing([fingerprint(d) for d in (self.denoiser, self.quantized)])
         if cell == "refit":
             return lambda: _nothing(evenkeel.refit_branches(self.pipeline, **self.asked))
         fits = {

@@ -258,7 +258,7 @@ SIZES = {
     "sdxl": Size(sdxl, {"height": 512, "width": 512}, 1.0, packed),
     "pixart": Size(
         pixart,
-        {"height": 512, "width": 512, "use_resolution_binning": False, "clean_caption": False},
+        {"height": 256, "width": 256, "use_resolution_binning": False, "clean_caption": False},
         4.5,
         packed,
         simulated("w4a8", ("*transformer_blocks.0.*",)),
