@@ -1,4 +1,4 @@
-"""How long ``import evenkeel`` and ``evenkeel --help`` take beyond starting Python.
+"""How long importing evenkeel and commands that only tell something take beyond starting Python.
 
 Each is a fresh process; files are in the operating system's cache after the warm-up.
 Run: python benchmarks/import_time.py
@@ -14,22 +14,23 @@ from functools import partial
 
 from timing import Spread, children_seconds, interleaved, report
 
-REPEATS = 40
+REPEATS = 20
 COMMANDS = {
     "python": ["-c", "pass"],
     "import": ["-c", "import evenkeel"],
     "help": ["-m", "evenkeel", "--help"],
+    "help of one": ["-m", "evenkeel", "compare", "--help"],
+    "zoo list": ["-m", "evenkeel", "zoo", "list"],
 }
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "scipy", "matplotlib")
-IMPORTED = {
-    "import": "import sys, evenkeel; print(*sys.modules)",
-    "help": (
-        "import sys, contextlib, io, evenkeel.cli\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        "    evenkeel.cli.main(['--help'])\n"
-        "print(*sys.modules)"
-    ),
-}
+LOADED = """
+import sys, contextlib, io, evenkeel
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    if sys.argv[1:]:
+        import evenkeel.cli
+        evenkeel.cli.main(sys.argv[1:])
+print(*sys.modules)
+"""
 
 
 def run(arguments: list[str]) -> str:
@@ -45,8 +46,9 @@ def main() -> None:
     variants = {name: partial(prepared, arguments) for name, arguments in COMMANDS.items()}
     cpu = interleaved(variants, repeats=REPEATS, clock=children_seconds)
     wall = interleaved(variants, repeats=REPEATS, clock=time.perf_counter)
-    for name, code in IMPORTED.items():
-        modules = {module.partition(".")[0] for module in run(["-c", code]).split()}
+    for name in list(COMMANDS)[1:]:
+        words = ["-c", LOADED, *COMMANDS[name][2:]]
+        modules = {module.partition(".")[0] for module in run(words).split()}
         beyond = [a - b for a, b in zip(cpu[name], cpu["python"], strict=True)]
         beyond_ms, cpu_ms, wall_ms = Spread.of(beyond), Spread.of(cpu[name]), Spread.of(wall[name])
         heavy = [h for h in HEAVY if h in modules]

@@ -76,6 +76,7 @@ def busy(processes: int) -> Iterator[None]:
 def measure(folder: Path, chosen: list[str], repeats: int, beside: int) -> None:
     """Every run that the folder does not hold yet."""
     names = list(SETTINGS)
+    seconds_of("readout", "one")  # whose files, compiled and in the system's cache, the others find
     for repeat in range(repeats):
         for command in chosen:
             turn = repeat % len(names)
