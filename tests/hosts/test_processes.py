@@ -3,20 +3,22 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from several_processes import torchrun, unwatched
+from several_processes import forked, torchrun
 
 import evenkeel
 import evenkeel.comparing.generation as generation
 from evenkeel import zoo
 from evenkeel.cli import main
 from evenkeel.comparing.comparison import standard_arms
-from evenkeel.errors import ProcessError
+from evenkeel.errors import CalibrationError, ProcessError
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.statistics.normal_equations import NormalEquations
 from evenkeel.storage import Kind, read_tensors, write_tensors
 
 SAMPLING = ["zoo:pixart-sigma", "--quantized", "w3a4-g32-r16", "--steps", "2", "--batch-size", "2"]
@@ -26,7 +28,8 @@ FOUND = Kind("found", 1, "run the test again")
 
 def twins():
     pipeline = zoo.load("pixart-sigma")
-    return pipeline, quantize_module(pipeline.transformer, QuantizerSpec.parse("w3a4-g32-r16"))[0]
+    some = QuantizerSpec.parse("w3a4-g32-r16", only=("transformer_blocks.0",))
+    return pipeline, quantize_module(pipeline.transformer, some)[0]
 
 
 def asked(quantized=None):
@@ -58,12 +61,10 @@ def exchange(us: Processes) -> None:
         us.agree("question", {"a": 1, "b": us.rank})
 
 
-def working(out: str) -> None:
-    """Under torchrun: everything in turn; what it gave is written down by both."""
-    torch.set_num_threads(1)
-    us, place = processes(), Path(out)
+def working(place: Path, pipeline, quantized) -> None:
+    """Everything in turn; what it gave is written down by both."""
+    us = processes()
     exchange(us)
-    pipeline, quantized = twins()
     comparison = compared(pipeline, quantized, place / "kept")
     if us.main:
         write_tensors(place / "images", FOUND, {"header": ""}, comparison.images)
@@ -71,9 +72,29 @@ def working(out: str) -> None:
         assert comparison.images == {}
     numbers = [arm.as_dict() for arm in comparison.arms]
     (place / f"measures-{us.rank}.json").write_text(json.dumps(numbers))
+    write_tensors(place / f"fits-{us.rank}", FOUND, {"header": ""}, fitted(pipeline, quantized))
     words = ["--prompts", str(place / "prompts.txt"), "--out", str(place / "sampled"), "--json"]
     assert main(["sample", *SAMPLING, *words]) == 0
     killed(us, pipeline, quantized, place)
+
+
+def fitted(pipeline, quantized) -> dict[str, torch.Tensor]:
+    """Every fit's numbers."""
+    readout = evenkeel.fit_readout(pipeline, **asked(quantized))
+    refitted, report = evenkeel.refit_branches(pipeline, penalty=1e-2, **asked(quantized))
+    tac = evenkeel.fit_tac(pipeline, **asked(quantized))
+    stepbaq = evenkeel.fit_stepbaq(pipeline, fence=1.7, **asked(quantized))
+    layers = [layer for layer in report.layers if layer.after is not None]
+    return {
+        **{f"readout.{k}": v for k, v in readout.tables().tensors.items()},
+        **{f"refit.{k}": v for k, v in refitted.named_buffers() if k.endswith((".up", ".down"))},
+        "refit.before": torch.tensor([layer.before for layer in layers]),
+        "refit.after": torch.tensor([layer.after for layer in layers]),
+        "tac.gain": tac.gain,
+        "tac.bias": tac.bias,
+        "stepbaq.mean": stepbaq.mean,
+        "stepbaq.variance": stepbaq.variance,
+    }
 
 
 def killed(us: Processes, pipeline, quantized, place: Path) -> None:
@@ -97,21 +118,20 @@ def write_prompts(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """The folder in which two processes left what they found."""
-    place = tmp_path_factory.mktemp("two")
-    write_prompts(place)
-    code = f"import test_processes as t; t.working({str(place)!r})"
-    first, second = unwatched(Path(__file__).parent, code)
-    assert first.returncode == 0, first.stderr
-    assert second.returncode == -signal.SIGKILL, second.stderr
-    (place / "stdout").write_text(first.stdout + second.stdout)
-    return place
+def pair():
+    return twins()
 
 
 @pytest.fixture(scope="module")
-def pair():
-    return twins()
+def place(tmp_path_factory, pair):
+    """The folder in which two processes left what they found."""
+    place = tmp_path_factory.mktemp("two")
+    write_prompts(place)
+    first, second = forked(lambda: working(place, *pair), place)
+    assert first.code == 0, first.stderr
+    assert second.code == -signal.SIGKILL, second.stderr
+    (place / "stdout").write_text(first.stdout + second.stdout)
+    return place
 
 
 # ---- that it is what one process does
@@ -130,6 +150,18 @@ def test_compare_gives_the_images_and_measures_of_one_process(place, pair):
         for key in ("psnr", "ssim"):
             assert said[key] == expected[key]
     assert not torch.equal(one.images["quantized"], one.images["full-precision"])
+
+
+def test_fits_are_those_of_one_process_up_to_the_order_of_sums(place, pair):
+    one = fitted(*pair)
+    (_, first), (_, second) = (read_tensors(place / f"fits-{r}", FOUND) for r in (0, 1))
+    assert set(first) == set(one)
+    for name, expected in one.items():
+        assert torch.equal(first[name], second[name]), name
+        difference = (first[name].double() - expected.double()).norm()
+        assert difference <= 1e-5 * expected.double().norm(), name
+    assert one["readout.table.active"].any()
+    assert (one["refit.after"] < one["refit.before"]).any()
 
 
 def test_finished_batches_of_two_processes_serve_one(place, pair):
@@ -168,3 +200,55 @@ def test_torchrun_of_a_command_for_one_process_is_refused_once(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("evenkeel zoo: this command runs in one process") == 1
+
+
+def failing() -> None:
+    us = processes()
+    if us.main:
+        with pytest.raises(ProcessError, match="process 1 of 2 failed: ValueError: no such thing"):
+            us.barrier()
+    else:
+        with pytest.raises(ValueError, match="no such"), us.telling():
+            raise ValueError("no such thing")
+        time.sleep(1)  # it lives on: no broken connection tells the other one
+
+
+def test_a_failing_process_tells_the_other_why(tmp_path):
+    for ended in forked(failing, tmp_path):
+        assert ended.code == 0, ended.stderr
+
+
+def test_one_that_waits_too_long_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("evenkeel.hosts.processes._PATIENCE", 0.5)
+
+    def waiting() -> None:
+        us = processes()
+        if us.main:
+            with pytest.raises(ProcessError, match="make the same call"):
+                us.barrier()
+        else:
+            time.sleep(1.5)
+
+    for ended in forked(waiting, tmp_path):
+        assert ended.code == 0, ended.stderr
+
+
+def test_fits_need_a_batch_for_every_process(pair, tmp_path):
+    def asking() -> None:
+        with pytest.raises(CalibrationError, match="1 batches are not enough for 2 processes"):
+            evenkeel.fit_readout(pair[0], **{**asked(pair[1]), "batch_size": 8})
+
+    for ended in forked(asking, tmp_path):
+        assert ended.code == 0, ended.stderr
+
+
+def test_sums_about_another_mean_add():
+    h, t = torch.randn(40, 5), torch.randn(40, 2)
+    whole, parts = NormalEquations(5, 2), [NormalEquations(5, 2) for _ in range(2)]
+    whole.add(h, t)
+    for part, rows in zip(parts, (slice(0, 7), slice(7, 40)), strict=True):
+        part.add(h[rows], t[rows])
+        part.move_to(whole.mean_h, whole.mean_t)
+    for name in ("hh", "ht", "tt"):
+        total = sum(getattr(part, name) for part in parts)
+        assert total == pytest.approx(getattr(whole, name), rel=1e-12)

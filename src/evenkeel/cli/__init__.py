@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
 from evenkeel.cli import fitting, generating, planning, quantizing, restoring, zoo
-from evenkeel.cli.several import LAUNCHED, several_processes
+from evenkeel.cli.several import launched, several_processes
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for an error of the user's, 130 for Ctrl-C."""
     options = build_parser().parse_args(argv)
     try:
-        with several_processes(options) if LAUNCHED else nullcontext(), ExitStack() as closing:
+        with several_processes(options) if launched() else nullcontext(), ExitStack() as closing:
             options.closing = closing  # what a command enters and leaves only when it ends
             return int(options.run(options) or 0)
     except KeyboardInterrupt:

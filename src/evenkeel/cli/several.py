@@ -7,7 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 
-LAUNCHED = int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+def launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
@@ -38,4 +41,4 @@ def several_processes(options: argparse.Namespace) -> Iterator[None]:
 def own_device(device: str | None) -> str | None:
     """The process's own of several equal devices: "cuda" is "cuda:1" for the second of a machine."""
     local = os.environ.get("LOCAL_RANK")
-    return f"{device}:{local}" if LAUNCHED and local and device == "cuda" else device
+    return f"{device}:{local}" if launched() and local and device == "cuda" else device

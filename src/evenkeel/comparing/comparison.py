@@ -18,7 +18,7 @@ from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.pipeline.prompts import Prompt
-from evenkeel.hosts.processes import Processes, processes
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.metrics import (
     alignment,
@@ -172,7 +172,8 @@ def compare(
     images: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {}
     with us.telling():
-        _agree(us, run, arms)
+        if us.count > 1:
+            run.agreed("comparison", arms=[identity_of(run, arm) for arm in arms])
         check_corrections(run, arms)
         total = len(run.share()) * len(arms)
         with tqdm(total=total, desc="generate", unit="batch", disable=hidden) as bar:
@@ -187,14 +188,6 @@ def compare(
     if not us.main:
         return Comparison([ArmResult.of(said) for said in found], {})
     return Comparison(results, images)
-
-
-def _agree(us: Processes, run: Run, arms: Sequence[Arm]) -> None:
-    """Refuse processes that would generate something else than the main one."""
-    if us.count > 1:
-        asked = {**run.identity, "seed": run.seed, "batch_size": run.batch_size}
-        asked |= {"prompts": run.prompts.texts, "arms": [identity_of(run, arm) for arm in arms]}
-        us.agree("comparison", asked)
 
 
 def _add_times(

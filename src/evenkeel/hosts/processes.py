@@ -109,6 +109,19 @@ class Processes:
         self._wait(lambda: dist.all_reduce(found, group=self._group, async_op=True))
         return found.to(tensor.device)
 
+    def joined(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in their order, on the tensor's device; all hold them.
+
+        Raises:
+            ProcessError: another one failed, or is gone.
+
+        """
+        if self.count == 1:
+            return rows
+        return torch.cat([found["rows"] for _, found in self.gathered(None, {"rows": rows})]).to(
+            rows
+        )
+
     def agree(self, what: str, found: Mapping[str, Any]) -> None:
         """Refuse processes that were asked for different things.
 
@@ -211,6 +224,9 @@ class Processes:
             raise _lost() from error
 
 
+ALONE = Processes()
+
+
 def processes() -> Processes:
     """Those that were launched together, as seen from here; joins them at the first call.
 
@@ -218,7 +234,7 @@ def processes() -> Processes:
     """
     global _joined
     if _joined is None:
-        _joined = _join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+        _joined = _join() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
     return _joined
 
 

@@ -246,6 +246,42 @@ class Run:
         """Of all batches those of this process; all of them where there is only one process."""
         return processes().share(self.batches())
 
+    def lockstep_share(self) -> list[Batch]:
+        """The same where all processes advance together, step by step.
+
+        Raises:
+            CalibrationError: there is none for some of them.
+
+        """
+        batches, us = self.batches(), processes()
+        if len(batches) < us.count:
+            raise CalibrationError(
+                f"{len(batches)} batches are not enough for {us.count} processes, which all need one: "
+                f"pass more prompts, batch_size={max(1, len(self.prompts) // us.count)} or less, or "
+                f"start fewer processes."
+            )
+        return us.share(batches)
+
+    def agreed(self, what: str, **settings: Any) -> None:
+        """Refuse processes that were asked for something else than the main one.
+
+        Raises:
+            ProcessError: names what differs.
+
+        """
+        us = processes()
+        if us.count == 1:
+            return
+        denoisers = (self.denoiser, self.quantized)
+        asked = {
+            **self.identity,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "prompts": self.prompts.texts,
+            "denoisers": [m and self.fingerprint(m) for m in denoisers],
+        }
+        us.agree(what, asked | settings)
+
     def sample(self, batch: Batch, *, output_type: str = "latent", on: Any = None) -> Any:
         """One pipeline call: the batch's latents, or whatever ``output_type`` says.
 

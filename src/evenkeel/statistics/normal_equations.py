@@ -166,6 +166,14 @@ class NormalEquations:
         self.mean_h += (mean_h - self.mean_h) * (n / total)
         self.mean_t += (mean_t - self.mean_t) * (n / total)
 
+    def move_to(self, mean_h: Array, mean_t: Array) -> None:
+        """Take the sums about another mean, (F,) and (O,): those of disjoint rows about one mean add."""
+        dh, dt = self.mean_h - mean_h, self.mean_t - mean_t
+        self.hh = _rank_k(self.hh, np.asfortranarray(dh[:, None] * np.sqrt(self.count)))
+        self.ht += self.count * np.outer(dh, dt)
+        self.tt += self.count * dt**2
+        self.mean_h, self.mean_t = mean_h, mean_t
+
     @classmethod
     def merged(cls, parts: Iterable[NormalEquations]) -> NormalEquations:
         """The equations of all rows of ``parts`` together; a single part is returned as it is.

@@ -20,6 +20,7 @@ from evenkeel.hosts.actuators.told_level import LevelTeller
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import ALONE, Processes, processes
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import Array, StepLaw
 from evenkeel.statistics.exact import Pending, add_pairs, sum_pair, working
@@ -200,7 +201,7 @@ class StepbaQFit(Rule):
         if self._training is None:
             self._training = training_levels(self._scheduler, law.prediction)
         errors = [layout.as_channels(working(q) - working(e)) for e, q in results]
-        mean, variance = self.settled(pending_error(errors, self._fence))[0]
+        mean, variance = self.settled(pending_error(errors, self._fence, processes()))[0]
         self._means.append(layout.broadcast(mean)[0])
         self._variances.append(variance)
         self._plan = self.correction((law.alpha[:-1], law.sigma[:-1])).plan(law)
@@ -215,7 +216,9 @@ class StepbaQFit(Rule):
         return self._means[-1].float() if corrected else None
 
 
-def pending_error(errors: Sequence[Tensor], fence: float | None) -> Pending[tuple[Tensor, float]]:
+def pending_error(
+    errors: Sequence[Tensor], fence: float | None, us: Processes = ALONE
+) -> Pending[tuple[Tensor, float]]:
     """Mean per channel, and the variance that is left, of (prompts, channels, elements) per batch.
 
     The variance is that of all entries within ``fence`` interquartile ranges of the quartiles (None: of
@@ -226,22 +229,22 @@ def pending_error(errors: Sequence[Tensor], fence: float | None) -> Pending[tupl
     1.0
 
     """
-    count = sum(d.shape[0] * d.shape[2] for d in errors)
-    totals = reduce(add_pairs, (sum_pair(d.transpose(0, 1).flatten(1)) for d in errors))
+    count = int(us.summed(torch.tensor(sum(d.shape[0] * d.shape[2] for d in errors))))
+    totals = us.summed(reduce(add_pairs, (sum_pair(d.transpose(0, 1).flatten(1)) for d in errors)))
     mean = totals.sum(0) / count
     left = [(d - mean[:, None]).flatten() for d in errors]
     if fence is not None:
-        low, high = _quartiles(torch.cat(left))
+        low, high = _quartiles(us.joined(torch.cat(left)))
         reach = fence * (high - low)
         kept = [(x >= low - reach) & (x <= high + reach) for x in left]
     else:
         kept = [torch.ones_like(x, dtype=torch.bool) for x in left]
     left = [torch.where(k, x, torch.zeros_like(x)) for k, x in zip(kept, left, strict=True)]
-    sums = reduce(add_pairs, (sum_pair(torch.stack([x, x * x])) for x in left))
-    entries = torch.stack([k.sum() for k in kept])
+    sums = us.summed(reduce(add_pairs, (sum_pair(torch.stack([x, x * x])) for x in left)))
+    entries = us.summed(torch.stack([k.sum() for k in kept]).sum())
 
     def finish(totals: Tensor, sums: Tensor, entries: Tensor) -> tuple[Tensor, float]:
-        first, second = (sums.sum(0) / entries.sum()).tolist()
+        first, second = (sums.sum(0) / entries).tolist()
         return totals.sum(0) / count, max(second - first**2, 0.0)
 
     return Pending((totals, sums, entries), finish)

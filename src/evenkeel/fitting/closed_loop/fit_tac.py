@@ -16,9 +16,11 @@ from evenkeel.corrections.reconstruction import GainSums, Reconstruction
 from evenkeel.corrections.tac import TAC, limited
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.closed_loop.loop import Answers, Pair, Rule, run_closed_loop
+from evenkeel.fitting.lockstep.joined import gains_of_all
 from evenkeel.hosts.actuators.step_change import Edit
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.exact import Pending, add_pairs, fetched, pair_sum, sum_pair, working
@@ -208,7 +210,7 @@ class TACFit(Rule):
 
     def _fitted(self, how: Reconstruction, sums: list[GainSums]) -> Tensor:
         """K over all batches, as it is applied."""
-        self.gains.append(how.gain(reduce(add, sums)))
+        self.gains.append(how.gain(gains_of_all(processes(), reduce(add, sums))))
         return limited(self.gains[-1])
 
     def _unconditional(
@@ -236,9 +238,10 @@ class TACFit(Rule):
 
     def _mean_error(self, results: list[tuple[Tensor, Tensor]], layout: LatentLayout) -> Tensor:
         """Over all prompts, (1, *sample) float32; over all elements of a channel too if so asked."""
-        prompts = sum(len(q) for _, q in results)
+        us = processes()
+        prompts = int(us.summed(torch.tensor(sum(len(q) for _, q in results))))
         errors = (pair_sum(working(q) - working(e)) for e, q in results)
-        mean = reduce(add_pairs, errors).sum(0)[None] / prompts
+        mean = us.summed(reduce(add_pairs, errors)).sum(0)[None] / prompts
         if self.per_channel:
             rows = layout.as_channels(mean)[0]
             mean = layout.broadcast(sum_pair(rows).sum(0) / rows.shape[-1])

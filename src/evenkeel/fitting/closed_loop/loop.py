@@ -22,6 +22,7 @@ from evenkeel.hosts.pipeline.denoiser_calls import pending_shares
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept, uncompiled
 from evenkeel.hosts.pipeline.strand import Finished
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.exact import Pending, settled
@@ -136,9 +137,10 @@ def run_closed_loop(
 
     """
     twins = [uncompiled(denoiser) for denoiser in run.pair]  # a graph cannot be paused
-    with run.undisturbed(), global_noise_kept():
-        batches = run.batches()
-        references = [PausedCall(run, b, twins[0], reads_law=not b.first) for b in batches]
+    with processes().telling(), run.undisturbed(), global_noise_kept():
+        run.agreed(title)
+        batches = run.lockstep_share()
+        references = [PausedCall(run, b, twins[0], reads_law=b is batches[0]) for b in batches]
         quantized = [
             PausedCall(run, b, twins[1], is_quantized=True, correction=correction) for b in batches
         ]

@@ -19,6 +19,7 @@ from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.correcting import interceptors_of
 from evenkeel.hosts.pipeline.denoiser_calls import branches_of
 from evenkeel.hosts.pipeline.strand import Finished, Strand
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, install
 from evenkeel.hosts.scheduler.tape import law_of_run
@@ -107,7 +108,9 @@ def advance(calls: Sequence[Any], resume: Callable[[Any], Any]) -> Any:
 def together(calls: Sequence[Call], title: str, steps: int, progress: bool) -> Iterator[tqdm[Any]]:
     """Inside, the calls may be advanced; afterwards none of them waits, whatever happened."""
     try:
-        with tqdm(total=steps, desc=title, unit="step", disable=not progress) as bar:
+        with tqdm(
+            total=steps, desc=title, unit="step", disable=not (progress and processes().main)
+        ) as bar:
             yield bar
     finally:
         for call in calls:

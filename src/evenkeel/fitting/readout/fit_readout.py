@@ -20,6 +20,7 @@ from evenkeel.fitting.readout.head_run import HeadRun
 from evenkeel.fitting.readout.strategies import Fixed, PerStep, Shared, Solved
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 
 
@@ -91,7 +92,9 @@ def fit_readout(
     if form not in FORMS:
         raise CalibrationError(f"form must be one of {FORMS}, got {form!r}.")
     fit = HeadRun(run, head, feature_memory, guided_rows)
-    with torch.no_grad(), run.undisturbed(), fit.in_place():
+    us = processes()
+    with us.telling(), torch.no_grad(), run.undisturbed(), fit.in_place():
+        run.agreed("readout", form=form)
         solved: Solved = PerStep(fit)
         if form != "per-step":
             shared = Shared(fit)

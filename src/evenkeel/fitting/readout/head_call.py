@@ -44,7 +44,7 @@ class HeadCall(Call):
     def __init__(
         self, run: Run, batch: Batch, denoiser: nn.Module, *, one_step: bool = False
     ) -> None:
-        super().__init__(run, batch, denoiser, reads_law=not batch.first)
+        super().__init__(run, batch, denoiser, reads_law=batch.first == run.share()[0].first)
         self._one_step = one_step  # pauses with STEPPED after it
         self._run = run
         self.step = 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError, UnsupportedPipeline
 from evenkeel.fitting.lockstep.call import advance, first_state, together
+from evenkeel.fitting.lockstep.joined import moments_of_all
 from evenkeel.fitting.readout.head_call import STEPPED, Answer, HeadCall, bring
 from evenkeel.fitting.readout.solve import Unit, blocks, units_of
 from evenkeel.fitting.readout.strategies import Strategy
@@ -24,6 +25,7 @@ from evenkeel.hosts.actuators.heads import find_head, is_reordered, layer_of
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.pipeline.strand import Finished
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.moments import PairedMoments
@@ -110,7 +112,7 @@ class HeadRun:
 
     def go_through(self, strategy: Strategy, progress: bool) -> Passed:
         """One pass over all steps."""
-        calls = self._calls(self.run.batches())
+        calls = self._calls(self.run.lockstep_share())
         with together(calls, strategy.title, self.run.num_inference_steps, progress) as bar:
             while (reason := self._advance(calls)) is not Finished:
                 if reason == _AT_HEAD:
@@ -120,7 +122,8 @@ class HeadRun:
         bring(calls)  # shares of the last step,
         bring(calls)  # and its moments
         strategy.finish()
-        return Passed(*first_state(calls[0], self.run), [call.moments for call in calls])
+        moments = moments_of_all(processes(), [call.moments for call in calls])
+        return Passed(*first_state(calls[0], self.run), moments)
 
     def _calls(self, batches: list[Batch]) -> list[HeadCall]:
         return [HeadCall(self.run, batch, self.quantized) for batch in batches]

@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from evenkeel.corrections.readout import HeadFit
+from evenkeel.hosts.processes import Processes
 from evenkeel.statistics.exact import Pending, sum_pair, working
 from evenkeel.statistics.normal_equations import (
     CHUNK,
@@ -163,6 +164,10 @@ class Judge:
                 self.after.index_add_(0, seen, after)
 
         return Pending((torch.stack(sums),) if sums else (), arrived)
+
+    def join(self, us: Processes) -> None:
+        """Take in what the other processes saw; every unit is one process's."""
+        self.before, self.after = us.summed(torch.stack([self.before, self.after]))
 
     def verdict(self, step: int, branch: int, penalty: float) -> HeadFit:
         """Keep the change only if the mean error over units falls, with 95 % confidence.

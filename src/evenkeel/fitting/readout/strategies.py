@@ -10,9 +10,11 @@ from torch import Tensor
 
 from evenkeel.corrections.head_table import HeadTable
 from evenkeel.corrections.readout import HeadFit, Readout
+from evenkeel.fitting.lockstep.joined import equations_of_all
 from evenkeel.fitting.readout.head_call import HeadCall
 from evenkeel.fitting.readout.solve import CallFit, Judge, Unit, new_folds, take_in
 from evenkeel.hosts.actuators.head_rows import Head
+from evenkeel.hosts.processes import processes
 from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.exact import Pending, settled
 from evenkeel.statistics.moments import PairedMoments
@@ -90,7 +92,7 @@ class Shared(Strategy):
 
     def solution(self) -> CallFit:
         """The change that suits all steps best."""
-        return CallFit.of(self._folds)
+        return CallFit.of(equations_of_all(processes(), self._folds))
 
 
 class Solved(Strategy):
@@ -172,12 +174,14 @@ class PerStep(Solved):
         return [p for fold in self._folds for p in fold.pending]
 
     def close(self) -> None:
-        self._call = self.calls[self._key] = CallFit.of(self._folds, self._prior)
+        folds = equations_of_all(processes(), self._folds)
+        self._call = self.calls[self._key] = CallFit.of(folds, self._prior)
         self._folds, self._placed = [], {}
 
     def finish(self) -> None:
         settled(judge.pending for judge in self._judges.values())
         for key, judge in self._judges.items():
+            judge.join(processes())
             self.fits[key] = judge.verdict(*key, self.calls[key].penalty)
 
 
@@ -196,5 +200,6 @@ class Fixed(Solved):
     def finish(self) -> None:
         assert self._call is not None and self._judge is not None
         settled([self._judge.pending])
+        self._judge.join(processes())
         for key in self.calls:
             self.fits[key] = self._judge.verdict(*key, self._call.penalty)

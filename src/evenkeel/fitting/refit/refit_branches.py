@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.refit.site import LayerRefit, Site
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers.layers.quantized_layers import Quantized, QuantizedLinear
 from evenkeel.statistics.group_scales import Scales
@@ -154,11 +155,14 @@ def refit_branches(
     refitted = copy.deepcopy(quantized)
     folds = min(FOLDS, len(prompts))
     sites = _sites(refitted, run.denoiser)
-    groups, batches = _groups(sites, memory / folds), run.batches()
-    bar = tqdm(total=len(groups) * len(batches), desc="refit", unit="batch", disable=not progress)
+    groups, us = _groups(sites, memory / folds), processes()
+    batches = run.lockstep_share()
+    hidden = not (progress and us.main)
+    bar = tqdm(total=len(groups) * len(batches), desc="refit", unit="batch", disable=hidden)
     penalties = PENALTIES if penalty is None else (penalty,)
     decided: dict[str, tuple[LayerRefit, LowRank | Scales | None]] = {}
-    with bar, run.undisturbed(refitted):
+    with us.telling(), bar, run.undisturbed(refitted):
+        run.agreed("refit", penalty=penalty)
         for group in groups:
             for site in group:
                 site.open(folds)
@@ -171,6 +175,7 @@ def refit_branches(
                     run.sample(batch)
                 bar.update()
             for site in group:
+                site.join(us)
                 decided[site.name] = site.decide(penalties)
                 site.folds.clear()  # what is kept is as small as the branch
         # Only now: all groups of layers must see the same trajectory.

@@ -11,6 +11,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.lockstep.joined import equations_of_all
+from evenkeel.hosts.processes import Processes
 from evenkeel.quantizers.layers.quantized_layers import Quantized, QuantizedLinear
 from evenkeel.statistics.exact import Pending, add_pairs, settled, sum_pair
 from evenkeel.statistics.group_scales import Scales, every_group_scales
@@ -68,6 +70,7 @@ class Site:
     calls: int = 0
     prompts: tuple[int, int] = field(default=(0, 1))  # the batch: index of its first, how many
     group: int | None = None
+    in_turn: bool = False  # whether calls, not prompts, decided about folds
 
     @property
     def branch(self) -> tuple[Tensor, Tensor] | None:
@@ -118,6 +121,7 @@ class Site:
         r = r.reshape(r.shape[0] if r.ndim > 1 else 1, -1, r.shape[-1])
         h = r.new_zeros(*r.shape[:2], 1) if not self.what or h is None else h
         h = h.reshape(*r.shape[:2], -1)
+        self.in_turn |= not _per_prompt(len(r), self.prompts[1])
         index = fold_index(r.shape[0], r.shape[1], *self.prompts, len(self.folds), self.calls)
         try:
             for k, fold in enumerate(self.folds):
@@ -130,6 +134,30 @@ class Site:
         squares = sum_pair(output.detach().to(_wide(output)).square().flatten())
         self.squares = squares if self.squares is None else add_pairs(self.squares, squares)
         self.calls += 1
+
+    def join(self, us: Processes) -> None:
+        """Take in what passed through the layer in the other processes.
+
+        Raises:
+            CalibrationError: values that are not finite; names the layer.
+
+        """
+        if us.count == 1:
+            return
+        self._settle_named()
+        if self.in_turn:  # calls are counted through all processes
+            before = sum(int(n) for n, _ in us.gathered(self.calls)[: us.rank]) % len(self.folds)
+            self.folds = (
+                self.folds[len(self.folds) - before :] + self.folds[: len(self.folds) - before]
+            )
+        self.folds = equations_of_all(us, self.folds)
+        self.energy = float(us.summed(torch.tensor(self.energy, dtype=torch.float64)))
+
+    def _settle_named(self) -> None:
+        try:
+            self.settle()
+        except CalibrationError as error:
+            raise CalibrationError(f"the layer {self.name!r}: {error}") from error
 
     def settle(self) -> None:
         """Bring the sums here, in one transfer."""
@@ -145,10 +173,7 @@ class Site:
         """What to put in: None keeps the layer as it is."""
         rank = 0 if self.branch is None else len(self.branch[0])
         base = LayerRefit(self.name, rank, what=self.what)
-        try:
-            self.settle()
-        except CalibrationError as error:
-            raise CalibrationError(f"the layer {self.name!r}: {error}") from error
+        self._settle_named()
         folds = [fold for fold in self.folds if fold.count]
         if not self.what and self.layer.bias is None:
             return _kept(base, "neither branch nor scales nor bias"), None
@@ -288,9 +313,14 @@ def fold_index(rows: int, tokens: int, first: int, batch: int, folds: int, calls
     tensor([2, 3, 2, 3])
 
     """
-    if batch == 1 or rows in (batch, 2 * batch, 3 * batch):
+    if _per_prompt(rows, batch):
         return ((first + torch.arange(rows) % batch) % folds)[:, None].expand(rows, tokens)
     return torch.full((rows, tokens), calls % folds)
+
+
+def _per_prompt(rows: int, batch: int) -> bool:
+    """Whether every row belongs to a prompt of the batch."""
+    return batch == 1 or rows in (batch, 2 * batch, 3 * batch)
 
 
 def _wide(x: Tensor) -> torch.dtype:
