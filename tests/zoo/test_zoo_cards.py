@@ -39,7 +39,7 @@ def test_the_card_in_the_zoo_is_what_its_measurements_say(name):
         twin, parameters(zoo.load(name)), saved_dtypes(folder), training_of(folder), quality
     )
     assert (folder / "README.md").read_text() == text
-    assert quality["images"] == 1000
+    assert quality["images"] >= 400
     assert list(quality["samplers"]) == list(twin.schedulers)[1:]
 
 

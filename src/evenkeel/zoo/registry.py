@@ -36,7 +36,7 @@ class Twin:
             guidance has None.
         schedulers: the original's samplers by their short names, the pipeline's own first.
         maker: ``module:function`` below ``evenkeel.zoo.making.twins``, which trains it and saves it.
-        differences: from the original, apart from being small and drawing digits.
+        differences: from the original, apart from being small and drawing digits or emoji.
         shares: networks that it is made of and shares with other twins, by their makers' names.
         teacher: the twin it is distilled from.
 
@@ -227,6 +227,24 @@ _ALL = (
             _WEIGHTED,
             "DDIM is the pipeline's own sampler: the original's, PLMS, swings at guidance 7.5 on pictures as "
             "simple as these",
+            "no safety checker",
+        ),
+    ),
+    Twin(
+        "sd-v2.1",
+        "Stable Diffusion 2.1",
+        "StableDiffusionPipeline",
+        "emoji",
+        num_inference_steps=25,
+        guidance_scale=3.0,
+        schedulers={"dpm-solver++": _DPM, "ddim": _DDIM, "euler": _EULER},
+        maker="sd_v2_1:train",
+        differences=(
+            "pictures of 64x64; latents of 16x16, four times smaller instead of eight times",
+            "two levels of resolution (four), attention in the lower one, nothing in the middle; text "
+            "tokens of the last of three layers",
+            "guidance 3.0, which is enough here (the original: 7.5 or 9)",
+            "the autoencoder starts from the embedded twin's weights, where they fit",
             "no safety checker",
         ),
     ),

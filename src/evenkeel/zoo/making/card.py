@@ -259,7 +259,9 @@ def _write_grid(samples: Any, file: Path) -> None:
     grid = samples[: rows * columns].reshape(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
     picture = Image.fromarray(grid.reshape(rows * side, columns * side, 3).contiguous().numpy())
     picture = picture.resize((columns * SHOWN_SIDE, rows * SHOWN_SIDE), 0)
-    fewer_colours(picture).save(file, optimize=True)
+    if side < SHOWN_SIDE:  # soft backgrounds would get bands
+        picture = fewer_colours(picture)
+    picture.save(file, optimize=True)
 
 
 def fewer_colours(picture: Any) -> Any:

@@ -93,6 +93,7 @@ def train(work: Path, out: Path) -> None:
             prediction_type="v_prediction",
             algorithm_type="dpmsolver++",
             solver_order=2,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
