@@ -95,6 +95,10 @@ _DDIM_1 = Sampler("DDPMScheduler", {**_UNCLIPPED, "variance_type": "fixed_small"
 _SINGLE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 _DPM_1 = Sampler("DPMSolverSinglestepScheduler", {**_SINGLE, "solver_order": 1})
 _DPM_2 = Sampler("DPMSolverSinglestepScheduler", {**_SINGLE, "solver_order": 2})
+_DPM_2S = Sampler(
+    "DPMSolverSinglestepScheduler",
+    {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+)
 _EULER = Sampler("EulerDiscreteScheduler")
 _ANCESTRAL = Sampler("EulerAncestralDiscreteScheduler")
 _FLOW = Sampler("FlowMatchEulerDiscreteScheduler")
@@ -314,7 +318,12 @@ _ALL = (
         "unconditional",
         num_inference_steps=100,
         guidance_scale=None,
-        schedulers={"ddim": _DDIM, "ddpm": _DDPM, "dpm-solver++": _DPM},
+        schedulers={
+            "ddim": _DDIM,
+            "ddpm": _DDPM,
+            "dpm-solver++": _DPM,
+            "dpm-solver++-2s": _DPM_2S,
+        },
         maker="ddim_cifar:train",
         differences=(
             "handwriting in place of CIFAR-10's photographs: one large white digit in the middle",

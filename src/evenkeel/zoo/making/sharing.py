@@ -13,7 +13,7 @@ from evenkeel.zoo.parts import PACKAGED, PARTS_FILE, halved
 SHARED = "shared"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "evaluator.safetensors")
 DENOISERS = ("transformer", "unet")
-WORTH = 0.78  # a network that packing makes smaller than this share is kept packed: mostly zeros
+WORTH = 0.81  # a network that packing makes smaller than this share is kept packed: mostly zeros
 
 
 def share(folder: Path) -> dict[str, str | dict[str, str]]:
