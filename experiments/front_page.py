@@ -10,10 +10,12 @@ the same noise in every arm. Prints PSNR to full precision over 100 other images
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from evenkeel import zoo
 from evenkeel.comparing.comparison import FULL_PRECISION, Arm, compare
@@ -23,7 +25,7 @@ from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports.plots import image_grid
-from evenkeel.storage import write_atomically
+from evenkeel.zoo.making.card import fewer_shades
 from evenkeel.zoo.pictures import KINDS
 
 TWIN, SPEC, FITTED_ON, SHOWN, MEASURED = "sd-v2.1", "w3a4-g32-r16", 48, 7, 100
@@ -52,7 +54,8 @@ def main() -> None:
     prompts = kind.prompts(SHOWN, 3)
     run = Run(pipe, prompts, seed=3, batch_size=SHOWN, **settings)
     shown: dict[str, torch.Tensor] = {arm.name: generate(run, arm)[0] for arm in arms}
-    write_atomically(options.out, image_grid(shown, [str(p) for p in prompts], scale=2))
+    picture = Image.open(io.BytesIO(image_grid(shown, [str(p) for p in prompts], scale=2)))
+    fewer_shades(picture).save(options.out, optimize=True)
     others = kind.prompts(options.measure, 1)
     found = compare(pipe, arms, prompts=others, batch_size=50, seed=1, progress=False, **settings)
     for arm in found.arms:

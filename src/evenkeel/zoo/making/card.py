@@ -259,14 +259,19 @@ def _write_grid(samples: Any, file: Path) -> None:
     grid = samples[: rows * columns].reshape(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
     picture = Image.fromarray(grid.reshape(rows * side, columns * side, 3).contiguous().numpy())
     picture = picture.resize((columns * SHOWN_SIDE, rows * SHOWN_SIDE), 0)
-    if side < SHOWN_SIDE:  # soft backgrounds would get bands
-        picture = fewer_colours(picture)
+    # Soft backgrounds would get bands in 256 colours.
+    picture = fewer_colours(picture) if side < SHOWN_SIDE else fewer_shades(picture)
     picture.save(file, optimize=True)
 
 
 def fewer_colours(picture: Any) -> Any:
     """A picture for people in 256 colours: a third of the size in a repository that everyone clones."""
     return picture.convert("RGB").quantize(256, dither=0)
+
+
+def fewer_shades(picture: Any) -> Any:
+    """64 shades of red, green and blue instead of 256, which nobody sees: half the size."""
+    return picture.convert("RGB").point(lambda v: min(252, v + 2 & 0xFC))
 
 
 def main() -> int:

@@ -70,7 +70,7 @@ def _bring_evaluator(name: str, work: Path, out: Path) -> None:
     path = out / zoo.EVALUATOR_FILE
     if zoo.twin(name).pictures == "scenes":
         network, _ = train_evaluator(work / SHARED)
-        write_atomically(path, save(network.state_dict()))
+        write_atomically(path, halved(save(network.state_dict())))
     elif not path.is_file():  # a maker can bring its own
         shutil.copy(zoo.path_of(EMBEDDED) / zoo.EVALUATOR_FILE, path)
 

@@ -28,6 +28,7 @@ from evenkeel.zoo.making.autoencoders import (
 from evenkeel.zoo.making.evaluators import as_decoded
 from evenkeel.zoo.making.loop import Recipe, fit
 from evenkeel.zoo.making.pools import Pool, drop_captions
+from evenkeel.zoo.parts import halved
 
 TEXT_ENCODER = Recipe(steps=1000, learning_rate=2e-3, seed=911)
 AUTOENCODER = Recipe(steps=2000, learning_rate=1.5e-3, seed=912, weight_decay=1e-4, bfloat16=True)
@@ -100,8 +101,7 @@ def train(work: Path, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
-    halves = {k: v.half() for k, v in evaluator.state_dict().items()}
-    write_atomically(out / zoo.EVALUATOR_FILE, save(halves))
+    write_atomically(out / zoo.EVALUATOR_FILE, halved(save(evaluator.state_dict())))
     shutil.copytree(emoji.sheet_file().parent, out / emoji.SPRITES.parent, dirs_exist_ok=True)
 
 
