@@ -45,7 +45,7 @@ STEPS = 9500
 KEPT = (250, 500, 1000, 2000, 4000, 6500, 9500)
 SPECS = {"W4A16": "w4a16-g16", "W3A16": "w3a16-g16"}
 IMAGES, HELD_OUT, BATCH, SEED = 200, 1024, 64, 77
-TWIN = "pixart-sigma"
+TWIN, POOL = "pixart-sigma", "latents.safetensors"
 
 
 def kept_for(steps: int) -> tuple[int, ...]:
@@ -57,8 +57,13 @@ def train(width: int, steps: int, work: Path) -> None:
     """Train one width in a folder of its own, or continue there."""
     pipe = zoo.load(TWIN)
     recipe = Recipe(steps=steps, learning_rate=1e-3, seed=14)
+    folder = work / f"{width}-{steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pools = [p / POOL for p in sorted(work.iterdir()) if (p / POOL).is_file()]
+    if pools and not (folder / POOL).is_file():  # the same for every width
+        write_atomically(folder / POOL, pools[0].read_bytes())
     pixart_sigma.train_denoiser(
-        work / f"{width}-{steps}",
+        folder,
         pipe.tokenizer,
         pipe.text_encoder,
         pipe.vae,
