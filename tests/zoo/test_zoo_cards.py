@@ -11,7 +11,7 @@ from PIL import Image
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
 from evenkeel.zoo.folders import saved_dtypes
-from evenkeel.zoo.making.card import card, parameters, training_of, write_card
+from evenkeel.zoo.making.card import card, fewer_shades, parameters, training_of, write_card
 from evenkeel.zoo.making.quality import Judge, measure
 from evenkeel.zoo.pictures import KINDS
 
@@ -25,6 +25,14 @@ def copied(tmp_path, monkeypatch):
         (folder / name).unlink()
     monkeypatch.setenv("EVENKEEL_ZOO", str(tmp_path))
     return folder
+
+
+def test_fewer_shades_are_never_far_away():
+    shades = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    picture = Image.fromarray(torch.stack([shades] * 3, -1).numpy())
+    found = torch.frombuffer(bytearray(fewer_shades(picture).tobytes()), dtype=torch.uint8)
+    assert int((found.reshape(16, 16, 3)[..., 0].int() - shades.int()).abs().max()) <= 3
+    assert len(found.unique()) <= 64
 
 
 def test_every_twin_says_how_it_differs():

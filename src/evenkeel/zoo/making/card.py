@@ -271,7 +271,7 @@ def fewer_colours(picture: Any) -> Any:
 
 def fewer_shades(picture: Any) -> Any:
     """64 shades of red, green and blue instead of 256, which nobody sees: half the size."""
-    return picture.convert("RGB").point(lambda v: min(252, v + 2 & 0xFC))
+    return picture.convert("RGB").point(lambda v: min(v + 2, 255) & 0xFC)
 
 
 def main() -> int:
