@@ -114,6 +114,7 @@ def test_the_bound_is_students() -> None:
     for unit, b, a in zip(units, before, after, strict=True):
         for _ in range(2):  # rows arrive in pieces
             judge.see(unit, torch.tensor([b / 2]).sqrt(), torch.tensor([a / 2]).sqrt())
+    judge.pending.now()
     verdict = judge.verdict(3, 1, 0.1)
     interval = scipy.stats.ttest_1samp(after - before, 0).confidence_interval(0.90)
     assert (verdict.step, verdict.branch, verdict.penalty) == (3, 1, 0.1)
@@ -127,6 +128,7 @@ def test_an_improvement_that_is_not_certain_is_not_kept() -> None:
     judge = Judge(units)
     for unit, a in zip(units, (0.1, 1.2, 0.2, 1.3), strict=True):
         judge.see(unit, torch.tensor([1.0]), torch.tensor([a]).sqrt())
+    judge.pending.now()
     verdict = judge.verdict(0, 0, 1.0)
     assert verdict.held_out < 1 < verdict.bound
     assert verdict.explanation == "no certain improvement on held-out prompts"

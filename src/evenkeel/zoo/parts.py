@@ -103,9 +103,13 @@ def complete(folder: Path) -> Path:
         EvenkeelError: a part is nowhere, or the folder cannot be written to.
 
     """
+    said = _digests(folder)
     for name, part in parts_of(folder).items():
         for source in _files(part.place):
             target = folder / name / source.relative_to(part.place)
+            own = said.get(target.relative_to(folder).as_posix())
+            if own is not None and target.is_file() and file_digest(target) == own:
+                continue  # to make a file anew only to compare takes long
             content = part.content(source)
             if target.is_file() and target.read_bytes() == content:
                 continue
@@ -117,6 +121,15 @@ def complete(folder: Path) -> Path:
                     f"{folder.parent} to where it can be written and name the copy in EVENKEEL_ZOO."
                 ) from e
     return folder
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What ``twin.json`` says of the twin's files; empty where it cannot be used."""
+    try:
+        found: dict[str, str] = read_json(folder / TWIN_FILE, KIND)["files"]
+    except StorageError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sign(folder: Path, name: str, pictures: str) -> Path:
