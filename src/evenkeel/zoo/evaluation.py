@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,29 @@ from evenkeel.zoo.handwriting import (
 )
 
 
-class AttributeNetwork(nn.Module):
-    """Sees pictures: 64 features for distances, and one score per value of every attribute.
+class Attributes(nn.Module):
+    """Sees pictures in [0, 1]: features for distances, and one score per value of every attribute.
 
-    Call it with pictures (n, 3, 32, 32) in [0, 1]; ``features`` returns (n, 64) float32.
+    Subclasses make ``trunk``, ``project`` and, by attribute, ``heads``.
     """
+
+    trunk: nn.Module
+    project: nn.Module
+    heads: nn.ModuleDict
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate activations, (n, features) float32."""
+        features: Tensor = self.project(self.trunk(images * 2 - 1))
+        return features
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Scores per attribute: name -> (n, number of values)."""
+        features = self.features(images)
+        return {k: head(features) for k, head in self.heads.items()}
+
+
+class AttributeNetwork(Attributes):
+    """For pictures (n, 3, 32, 32) of one digit; ``features`` returns (n, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,44 +61,58 @@ class AttributeNetwork(nn.Module):
         self.project = nn.Sequential(nn.Flatten(), nn.Linear(96 * 16, 64), nn.SiLU())
         self.heads = nn.ModuleDict({k: nn.Linear(64, len(v)) for k, v in ATTRIBUTES.items()})
 
-    def features(self, images: Tensor) -> Tensor:
-        """Penultimate activations (n, 64)."""
-        features: Tensor = self.project(self.trunk(images * 2 - 1))
-        return features
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Scores per attribute: name -> (n, number of values)."""
-        features = self.features(images)
-        return {k: head(features) for k, head in self.heads.items()}
+class AttributeEvaluator:
+    """Features of a network, and which attributes of the caption a picture shows.
 
+    Args:
+        network: its weights are read.
+        read: a caption to the value index of every attribute, UNSPECIFIED where it says nothing.
+        folder: of a twin; holds ``evaluator.safetensors``.
 
-class HandwritingEvaluator:
-    """Features of the attribute network, and which attributes of the caption an image shows."""
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.network = AttributeNetwork().eval()
+    def __init__(
+        self, network: Attributes, read: Callable[[str], Mapping[str, int]], folder: Path
+    ) -> None:
+        self.network, self._read = network.eval(), read
         self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
+        """Pictures (n, 3, H, W) in [0, 1] to (n, features)."""
         with sensible_threads(self.network):
             return self.network.features(images)
 
-    @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
-        """(n, 6): 1 where the image shows what the caption says, NaN where it says nothing."""
+        """(n, attributes): 1 where the image shows what the caption says, NaN where it says nothing."""
+        shown, wanted = self.seen(images, prompts)
+        return torch.stack([agreement(shown[k], wanted[k]) for k in self.network.heads], 1)
+
+    @torch.no_grad()
+    def seen(
+        self, images: Tensor, prompts: Sequence[str | int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Attribute -> (n,) value indices: of the pictures, and of the captions."""
         with sensible_threads(self.network):
             parts = [self.network(part) for part in torch.split(images, 256)]
-        columns = []
-        asked = [read_caption(str(p)) for p in prompts]
-        for name in ATTRIBUTES:
-            shown = torch.cat([p[name].argmax(1) for p in parts])
-            wanted = torch.tensor([a[name] for a in asked])
-            match = (shown == wanted).float()
-            match[wanted == UNSPECIFIED] = torch.nan
-            columns.append(match)
-        return torch.stack(columns, 1)
+        asked = [self._read(str(p)) for p in prompts]
+        shown = {k: torch.cat([p[k].argmax(1) for p in parts]) for k in self.network.heads}
+        return shown, {k: torch.tensor([a[k] for a in asked]) for k in shown}
+
+
+def agreement(shown: Tensor, wanted: Tensor) -> Tensor:
+    """(n,) 1 where both are equal, else 0; NaN where nothing is wanted."""
+    match = (shown == wanted).float()
+    match[wanted == UNSPECIFIED] = torch.nan
+    return match
+
+
+class HandwritingEvaluator(AttributeEvaluator):
+    """Features of the attribute network, and which attributes of the caption an image shows."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(AttributeNetwork(), read_caption, folder)
 
 
 def sample_prompts(n: int, seed: int) -> list[str]:

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from evenkeel.threads import sensible_threads
-from evenkeel.zoo import EVALUATOR_FILE
-from evenkeel.zoo.evaluation import AttributeNetwork
+from evenkeel.zoo.evaluation import AttributeEvaluator, AttributeNetwork, agreement
 from evenkeel.zoo.handwriting import UNSPECIFIED
 from evenkeel.zoo.scene_captions import read_caption
 from evenkeel.zoo.scenes import SCENE
@@ -36,7 +33,7 @@ class SceneNetwork(AttributeNetwork):
         self.heads = nn.ModuleDict({k: nn.Linear(FEATURES, len(v)) for k, v in SCENE.items()})
 
 
-class SceneEvaluator:
+class SceneEvaluator(AttributeEvaluator):
     """Features of the scene network, and which parts of the caption an image shows.
 
     Args:
@@ -45,32 +42,16 @@ class SceneEvaluator:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.network = SceneNetwork().eval()
-        self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
+        super().__init__(SceneNetwork(), read_caption, folder)
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(n, 3, 32, 32) in [0, 1] to (n, 96)."""
-        with sensible_threads(self.network):
-            return self.network.features(images)
-
-    @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
         """(n, 6) in the order of MATCHES: 1 where an image shows what its caption says, else 0.
 
         NaN where the caption says nothing. The relation is shown if the digits stand as asked and have
         not changed places; which digits and colours they are is what the other columns say.
         """
-        with sensible_threads(self.network):
-            parts = [self.network(part) for part in torch.split(images, 256)]
-        shown = {k: torch.cat([p[k].argmax(1) for p in parts]) for k in SCENE}
-        asked = [read_caption(str(p)) for p in prompts]
-        wanted = {k: torch.tensor([a[k] for a in asked]) for k in SCENE}
-        columns = []
-        for name in MATCHES[:-1]:
-            match = (shown[name] == wanted[name]).float()
-            match[wanted[name] == UNSPECIFIED] = torch.nan
-            columns.append(match)
+        shown, wanted = self.seen(images, prompts)
+        columns = [agreement(shown[name], wanted[name]) for name in MATCHES[:-1]]
         stand = shown["arrangement"] == wanted["arrangement"]
         columns.append((stand & ~changed_places(shown, wanted)).float())
         return torch.stack(columns, 1)
