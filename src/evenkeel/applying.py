@@ -136,7 +136,7 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
         **options: ``allow``, ``guidance_scale``, ``layout``, ``recognise``, as for ``apply``.
 
     """
-    kept = {n: pipeline.__dict__.pop(n) for n in (_GUARD,) if n in pipeline.__dict__}
+    guard = pipeline.__dict__.pop(_GUARD, None)
     try:
         with set_aside(pipeline):
             apply(pipeline, correction, **options)
@@ -145,7 +145,8 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
             finally:
                 remove(pipeline)
     finally:
-        pipeline.__dict__.update(kept)
+        if guard is not None:
+            pipeline.__dict__[_GUARD] = guard
 
 
 @dataclass(frozen=True)
