@@ -29,6 +29,7 @@ from evenkeel.fitting.adapters.judge import lower_bound
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
 from evenkeel.hosts.actuators.head_rows import Head
+from evenkeel.hosts.pipeline.denoiser_calls import Call
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -141,12 +142,12 @@ def test_gradients_are_those_of_the_exact_jacobian():
     head = Head("first", "linear", 5, 4, True, ())
     site = Site(head, first, first, RowSample(1), RowSample(100_000))
     watch = _Watch()
-    rows = _Rows({"first": site}, watch)
+    rows = _Rows(watch)
     rows.batch = Batch(Prompts.of(["a", "b"]), 0, 0)
     probe = _Probe(net, {"first": site}, [2.0], 0)
     for call in range(3000):
         watch.calls = call  # another key every time
-        probe.ask(rows, (x,), {}, net(x)[0])
+        probe.ask(rows, Call((x,), {}, net(x)[0]))
     gradients = site.gradients.sorted()[1].double()
     found = gradients.T @ gradients / len(gradients)
     slopes = 1 - torch.tanh(first(x)).square().reshape(-1, 4)

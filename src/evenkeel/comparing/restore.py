@@ -35,7 +35,7 @@ class Restored:
         report: of their fit.
         readout: fitted on top; None where it was not confirmed or cannot be.
         readout_gain: dB on the confirming pairs that it adds, with its one-sided 95 % bound.
-        measured: number of steps -> comparison on other prompts; None with the reason in ``unmeasured``.
+        measured: number of steps -> comparison on other prompts.
         unmeasured: number of steps -> why nothing was measured there.
 
     """
@@ -104,7 +104,7 @@ def restore(
 ) -> Restored:
     """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
 
-    Under torchrun the processes share the prompts of all but the readout.
+    Under torchrun the processes share the prompts.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -136,8 +136,8 @@ def restore(
         "prompts": prompts,
         "seed": seed,
         "progress": progress,
+        "num_inference_steps": num_inference_steps,
     }
-    fitting["num_inference_steps"] = num_inference_steps
     adapters, report = fit_adapters(pipeline, budget=budget, **fitting, **asked)
     head, gained = None, None
     if readout:

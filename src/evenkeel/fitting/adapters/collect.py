@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,11 @@ from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
 from evenkeel.hosts.actuators.beside import input_of
 from evenkeel.hosts.actuators.head_rows import Head, outputs_as_rows, rows_of
-from evenkeel.hosts.pipeline.denoiser_calls import answer_of
+from evenkeel.hosts.pipeline.denoiser_calls import Call, answer_of
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.sampling.step_law import StepLaw
-
-_ONE = torch.zeros(1, dtype=torch.int64)
 
 
 @dataclass
@@ -51,13 +49,11 @@ class Collected:
     """What a run told.
 
     Attributes:
-        sites: by name.
         law: of the run.
         first: the state that entered the first step, of the first batch.
 
     """
 
-    sites: dict[str, Site]
     law: StepLaw
     first: Tensor
 
@@ -68,7 +64,7 @@ class _Watch(Interceptor):
 
     step: int = 0
     first: Tensor | None = None
-    calls: int = field(default=0)  # of the denoiser, in this step
+    calls: int = 0  # of the denoiser, in this step
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
@@ -106,14 +102,14 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
     probe = _Probe(full, sites, weights, run.seed)
     bar = tqdm(run.share(), desc="adapters", unit="batch", disable=not (progress and us.main))
     with bar, run.undisturbed(quantized, watch), ExitStack() as stack:
-        rows = _Rows(sites, watch)
+        rows = _Rows(watch)
         for site in sites.values():
             hook = site.quantized.register_forward_hook(rows.look(site), with_kwargs=True)
             stack.callback(hook.remove)
 
         def ask(_: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
             if rows.batch.first < probed:
-                probe.ask(rows, arguments, named, answer_of(output))
+                probe.ask(rows, Call(arguments, named, answer_of(output)))
             watch.calls += 1
 
         stack.callback(quantized.register_forward_hook(ask, with_kwargs=True).remove)
@@ -126,14 +122,14 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
         raise CalibrationError(
             f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to fit."
         )
-    return Collected(dict(sites), law, first)
+    return Collected(law, first)
 
 
 def _exchanged(us: Processes, sites: Mapping[str, Site], first: Tensor | None) -> Tensor | None:
     """All processes' rows in every process, site by site; the first state, of whichever had one."""
     if us.count == 1:
         return first
-    for name, site in sites.items():
+    for site in sites.values():
         samples = {"inputs": site.inputs, "gradients": site.gradients}
         own = {}
         for side, sample in samples.items():
@@ -144,7 +140,7 @@ def _exchanged(us: Processes, sites: Mapping[str, Site], first: Tensor | None) -
             for side, sample in samples.items():
                 if len(theirs[f"{side}.keys"]):
                     sample.offer(theirs[f"{side}.keys"], theirs[f"{side}.rows"])
-                    sites[name].dtype = getattr(torch, dtype.removeprefix("torch."))
+                    site.dtype = getattr(torch, dtype.removeprefix("torch."))
     found = us.gathered(None, {} if first is None else {"first": first})
     return next((tensors["first"] for _, tensors in found if tensors), None)
 
@@ -154,8 +150,8 @@ class _Rows:
 
     batch: Batch
 
-    def __init__(self, sites: Mapping[str, Site], watch: _Watch) -> None:
-        self.sites, self.watch = sites, watch
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def keys(self, rows: Tensor) -> Tensor:
@@ -188,22 +184,22 @@ class _Probe:
     """Backward passes of random probes of the full-precision denoiser's output."""
 
     def __init__(self, full: nn.Module, sites: Mapping[str, Site], weights: Any, seed: int) -> None:
-        self.full, self.sites, self.weights = full, sites, weights
-        self.seed = seed
+        self.full, self.sites, self.weights, self.seed = full, sites, weights, seed
 
-    def ask(self, rows: _Rows, arguments: Any, named: dict[str, Any], like: Tensor) -> None:
+    def ask(self, rows: _Rows, call: Call) -> None:
         """One probe of one call, its gradients offered with the keys of the call's rows."""
         left: dict[str, Tensor] = {}
         with torch.enable_grad(), _frozen(self.full), ExitStack() as stack:
             for name, site in self.sites.items():
                 stack.callback(site.reference.register_forward_hook(_leaving(left, name)).remove)
-            # No hook of the denoiser itself: guards and the pipeline's own must not notice.
-            output = answer_of(self.full.forward(*arguments, **named))
+            output = call.again(self.full, call.sample)
             # Of this call alone: whichever process makes it.
-            call = row_keys(torch.tensor([rows.batch.seed]), rows.watch.step, _ONE, 1)
-            generator = torch.Generator().manual_seed(int(call) + self.seed + rows.watch.calls)
+            one = torch.tensor([rows.batch.seed])
+            key = int(row_keys(one, rows.watch.step, torch.zeros_like(one), 1))
+            generator = torch.Generator().manual_seed(key + self.seed + rows.watch.calls)
             signs = torch.randn(output.shape, generator=generator).to(output)
-            signs[:, _sample_channels(arguments, named, output) :] = 0  # of a learned variance
+            if output.ndim > 3 and output.shape[1] == 2 * call.sample.shape[1]:
+                signs[:, call.sample.shape[1] :] = 0  # of a learned variance
             names = list(left)
             weight = float(self.weights[min(rows.watch.step, len(self.weights) - 1)])
             found = torch.autograd.grad(
@@ -241,13 +237,3 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for p in wanted:
             p.requires_grad_(True)
-
-
-def _sample_channels(arguments: Any, named: dict[str, Any], output: Tensor) -> int:
-    """How many of the output's channels predict the sample."""
-    found = [
-        x for x in (*arguments, *named.values()) if isinstance(x, Tensor) and x.ndim == output.ndim
-    ]
-    own = next((x for x in found if x.shape[2:] == output.shape[2:]), None)
-    doubled = own is not None and output.ndim > 3 and output.shape[1] == 2 * own.shape[1]
-    return output.shape[1] // 2 if doubled else output.shape[1]
