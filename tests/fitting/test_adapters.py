@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import subprocess
@@ -13,10 +12,9 @@ import diffusers as d
 import pytest
 import torch
 from quantized_by import BACKENDS
-from safetensors.torch import load_file
 from several_processes import environment, torchrun
 from tiny_pipelines import ALL, TinyPipeline, generate
-from torch import Tensor, nn
+from torch import nn
 
 import evenkeel
 from evenkeel import zoo
@@ -33,7 +31,6 @@ from evenkeel.hosts.pipeline.denoiser_calls import Call
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
-from evenkeel.record.lora_file import FILE, lora_config, lora_tensors, write_lora
 from evenkeel.zoo.pictures import KINDS
 
 W3 = QuantizerSpec.parse("w3a16-g16")
@@ -355,107 +352,6 @@ def test_several_add_up_and_a_file_gives_them_back(flux, flux_w3, adapters, tmp_
         assert not torch.equal(generate(restored), whole)
 
 
-# ---- other loaders
-
-
-def rounded_in_place(tiny: TinyPipeline, quantized: nn.Module) -> nn.Module:
-    """Plain layers with the quantized weights: peft knows no simulated ones."""
-    model = copy.deepcopy(tiny.model)
-    layers = dict(quantized.named_modules())
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and type(layers[name]) is not type(layer):
-            layer.weight.data.copy_(layers[name].weight)
-    return model
-
-
-def lora_difference(
-    tiny: TinyPipeline, quantized: nn.Module, adapters, load
-) -> tuple[float, float]:
-    """How far their loader's samples are from ours, and ours from the quantized ones."""
-    restored = with_quantized(tiny, rounded_in_place(tiny, quantized))
-    plain = generate(restored)
-    with evenkeel.applied(restored.pipe, adapters, allow=("denoiser",)):
-        ours = generate(restored)
-    load(restored.pipe)
-    theirs = generate(restored)
-    return float((theirs - ours).abs().max()), float((ours - plain).abs().max())
-
-
-def uneven(adapters: RecoveryAdapters) -> RecoveryAdapters:
-    """The same with other ranks in every second layer."""
-
-    def cut(layer):
-        down, up = (
-            replace(f, values=f.values[:2], scale=f.scale[:2]) for f in (layer.down, layer.up)
-        )
-        return replace(layer, down=down, up=up)
-
-    layers = (cut(a) if i % 2 else a for i, a in enumerate(adapters.layers))
-    return replace(adapters, layers=tuple(layers))
-
-
-@pytest.mark.parametrize("ranks", ["equal", "unequal"])
-def test_diffusers_loads_the_plain_form(flux, flux_w3, adapters, tmp_path, ranks):
-    shown = adapters if ranks == "equal" else uneven(adapters)
-    write_lora(shown, tmp_path / FILE)
-    found, effect = lora_difference(
-        flux, flux_w3, shown, lambda pipe: pipe.load_lora_weights(tmp_path)
-    )
-    assert found < 1e-5 * max(1, effect)
-    assert effect > 1e-3
-
-
-def test_diffusers_loads_it_into_convolutions_from_either_layout(tmp_path):
-    tiny = ALL["sdxl"]()
-    quantized = quantize_module(tiny.model, W3)[0]
-    adapters = uneven(fitted(tiny, quantized, rank=3, bits=4, metric="local"))
-    assert {a.kernel for a in adapters.layers} >= {(), (3, 3)}
-    write_lora(adapters, tmp_path / FILE)
-    write_lora(adapters, tmp_path / "kohya.safetensors", "kohya")
-    for place, rounding in ((tmp_path, 1e-5), (tmp_path / "kohya.safetensors", 1e-2)):
-        found, effect = lora_difference(
-            tiny,
-            quantized,
-            adapters,
-            lambda pipe, p=place: pipe.load_lora_weights(p),
-        )
-        assert found < rounding * max(1, effect)
-        assert effect > 1e-3
-
-
-def test_peft_adds_it_to_a_class_without_a_loader(tmp_path):
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    tiny = ALL["pixart_sigma"]()
-    quantized = quantize_module(tiny.model, W3)[0]
-    adapters = uneven(fitted(tiny, quantized, rank=3, bits=3, metric="local"))
-
-    def load(pipe):
-        config = {k.removeprefix("transformer."): v for k, v in lora_config(adapters).items()}
-        inject_adapter_in_model(LoraConfig(**config), pipe.transformer)
-        set_peft_model_state_dict(pipe.transformer, lora_tensors(adapters))
-
-    found, effect = lora_difference(tiny, quantized, adapters, load)
-    assert found < 1e-5 * max(1, effect)
-    assert effect > 1e-3
-
-
-def test_the_plain_file_says_what_it_is_for(adapters, tmp_path):
-    from safetensors import safe_open
-
-    path = write_lora(adapters, tmp_path / FILE)
-    with safe_open(path, "pt") as file:
-        said = file.metadata()
-    assert said["evenkeel.quantized"] == adapters.provenance.quantized
-    assert "never fuse" in said["evenkeel.use"]
-    layer = adapters.layers[0]
-    tensors: dict[str, Tensor] = load_file(path)
-    up, down = (tensors[f"transformer.{layer.name}.lora_{s}.weight"] for s in "BA")
-    assert torch.equal(up.float() @ down.float(), layer.change)
-    with pytest.raises(RecordError, match="layout"):
-        write_lora(adapters, path, "a1111")
-
-
 # ---- several processes, and the command
 
 TOGETHER = """
@@ -510,7 +406,8 @@ def test_restore_writes_a_folder_that_any_loader_takes(tmp_path, capsys):
     assert {"6", "4", "50"} == set(said["measured"])
     written = {path.name for path in out.iterdir()}
     assert written == {
-        "README.md", "adapters.safetensors", FILE, "report.html", "restored.json", "results.json"
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
+        "report.html", "restored.json", "results.json",
     }  # fmt: skip
     card = (out / "README.md").read_text()
     assert "Never merge it" in card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from evenkeel.storage import write_atomically
 
 LAYOUTS = ("peft", "kohya")
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft looks for
+_PEFT_PREFIX = "base_model.model"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 
@@ -46,44 +48,63 @@ def write_lora(
             f"{len(adapters.layers)} layers."
         )
     tensors: dict[str, Tensor] = {}
+    denoiser = adapters.provenance.denoiser
     for layer in adapters.layers:
-        tensors |= _peft(layer, adapters) if layout == "peft" else _kohya(layer)
+        tensors |= _peft(layer, denoiser) if layout == "peft" else _kohya(layer)
     metadata = {"format": "pt", **_said(adapters)}
     if layout == "peft":
-        metadata[_DIFFUSERS_METADATA] = json.dumps(lora_config(adapters), sort_keys=True)
+        config = {f"{denoiser}.{key}": value for key, value in _config(adapters).items()}
+        metadata[_DIFFUSERS_METADATA] = json.dumps(config, sort_keys=True)
     return write_atomically(Path(path), save(tensors, metadata))
 
 
-def lora_tensors(adapters: RecoveryAdapters) -> dict[str, Tensor]:
-    """``lora_A`` and ``lora_B`` by the denoiser's own names, for ``load_lora_adapter(prefix=None)``."""
-    prefix = f"{adapters.provenance.denoiser}."
-    found: dict[str, Tensor] = {}
+def peft_files(adapters: RecoveryAdapters, base_model: str | None = None) -> dict[str, bytes | str]:
+    """The two files of a folder that ``peft.PeftModel.from_pretrained(denoiser, folder)`` loads.
+
+    Args:
+        adapters: of at least one layer.
+        base_model: hub id of the pipeline, where it has one.
+
+    """
+    tensors: dict[str, Tensor] = {}
     for layer in adapters.layers:
-        found |= {k.removeprefix(prefix): v for k, v in _peft(layer, adapters).items()}
-    return found
+        tensors |= _peft(layer, _PEFT_PREFIX)
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "inference_mode": True,
+        **_config(adapters),
+    }
+    return {
+        PEFT_FILE: save(tensors, {"format": "pt", **_said(adapters)}),
+        PEFT_CONFIG: json.dumps(config, indent=1, sort_keys=True) + "\n",
+    }
 
 
-def lora_config(adapters: RecoveryAdapters) -> Mapping[str, Any]:
-    """What peft's ``LoraConfig`` needs so that every layer's scale is 1, by the denoiser's name."""
-    prefix = adapters.provenance.denoiser
+def _config(adapters: RecoveryAdapters) -> dict[str, Any]:
+    """What peft's ``LoraConfig`` needs so that every layer's scale is 1.
+
+    peft takes a plain name for the end of one: ``proj_out`` for ``blocks.0.proj_out``, too. As
+    patterns they are exact.
+    """
     ranks = {layer.name: layer.rank for layer in adapters.layers}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {name: r for name, r in ranks.items() if r != common}
-    config = {
+    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != common}
+    return {
         "r": common,
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        "target_modules": "|".join(map(re.escape, sorted(ranks))),
         "lora_bias": False,
         "use_dora": False,
     }
-    return {f"{prefix}.{key}": value for key, value in config.items()}
 
 
-def _peft(layer: LayerAdapter, adapters: RecoveryAdapters) -> dict[str, Tensor]:
+def _peft(layer: LayerAdapter, prefix: str) -> dict[str, Tensor]:
     down, up = _pair(layer)
-    name = f"{adapters.provenance.denoiser}.{layer.name}"
+    name = f"{prefix}.{layer.name}"
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
