@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ import evenkeel.comparing.generation as generation
 from evenkeel import zoo
 from evenkeel.cli import main
 from evenkeel.comparing.comparison import standard_arms
-from evenkeel.errors import CalibrationError, ProcessError
+from evenkeel.comparing.generation import Arm
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.plan import plain_plan
+from evenkeel.errors import CalibrationError, ProcessError, UnsupportedSampler
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.statistics.normal_equations import NormalEquations
@@ -72,6 +77,7 @@ def working(place: Path, pipeline, quantized) -> None:
         assert comparison.images == {}
     numbers = [arm.as_dict() for arm in comparison.arms]
     (place / f"measures-{us.rank}.json").write_text(json.dumps(numbers))
+    (place / f"check-{us.rank}.json").write_text(json.dumps(checked(pipeline, quantized)))
     write_tensors(place / f"fits-{us.rank}", FOUND, {"header": ""}, fitted(pipeline, quantized))
     words = ["--prompts", str(place / "prompts.txt"), "--out", str(place / "sampled"), "--json"]
     assert main(["sample", *SAMPLING, *words]) == 0
@@ -95,6 +101,31 @@ def fitted(pipeline, quantized) -> dict[str, torch.Tensor]:
         "stepbaq.mean": stepbaq.mean,
         "stepbaq.variance": stepbaq.variance,
     }
+
+
+@dataclass(frozen=True)
+class Half(Correction):
+    """Every process but the main one refuses it."""
+
+    name = "half"
+    references = ()
+    stages = ("output",)
+    made_for = None
+
+    def plan(self, law, *, allow_range=False):
+        if not processes().main:
+            raise UnsupportedSampler("not here.")
+        return plain_plan(law)
+
+
+def checked(pipeline, quantized) -> dict[str, Any]:
+    """As JSON, without what the clock says."""
+    arms = standard_arms(pipeline, quantized, [evenkeel.Identity(), Half()])
+    arms.append(Arm("oracle", pipeline.transformer))
+    found = evenkeel.marginal_check(pipeline, arms, **asked()).as_dict()
+    for arm in found["arms"]:
+        assert arm.pop("extra_seconds_per_step")["n"] == 3  # batches
+    return json.loads(json.dumps(found))
 
 
 def killed(us: Processes, pipeline, quantized, place: Path) -> None:
@@ -150,6 +181,18 @@ def test_compare_gives_the_images_and_measures_of_one_process(place, pair):
         for key in ("psnr", "ssim"):
             assert said[key] == expected[key]
     assert not torch.equal(one.images["quantized"], one.images["full-precision"])
+
+
+def test_the_check_is_that_of_one_process(place, pair):
+    one = checked(*pair)
+    first, second = (json.loads((place / f"check-{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    assert first.pop("not_applicable") == {"half": "not here."}
+    assert one.pop("not_applicable") == {}
+    assert [arm["name"] for arm in one["arms"]] == ["identity", "half", "oracle"]
+    one["arms"] = [arm for arm in one["arms"] if arm["name"] != "half"]
+    assert first == one
+    assert one["arms"][0]["curves"] != one["arms"][1]["curves"]
 
 
 def test_fits_are_those_of_one_process_up_to_the_order_of_sums(place, pair):

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from evenkeel.comparing.generation import Arm, sampling_as
+from evenkeel.comparing.generation import Arm, identity_of, sampling_as
 from evenkeel.errors import CalibrationError, EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, install, installed
 from evenkeel.metrics.mean import mean_difference
@@ -111,6 +112,8 @@ def marginal_check(
 ) -> MarginalCheck:
     """Run a few dozen prompts through every arm and predict which corrections help.
 
+    Under torchrun every process runs a share of the batches; all return the check of one process.
+
     Args:
         pipeline: any diffusers pipeline; whatever is applied to it is set aside meanwhile.
         arms: full precision first, then the quantized one, then corrections; as of ``standard_arms``.
@@ -140,12 +143,45 @@ def marginal_check(
         batch_size=batch_size,
         call=call,
     )
+    us = processes()
+    with us.telling():
+        if us.count > 1:
+            run.agreed("check", arms=[identity_of(run, arm) for arm in arms])
+        seen = _of_all(us, arms, _watched(run, arms, progress and us.main))
+    base = arms[1].name
+    found = []
+    for name in (n for n in seen.states if n != base):
+        scores = scores_of(seen.states[name], seen.states[base], seen.resolution)
+        extra = _extra(seen.seconds[name], seen.seconds[base])
+        curves = seen.states[name].curves()
+        found.append(ArmCheck(name, *verdict_of(scores), scores, curves, extra))
+    quantized = seen.states[base].curves()
+    return MarginalCheck(len(prompts), num_inference_steps, quantized, found, seen.reasons)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """By arm, but the first: its states, seconds per prompt and step of every batch, or why not.
+
+    ``resolution`` is that of the states' dtype; 0 where no batch was run.
+    """
+
+    states: dict[str, PairedStates]
+    seconds: dict[str, Tensor]
+    reasons: dict[str, str]
+    resolution: float
+
+
+def _watched(run: Run, arms: Sequence[Arm], progress: bool) -> _Seen:
+    """Every arm, over the batches that are this process's."""
     parts: dict[str, list[PairedStates]] = {arm.name: [] for arm in arms[1:]}
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms[1:]}
     reasons: dict[str, str] = {}
-    total = len(run.batches()) * len(arms)
+    resolution, batches = 0.0, run.share()
+    total = len(batches) * len(arms)
     with tqdm(total=total, desc="check", unit="batch", disable=not progress) as bar:
-        for batch in run.batches():
+        for batch in batches:
+            processes().check()
             origin = _Watch(run, batch, None)
             for index, arm in enumerate(arms):
                 bar.set_postfix_str(arm.name)
@@ -153,7 +189,8 @@ def marginal_check(
                 try:
                     if arm.name not in reasons:
                         with sampling_as(run, arm):
-                            install(pipeline.scheduler, *installed(pipeline.scheduler), watch)
+                            scheduler = run.pipeline.scheduler
+                            install(scheduler, *installed(scheduler), watch)
                             run.sample(batch)
                         if index:
                             parts[arm.name].append(watch.result())
@@ -163,15 +200,41 @@ def marginal_check(
                         raise
                     reasons[arm.name] = str(error)
                 bar.update()
-    resolution = torch.finfo(origin.states[-1].dtype).eps
-    states = {n: PairedStates.joined(p) for n, p in parts.items() if n not in reasons}
-    base = arms[1].name
-    found = []
-    for name in (n for n in states if n != base):
-        scores = scores_of(states[name], states[base], resolution)
-        extra = _extra(seconds[name], seconds[base])
-        found.append(ArmCheck(name, *verdict_of(scores), scores, states[name].curves(), extra))
-    return MarginalCheck(len(prompts), num_inference_steps, states[base].curves(), found, reasons)
+            resolution = torch.finfo(origin.states[-1].dtype).eps
+    known = {name: part for name, part in parts.items() if part and name not in reasons}
+    return _Seen(
+        {name: PairedStates.joined(part) for name, part in known.items()},
+        {name: torch.tensor(seconds[name], dtype=torch.float64) for name in known},
+        reasons,
+        resolution,
+    )
+
+
+def _of_all(us: Processes, arms: Sequence[Arm], own: _Seen) -> _Seen:
+    """What all processes saw, in the order of the prompts; an arm that failed in one is left out."""
+    names = [arm.name for arm in arms[1:]]
+    mine = {
+        f"{names.index(name)}.{key}": tensor
+        for name, states in own.states.items()
+        for key, tensor in {**states.as_tensors(), "seconds": own.seconds[name]}.items()
+    }
+    said, tensors = zip(*us.gathered([own.reasons, own.resolution], mine), strict=True)
+    reasons: dict[str, str] = {}
+    for theirs, _ in said:
+        reasons = theirs | reasons
+    states, seconds = {}, {}
+    for index, name in enumerate(names):
+        if name in reasons:
+            continue
+        start = f"{index}."
+        parts = [
+            {key.removeprefix(start): part[key] for key in part if key.startswith(start)}
+            for part in tensors
+        ]
+        parts = [part for part in parts if part]  # more processes than batches
+        seconds[name] = torch.cat([part.pop("seconds") for part in parts])
+        states[name] = PairedStates.joined([PairedStates.of_tensors(part) for part in parts])
+    return _Seen(states, seconds, reasons, max(resolution for _, resolution in said))
 
 
 def _check_request(arms: Sequence[Arm], prompts: Sequence[Prompt], batch_size: int) -> None:
@@ -239,6 +302,6 @@ class _Watch(Interceptor):
             )
 
 
-def _extra(mine: list[float], quantized: list[float]) -> Estimate | None:
-    a, q = (torch.tensor(s, dtype=torch.float64) for s in (mine, quantized))
-    return None if bool(torch.isnan(a + q).any()) else mean_difference(a, q)
+def _extra(mine: Tensor, quantized: Tensor) -> Estimate | None:
+    unknown = bool(torch.isnan(mine + quantized).any())
+    return None if unknown else mean_difference(mine, quantized)

@@ -8,7 +8,7 @@ delta itself say what the samplers do differently to *every* image, which shifts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -49,6 +49,18 @@ class PairedStates:
             spectra=torch.cat(spectra) if spectra else None,
             final_error=torch.cat([b.final_error for b in batches]),
         )
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """By name, as another process may be given them."""
+        moments = {f"moments.{f.name}": getattr(self.moments, f.name) for f in fields(self.moments)}
+        spectra = {} if self.spectra is None else {"spectra": self.spectra}
+        return {**moments, **spectra, "final_error": self.final_error}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> PairedStates:
+        """What ``as_tensors`` was given."""
+        moments = {f.name: tensors[f"moments.{f.name}"] for f in fields(PairedMoments)}
+        return cls(PairedMoments(**moments), tensors.get("spectra"), tensors["final_error"])
 
     @property
     def squared_error(self) -> Tensor:
