@@ -80,10 +80,11 @@ class Bench:
                     call=self.call,
                 )
 
-    def work(self, cell: str, folder: Path) -> Callable[[], Path | None]:
-        """What the cell measures; it returns the file that it writes, if any."""
-        from evenkeel.record import save
+    def work(self, cell: str, folder: Path, readout: Path) -> Callable[[], Path | None]:
+        """What the cell measures; it returns the file that it writes, if any.
 
+        The cell "readout" keeps its file at ``readout``, where "apply" looks for it.
+        """
         if cell.endswith(("full", "quantized")):
             denoiser = self.denoiser if cell.endswith("full") else self.quantized
             return lambda: self.plain(denoiser)
@@ -94,27 +95,30 @@ class Bench:
         if cell == "refit":
             return lambda: _nothing(evenkeel.refit_branches(self.pipeline, **self.asked))
         fits = {
-            "readout": evenkeel.fit_readout,
-            "apply": evenkeel.fit_readout,
             "tac": evenkeel.fit_tac,
             "stepbaq": evenkeel.fit_stepbaq,
         }
-        if cell == "readout":
-            return lambda: save(fits[cell](self.pipeline, **self.asked), folder / cell)
-        if cell != "apply":  # kept in a record
+        if cell in fits:  # kept in a record
             return lambda: _nothing(fits[cell](self.pipeline, **self.asked))
-        made = evenkeel.fit_readout(self.pipeline, **self.asked)
+
+        def fitted() -> Path:
+            return evenkeel.save(evenkeel.fit_readout(self.pipeline, **self.asked), readout)
+
+        if cell == "readout":
+            return fitted
+        made = evenkeel.load(readout if readout.exists() else fitted())
         setattr(self.pipeline, self.name, self.quantized)
         evenkeel.apply(self.pipeline, made)
         return lambda: self.plain(self.quantized)
 
 
-def measured(name: str, cell: str, device: str) -> dict[str, Any]:
+def measured(name: str, cell: str, device: str, results: Path) -> dict[str, Any]:
     """Seconds, MB beyond the models, and MB of the file."""
     bench = Bench(name, cell, device)
     on_cuda = device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:
-        work = bench.work(cell, Path(folder))
+        readout = results.with_name(f"{results.stem}-{name}-readout.safetensors")
+        work = bench.work(cell, Path(folder), readout)
         if on_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -161,7 +165,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help="in this process")
     given = parser.parse_args()
     if given.one:
-        found = measured(given.sizes[0], given.cells[0], given.device)
+        found = measured(given.sizes[0], given.cells[0], given.device, given.results)
         report(found, json.dumps(found))
         with given.results.open("a") as file:
             file.write(json.dumps(found) + "\n")

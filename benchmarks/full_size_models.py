@@ -86,9 +86,8 @@ class Packed(nn.Module):
         bias = layer._parameters["bias"]
         self.register_buffer("bias", None if bias is None else bias.data)
 
-    @property
-    def weight(self) -> Tensor:
-        """Unpacked."""
+    def unpacked(self) -> Tensor:
+        """The weight. No attribute of that name: a fingerprint that looks for one would unpack it."""
         pairs = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(-2)
         rows = (pairs.to(self.scale.dtype) - 8).mul_(self.scale).flatten(1)
         return rows[:, : self.shape[1:].numel()].reshape(self.shape)
@@ -96,8 +95,8 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that it stands for."""
         if isinstance(self.like, nn.Conv2d):
-            return self.like._conv_forward(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            return self.like._conv_forward(x, self.unpacked(), self.bias)
+        return F.linear(x, self.unpacked(), self.bias)
 
 
 def packed(denoiser: nn.Module) -> nn.Module:

@@ -7,9 +7,23 @@ concurrency, only several stacks: results do not depend on timing.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+
+
+@cache
+def _trim() -> Callable[[int], Any]:
+    """``malloc_trim``, which gives freed memory back to the system, where there is one (glibc).
+
+    glibc keeps what a thread has freed for that thread alone: of a large network's activations every
+    strand would hold a share that no other can use.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, "malloc_trim", lambda _: 0)
 
 
 class Abandoned(BaseException):
@@ -61,6 +75,7 @@ class Strand:
         else:
             self._go.release()
         self._back.acquire()
+        _trim()(0)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
