@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
-from evenkeel.cli import fitting, generating, planning, quantizing, restoring, zoo
+from evenkeel.cli import exporting, fitting, generating, planning, quantizing, restoring, zoo
 from evenkeel.cli.several import launched, several_processes
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         generating.add_demo,
         planning.add_plan,
         restoring.add_restore,
+        exporting.add_export,
         quantizing.add_quantize,
         fitting.add_calibrate,
         fitting.add_readout,

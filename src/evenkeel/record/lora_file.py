@@ -15,9 +15,10 @@ from torch import Tensor
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import RecordError
 from evenkeel.low_rank.factors import LayerAdapter
+from evenkeel.record.comfyui_lora import in_comfyui
 from evenkeel.storage import write_atomically
 
-LAYOUTS = ("peft", "kohya")
+LAYOUTS = ("peft", "kohya", "comfyui")
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft looks for
 _PEFT_PREFIX = "base_model.model"
@@ -36,10 +37,11 @@ def write_lora(
         adapters: at least one.
         path: a file; with layout ``peft`` usually ``<folder>/pytorch_lora_weights.safetensors``.
         layout: ``peft`` (diffusers, peft: ``transformer.<layer>.lora_A.weight``) or ``kohya``
-            (``lora_unet_<layer with underscores>.lora_down.weight``, with ``.alpha``).
+            (``lora_unet_<layer with underscores>.lora_down.weight``, with ``.alpha``) or ``comfyui``
+            (the names of ComfyUI's own model: ``diffusion_model.<its layer>.lora_down.weight``).
 
     Raises:
-        RecordError: no adapters, or an unknown layout.
+        RecordError: no adapters, an unknown layout, or layers whose place in ComfyUI is not known.
 
     """
     if layout not in LAYOUTS or not adapters.layers:
@@ -49,8 +51,11 @@ def write_lora(
         )
     tensors: dict[str, Tensor] = {}
     denoiser = adapters.provenance.denoiser
-    for layer in adapters.layers:
-        tensors |= _peft(layer, denoiser) if layout == "peft" else _kohya(layer)
+    if layout == "comfyui":
+        tensors = _comfyui(adapters)
+    else:
+        for layer in adapters.layers:
+            tensors |= _peft(layer, denoiser) if layout == "peft" else _kohya(layer)
     metadata = {"format": "pt", **_said(adapters)}
     if layout == "peft":
         config = {f"{denoiser}.{key}": value for key, value in _config(adapters).items()}
@@ -118,6 +123,18 @@ def _kohya(layer: LayerAdapter) -> dict[str, Tensor]:
         f"{name}.lora_up.weight": (up.float() * layer.rank).half(),
         f"{name}.alpha": torch.tensor(1.0),
     }
+
+
+def _comfyui(adapters: RecoveryAdapters) -> dict[str, Tensor]:
+    pairs = ((layer.name, _pair(layer)) for layer in adapters.layers)
+    tensors: dict[str, Tensor] = {}
+    for layer, (down, up) in in_comfyui(pairs, adapters.provenance.pipeline_class).items():
+        tensors |= {
+            f"diffusion_model.{layer}.lora_down.weight": down,
+            f"diffusion_model.{layer}.lora_up.weight": up,
+            f"diffusion_model.{layer}.alpha": torch.tensor(float(len(down))),
+        }
+    return tensors
 
 
 def _pair(layer: LayerAdapter) -> tuple[Tensor, Tensor]:
