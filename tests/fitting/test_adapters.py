@@ -23,7 +23,6 @@ from evenkeel.corrections import Composite, RecoveryAdapters
 from evenkeel.errors import CalibrationError, Incompatible, RecordError
 from evenkeel.fitting.adapters.collect import Site, _Probe, _Rows, _Watch, collect
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
-from evenkeel.fitting.adapters.judge import lower_bound
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
 from evenkeel.hosts.actuators.head_rows import Head
@@ -145,7 +144,8 @@ def test_gradients_are_those_of_the_exact_jacobian():
     for call in range(3000):
         watch.calls = call  # another key every time
         probe.ask(rows, Call((x,), {}, net(x)[0]))
-    gradients = site.gradients.sorted()[1].double()
+    rows = site.gradients.sorted()[1].double()
+    gradients = rows[:, :-1] * rows[:, -1:]
     found = gradients.T @ gradients / len(gradients)
     slopes = 1 - torch.tanh(first(x)).square().reshape(-1, 4)
     jacobians = second.weight[None] * slopes[:, None, :]  # (rows, 6, 4)
@@ -232,7 +232,7 @@ def test_a_trained_pipeline_comes_nearer_and_stays_within_its_budget():
 
 
 def test_what_held_out_pairs_do_not_confirm_is_not_added(flux, flux_w3, monkeypatch):
-    from evenkeel.fitting.adapters import fit_adapters as module
+    from evenkeel.fitting.adapters import final_samples as module
 
     monkeypatch.setattr(module, "gain", lambda before, after: torch.tensor([1.0, -3.0]))
     adapters, report = evenkeel.fit_adapters(
@@ -254,19 +254,20 @@ def test_pairs_are_disjoint(flux):
 
     for n in (1, 3, 8, 32):
         pairs = Pairs.of(run(n))
-        parts = [pairs.fit, pairs.choose, pairs.confirm]
-        seeds = [part.seed + i for part in parts for i in range(len(part.prompts))]
+        held_out = pairs.held_out
+        seeds = [p.seed + i for p in (pairs.fit, held_out) for i in range(len(p.prompts))]
         assert len(set(seeds)) == len(seeds)
-        assert len(pairs.confirm.prompts) >= 8
+        assert pairs.choose.stop == pairs.confirm.start
+        assert len(pairs.confirm) >= 8
+        assert pairs.confirm.stop == len(held_out.prompts)
         if n >= 8:
-            texts = [set(part.prompts.texts) for part in parts]
-            assert sum(map(len, texts)) == len(set.union(*texts)) == n
-
-
-def test_a_bound_is_students():
-    gains = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert lower_bound(gains) == pytest.approx(2.5 - 2.353363 * 1.290994 / 2, rel=1e-5)
-    assert lower_bound(torch.tensor([5.0])) == -float("inf")
+            texts = [held_out.prompts.texts[i] for i in pairs.choose]
+            others = [held_out.prompts.texts[i] for i in pairs.confirm]
+            sets = [set(pairs.fit.prompts.texts), set(texts), set(others)]
+            assert sum(map(len, sets)) == len(set.union(*sets)) == n
+        without = Pairs.of(run(n), choosing=False)
+        assert not without.choose
+        assert len(without.fit.prompts) >= len(pairs.fit.prompts)
 
 
 @pytest.mark.parametrize(

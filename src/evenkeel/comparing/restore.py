@@ -14,13 +14,13 @@ from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.readout import Readout
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import EvenkeelError
-from evenkeel.fitting.adapters.fit_adapters import AdapterReport, fit_adapters
-from evenkeel.fitting.adapters.judge import Judge, gain, lower_bound
+from evenkeel.fitting.adapters.fit_adapters import AdapterReport, Fitted, fitted
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.readout.fit_readout import fit_readout
 from evenkeel.hosts.actuators.beside import with_adapters
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
+from evenkeel.statistics.student import student_margin
 
 RESTORED = "restored"
 OTHER_STEPS = (4, 50)  # measured beside the fitted number
@@ -35,6 +35,7 @@ class Restored:
         report: of their fit.
         readout: fitted on top; None where it was not confirmed or cannot be.
         readout_gain: dB on the confirming pairs that it adds, with its one-sided 95 % bound.
+        no_readout: why there is none.
         measured: number of steps -> comparison on other prompts.
         unmeasured: number of steps -> why nothing was measured there.
 
@@ -44,6 +45,7 @@ class Restored:
     report: AdapterReport
     readout: Readout | None
     readout_gain: tuple[float, float] | None
+    no_readout: str
     measured: dict[int, Comparison] = field(default_factory=dict)
     unmeasured: dict[int, str] = field(default_factory=dict)
 
@@ -78,6 +80,7 @@ class Restored:
             "parts": [part.name for part in self.parts],
             "adapters": self.report.as_dict(),
             "readout": None if self.readout_gain is None else list(self.readout_gain),
+            "no_readout": self.no_readout,
             "measured": {
                 str(steps): [arm.as_dict() for arm in comparison.arms]
                 for steps, comparison in self.measured.items()
@@ -131,19 +134,11 @@ def restore(
         "batch_size": batch_size,
         "call": call,
     }
-    fitting: dict[str, Any] = {
-        "quantized": quantized,
-        "prompts": prompts,
-        "seed": seed,
-        "progress": progress,
-        "num_inference_steps": num_inference_steps,
-    }
-    adapters, report = fit_adapters(pipeline, budget=budget, **fitting, **asked)
-    head, gained = None, None
-    if readout:
-        run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
-        head, gained = _readout(run, adapters, progress)
-    found = Restored(adapters, report, head, gained)
+    run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
+    fit = fitted(run, budget, progress=progress)
+    adapters = fit.adapters
+    head, gained, why = _readout(run, fit, progress) if readout else (None, None, "not asked for")
+    found = Restored(adapters, fit.report, head, gained, why)
     if not (found.parts and len(measured_on)):
         return found
     kept = found.parts[0] if len(found.parts) == 1 else Composite(found.parts)
@@ -169,17 +164,16 @@ def restore(
 
 
 def _readout(
-    run: Run, adapters: RecoveryAdapters, progress: bool
-) -> tuple[Readout | None, tuple[float, float] | None]:
-    """A readout of the denoiser with its adapters, if one can be fitted and is confirmed."""
-    pairs = Pairs.of(run)
+    run: Run, found: Fitted, progress: bool
+) -> tuple[Readout | None, tuple[float, float] | None, str]:
+    """A readout of the denoiser with its adapters, what it adds, and why there is none."""
     _, quantized = run.pair
     try:
-        with with_adapters(quantized, adapters):
-            found = fit_readout(
+        with with_adapters(quantized, found.adapters):
+            readout = fit_readout(
                 run.pipeline,
                 quantized=quantized,
-                prompts=pairs.fit.prompts.values,
+                prompts=Pairs.of(run).fit.prompts.values,
                 num_inference_steps=run.num_inference_steps,
                 guidance_scale=run.guidance_scale,
                 seed=run.seed,
@@ -187,9 +181,10 @@ def _readout(
                 call=run.call,
                 progress=progress,
             )
-    except EvenkeelError:
-        return None, None  # this denoiser has no head that can be refitted
-    judge = Judge(pairs.confirm)
-    gains = gain(judge.errors(adapters.layers), judge.errors(adapters.layers, found))
-    said = float(gains.mean()), lower_bound(gains)
-    return (found if said[1] > 0 else None), said
+    except EvenkeelError as e:
+        return None, None, str(e)
+    gains = found.held_out.gains(found.confirm, found.adapters.layers, readout) - found.gains
+    said = float(gains.mean()), float(gains.mean()) - student_margin(gains)
+    if said[1] > 0:
+        return readout, said, ""
+    return None, said, "no certain improvement on held-out pairs"

@@ -22,7 +22,7 @@ _LAYER = {
     "kernel": [Number(int, low=1)],
     **dict.fromkeys(("rank", "features", "outputs"), Number(int, low=1)),
 }
-_DESCRIPTION = {"bits": int, "metric": {"output", "local"}, "layers": [_LAYER]}
+_DESCRIPTION = {"bits": int, "metric": {"output", "uniform", "local"}, "layers": [_LAYER]}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RecoveryAdapters(Correction):
 
     Attributes:
         provenance: what it was fitted for.
-        metric: ``output`` or ``local``, see ``OutputMetric``.
+        metric: ``output``, ``uniform`` or ``local``, see ``fit_adapters``.
         bits: of a value in the factors.
         layers: one adapter per layer that has one.
 

@@ -168,15 +168,12 @@ def rounded(values: Tensor, bits: int) -> Factor:
     groups = torch.nn.functional.pad(values, (0, -n % GROUP)).reshape(r, -1, GROUP)
     top = 2 ** (bits - 1) - 1
     largest = groups.abs().amax(-1, keepdim=True)
-    best = torch.full_like(largest, float("inf"))
-    codes, scales = torch.zeros_like(groups), torch.zeros_like(largest)
-    for share in CLIPPING:
-        scale = _scale(share * largest / top, bits).to(values)
-        tried = (groups / scale.clamp_min(1e-30)).round().clamp(-top, top)
-        error = (tried * scale - groups).square().sum(-1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        codes, scales = torch.where(better, tried, codes), torch.where(better, scale, scales)
+    shares = torch.tensor(CLIPPING).to(largest)[:, None, None, None]
+    scales = _scale(shares * largest / top, bits).to(values)
+    tried = (groups / scales.clamp_min(1e-30)).round().clamp(-top, top)
+    best = (tried * scales - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+    codes = tried.gather(0, best.expand(-1, -1, -1, GROUP))[0]
+    scales = scales.gather(0, best)[0]
     return Factor(bits, codes.reshape(r, -1)[:, :n].to(torch.int8), scales[..., 0].half())
 
 

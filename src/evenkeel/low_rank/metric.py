@@ -120,8 +120,8 @@ def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
 
     What stands beside the diagonal is multiplied by one minus the share of it that is chance,
     ``sum Var(s_ij) / sum s_ij^2`` over i != j (Schaefer & Strimmer 2005, target D), with
-    ``Var(s_ij) = (mean(x_i^2 x_j^2) - s_ij^2) / n``. On top stands ``ridge`` times the mean diagonal.
-    float64 on the CPU, float32 elsewhere.
+    ``Var(s_ij) = (mean(x_i^2 x_j^2) - s_ij^2) / n``, whose first sum is ``mean(|x|^4 - sum x_i^4)``. On
+    top stands ``ridge`` times the mean diagonal. float64 on the CPU, float32 elsewhere.
 
     Raises:
         CalibrationError: no rows, or values that are not finite.
@@ -139,9 +139,8 @@ def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
         )
     diagonal = moment.diagonal().clone()
     squares = x.square()
-    spread = (squares.T @ squares / n - moment.square()).clamp_min_(0) / n
-    chance = spread.sum() - spread.diagonal().sum()
     signal = moment.square().sum() - diagonal.square().sum()
+    chance = ((squares.sum(1).square() - squares.square().sum(1)).mean() - signal) / n
     moment *= 1 - (chance / signal).clamp(0, 1) if signal > 0 else 1.0
     moment.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo(moment.dtype).tiny)
     return moment

@@ -8,17 +8,16 @@ from itertools import chain
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
 import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
 from evenkeel.statistics.normal_equations import NormalEquations, Solution
+from evenkeel.statistics.student import student_margin
 
 # Below it the Cholesky factorization may add to the penalty by itself, and the metric in which the
 # rank is reduced would no longer be the one of the solution.
 SMALLEST_PENALTY = 1e-8
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,8 @@ class HeldOut:
             return True
         if not bool((self.before > 0).all()):
             return False
-        gain, folds = 1 - after / self.before, len(after)
-        margin = float(scipy.stats.t.ppf(CONFIDENCE, folds - 1)) * gain.std() / folds**0.5
-        return bool(gain.mean() > margin)
+        gain = 1 - after / self.before
+        return bool(gain.mean() > student_margin(gain))
 
 
 def held_out(

@@ -31,7 +31,9 @@ class Site:
         head: its name and geometry.
         quantized, reference: the layer in both denoisers.
         inputs: rows that enter it.
-        gradients: of random probes of the denoiser's output with respect to rows that leave it.
+        gradients: of random probes of the denoiser's output with respect to rows that leave it; the last
+            column is the weight of the probe's step.
+        outputs: what the quantized layer gives for the rows of ``inputs``; None where it is a linear map.
         dtype: of what enters it.
 
     """
@@ -41,7 +43,14 @@ class Site:
     reference: Any
     inputs: RowSample
     gradients: RowSample
+    outputs: RowSample | None = None
     dtype: torch.dtype = torch.float32
+
+    @property
+    def samples(self) -> dict[str, RowSample]:
+        """All rows kept, by what they are."""
+        found = {"inputs": self.inputs, "gradients": self.gradients}
+        return found if self.outputs is None else found | {"outputs": self.outputs}
 
 
 @dataclass
@@ -80,9 +89,9 @@ class _Watch(Interceptor):
 def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool) -> Collected:
     """Sample with the quantized denoiser and keep rows of what enters every layer, and of gradients.
 
-    Gradients are those of the full-precision denoiser at the same inputs. Each step's probe is weighted
-    by how much that step's output moves the final sample: the last row of the step law's
-    whole-trajectory weights, scaled to a mean square of 1.
+    Gradients are those of the full-precision denoiser at the same inputs. The weight of a step's probe is
+    how much that step's output moves the final sample: the last row of the step law's whole-trajectory
+    weights, scaled to a mean square of 1.
 
     Args:
         run: with a quantized twin.
@@ -130,8 +139,7 @@ def _exchanged(us: Processes, sites: Mapping[str, Site], first: Tensor | None) -
     if us.count == 1:
         return first
     for site in sites.values():
-        samples = {"inputs": site.inputs, "gradients": site.gradients}
-        own = {}
+        samples, own = site.samples, {}
         for side, sample in samples.items():
             own[f"{side}.keys"], own[f"{side}.rows"] = sample.sorted()
         for rank, (dtype, theirs) in enumerate(us.gathered(str(site.dtype), own)):
@@ -175,7 +183,11 @@ class _Rows:
             site.dtype = x.dtype
             x = x[None] if x.ndim == 1 else x
             rows = rows_of(site.head, layer, x.detach())
-            site.inputs.offer(self.keys(rows), rows.flatten(0, 1))
+            keys = self.keys(rows)
+            site.inputs.offer(keys, rows.flatten(0, 1))
+            if site.outputs is not None:
+                output = output[None] if output.ndim == 1 else output
+                site.outputs.offer(keys, outputs_as_rows(site.head, output).flatten(0, 1))
 
         return hook
 
@@ -203,7 +215,7 @@ class _Probe:
             names = list(left)
             weight = float(self.weights[min(rows.watch.step, len(self.weights) - 1)])
             found = torch.autograd.grad(
-                (output * signs).sum() * weight, [left[n] for n in names], allow_unused=True
+                (output * signs).sum(), [left[n] for n in names], allow_unused=True
             )
         for name, gradient in zip(names, found, strict=True):
             if gradient is None:
@@ -211,7 +223,8 @@ class _Probe:
             site = self.sites[name]
             gradient = gradient[None] if gradient.ndim == 1 else gradient
             out = outputs_as_rows(site.head, gradient)
-            site.gradients.offer(rows.keys(out), out.flatten(0, 1))
+            weighted = torch.nn.functional.pad(out, (0, 1), value=weight)
+            site.gradients.offer(rows.keys(out), weighted.flatten(0, 1))
 
 
 def _leaving(left: dict[str, Tensor], name: str) -> Any:

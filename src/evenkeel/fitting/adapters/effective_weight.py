@@ -11,6 +11,7 @@ from evenkeel.hosts.actuators.beside import shape_of
 from evenkeel.hosts.actuators.head_rows import border, sizes
 
 AT_A_TIME = 1024  # features asked in one call
+LINEAR = 1e-3, 1e-2  # how far a linear map is off its own sums in float32, in half precision
 
 
 @torch.no_grad()
@@ -37,6 +38,24 @@ def effective_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         answers = _asked(layer, ones).float()
         found[:, some.start : some.stop] = (answers[:-1] - answers[-1]).T
     return found
+
+
+@torch.no_grad()
+def rounds_inputs(layer: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the layer rounds what enters it: whether its answer to a sum is not the sum of its answers.
+
+    >>> rounds_inputs(nn.Linear(8, 4))
+    False
+
+    """
+    shape = shape_of(layer)
+    assert shape is not None
+    device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+    a, b = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    rows = torch.stack([a, b, a + b, torch.zeros_like(a)]).to(dtype)
+    first, second, both, nothing = _asked(layer, rows).float()
+    off, size = (first + second - both - nothing).norm(), (both - nothing).norm()
+    return bool(off > LINEAR[dtype.itemsize < 4] * size)
 
 
 def _asked(layer: Any, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.collect import Site, collect
-from evenkeel.fitting.adapters.judge import Judge, gain, lower_bound
+from evenkeel.fitting.adapters.effective_weight import rounds_inputs
+from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.adapters.row_sample import RowSample
 from evenkeel.fitting.adapters.solve import Measured, predicted, solve
@@ -24,8 +26,9 @@ from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import BITS, LayerAdapter
+from evenkeel.statistics.student import student_margin
 
-METRICS = ("output", "local")
+METRICS = ("output", "uniform", "local")
 TRIED_BITS = (3, 4)
 PROBED = 16  # prompts of which gradients are taken
 
@@ -36,6 +39,8 @@ class Candidate:
 
     Attributes:
         metric, bits: of it.
+        target: what the adapters should be: the ``difference`` of the weights, or the ``regressed`` map,
+            which has in it what of the rounding of inputs is linear.
         bytes: of its factors.
         predicted: error of the final sample by the metric, over that without adapters.
         gain: dB by which the final samples' squared error falls, mean over the choosing pairs; None
@@ -44,6 +49,7 @@ class Candidate:
     """
 
     metric: str
+    target: str
     bits: int
     bytes: int
     predicted: float
@@ -95,7 +101,7 @@ class AdapterReport:
                 f"final samples by {self.gain:+.2f} dB (95 % bound {self.bound:+.2f})"
             )
         lines = [
-            f"  {c.metric:6s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted error x "
+            f"  {c.metric:7s} {c.target:10s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted error x "
             f"{c.predicted:.3f}{_decibels(c.gain)}{'  <- chosen' if i == self.chosen else ''}"
             for i, c in enumerate(self.candidates)
         ]
@@ -128,7 +134,10 @@ def fit_adapters(
     the final sample. The optimum is a truncated SVD; as all layers' singular values have one unit,
     bytes are shared out by gain per byte. The factors are rounded to 3 or 4 bits as part of the fit.
 
-    Several such fits are tried (metric, bits) and one is chosen by the final samples of held-out
+    Where a backend rounds what enters its layers, D is also tried with what of that rounding is a linear
+    map of the input, the penalty cross-validated over prompts (``rounding_slope``).
+
+    Several such fits are tried (metric, D) and one is chosen by the final samples of held-out
     (prompt, seed) pairs; others confirm it, by a one-sided 95 % bound. Unconfirmed, the result has no
     adapters and changes nothing. Under torchrun the processes share the prompts; all return the same.
 
@@ -139,8 +148,9 @@ def fit_adapters(
         num_inference_steps: as passed to the pipeline.
         budget: bytes of all adapters over bytes of the quantized denoiser; .05 if neither is given.
         rank: the same for all layers, in place of a budget.
-        bits: of a value in the factors: 3, 4, 8 or 16; None tries 3 and 4.
-        metric: ``output`` or ``local`` (no gradients, S alone); None tries both.
+        bits: of a value in the factors: 3, 4, 8 or 16; None takes the better of 3 and 4 by the metric.
+        metric: ``output``, ``uniform`` (every step weighs the same) or ``local`` (no gradients, S alone);
+            None tries them.
         guidance_scale: as passed to the pipeline; None uses the pipeline's default.
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call.
@@ -166,37 +176,65 @@ def fit_adapters(
         call=call,
         quantized=quantized,
     )
+    found = fitted(run, budget, rank=rank, bits=bits, metric=metric, rows=rows, progress=progress)
+    return found.adapters, found.report
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Adapters, their report, and the held-out pairs that confirmed them.
+
+    Attributes:
+        held_out: for whatever is to be fitted on top.
+        confirm: which of its pairs confirm.
+        gains: dB on these.
+
+    """
+
+    adapters: RecoveryAdapters
+    report: AdapterReport
+    held_out: FinalSamples
+    confirm: range
+    gains: Tensor
+
+
+def fitted(
+    run: Run,
+    budget: float | None,
+    *,
+    rank: int | None = None,
+    bits: int | None = None,
+    metric: str | None = None,
+    rows: int = 4096,
+    progress: bool = True,
+) -> Fitted:
+    """What ``fit_adapters`` does, for a run with a quantized twin."""
     _check(budget, rank, bits, metric, rows)
     run.pair  # noqa: B018 - identical twins are refused before anything is computed
-    size = stored_size(quantized)
+    size = stored_size(run.pair[1])
     share = budget if budget is not None or rank is not None else 0.05
     spend = None if share is None or rank is not None else int(share * size)
+    sites = sites_of(run, rows)
+    tried = _tried(metric, rounding=any(s.outputs is not None for s in sites.values()))
     with processes().telling():
-        pairs = Pairs.of(run)
-        tried_metrics = METRICS if metric is None else (metric,)
-        sites = sites_of(run, rows)
-        probed = PROBED if "output" in tried_metrics else 0
+        pairs = Pairs.of(run, choosing=len(tried) > 1)
+        probed = 0 if metric == "local" else PROBED
         collected = collect(pairs.fit, sites, probed=probed, progress=progress)
-        measured = [m for name, site in sites.items() if (m := Measured.of(name, site)) is not None]
-        found: list[tuple[Candidate, tuple[LayerAdapter, ...]]] = []
-        for name in tried_metrics:
-            problems = [p for m in measured if (p := m.problem(local=name == "local")) is not None]
-            for b in TRIED_BITS if bits is None else (bits,):
-                adapters = solve(problems, b, spend, rank)
-                size_of = sum(a.stored_bytes for a in adapters)
-                found.append((Candidate(name, b, size_of, predicted(problems, adapters)), adapters))
+        asked = {kind for kind, _ in tried}
+        measured = [
+            m for n, site in sites.items() if (m := Measured.of(n, site, asked)) is not None
+        ]
+        found = [_solved(measured, kind, target, bits, spend, rank) for kind, target in tried]
+        held_out = FinalSamples(pairs.held_out)
         if len(found) > 1:
-            judge = Judge(pairs.choose)
-            before = judge.errors()
             found = [
-                (replace(said, gain=float(gain(before, judge.errors(adapters)).mean())), adapters)
-                for said, adapters in found
+                (replace(said, gain=float(held_out.gains(pairs.choose, layers).mean())), layers)
+                for said, layers in found
             ]
         chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
-        kept, adapters = found[chosen]
-        judge = Judge(pairs.confirm)
-        gains = gain(judge.errors(), judge.errors(adapters))
-        bound = lower_bound(gains)
+        kept, layers = found[chosen]
+        gains = held_out.gains(pairs.confirm, layers)
+        bound = float(gains.mean()) - student_margin(gains)
         report = AdapterReport(
             prompts=len(run.prompts),
             layers=len(measured),
@@ -209,8 +247,36 @@ def fit_adapters(
             confirmed=bound > 0,
         )
         made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
-        layers_kept = adapters if report.confirmed else ()
-    return RecoveryAdapters(made_for, kept.metric, kept.bits, layers_kept), report
+    if not report.confirmed:
+        layers, gains = (), torch.zeros_like(gains)
+    adapters = RecoveryAdapters(made_for, kept.metric, kept.bits, layers)
+    return Fitted(adapters, report, held_out, pairs.confirm, gains)
+
+
+def _tried(metric: str | None, *, rounding: bool) -> list[tuple[str, str]]:
+    """Metrics and targets. Where inputs stay as they are the law's weights were never beaten by even ones."""
+    if not rounding:
+        return [(m, "difference") for m in (("output", "local") if metric is None else (metric,))]
+    metrics = METRICS if metric is None else (metric,)
+    return list(product(metrics, ("regressed", "difference")))
+
+
+def _solved(
+    measured: Sequence[Measured],
+    metric: str,
+    target: str,
+    bits: int | None,
+    budget: int | None,
+    rank: int | None,
+) -> tuple[Candidate, tuple[LayerAdapter, ...]]:
+    """Of the precisions tried the one with the smallest error by the metric: it compares like with like."""
+    problems = [p for m in measured if (p := m.problem(metric, target)) is not None]
+    found = []
+    for b in TRIED_BITS if bits is None else (bits,):
+        layers = solve(problems, b, budget, rank)
+        size = sum(a.stored_bytes for a in layers)
+        found.append((Candidate(metric, target, b, size, predicted(problems, layers)), layers))
+    return min(found, key=lambda f: f[0].predicted)
 
 
 def _decibels(value: float | None) -> str:
@@ -232,6 +298,7 @@ def sites_of(run: Run, rows: int) -> dict[str, Site]:
     """
     full, quantized = (uncompiled(m) for m in run.pair)
     originals = dict(full.named_modules())
+    dtype = getattr(quantized, "dtype", torch.float32)
     sites = {}
     for name, layer in quantized.named_modules():
         original: Any = originals.get(name)
@@ -242,7 +309,8 @@ def sites_of(run: Run, rows: int) -> dict[str, Site]:
             continue
         kind = "linear" if isinstance(original, nn.Linear) else "convolution"
         head = Head(name, kind, shape[1], shape[0], original.bias is not None, ())  # type: ignore[arg-type]
-        sites[name] = Site(head, layer, original, RowSample(rows), RowSample(rows))
+        outputs = RowSample(rows) if rounds_inputs(layer, dtype) else None
+        sites[name] = Site(head, layer, original, RowSample(rows), RowSample(rows), outputs)
     if not sites:
         raise CalibrationError(
             f"no layer of {type(quantized).__name__} is quantized: expected linear layers or convolutions "

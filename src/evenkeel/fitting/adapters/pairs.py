@@ -16,45 +16,52 @@ ENOUGH = 8  # from so many prompts on, those held out are others
 class Pairs:
     """Three disjoint sets of (prompt, seed) pairs, as runs.
 
-    From eight prompts on, the last quarter confirms and the quarter before chooses; fewer prompts serve
-    all three with other noise, as one prompt must do. No noise is used twice.
+    From eight prompts on, the last quarter confirms and the quarter before chooses, if there is anything
+    to choose; fewer prompts serve all three with other noise, as one prompt must do. No noise is used
+    twice.
 
     Attributes:
         fit: on which the sums are collected.
-        choose: which of several fits is kept.
-        confirm: whether it is better than nothing.
+        held_out: pairs that choose, then pairs that confirm.
+        choosing: how many of them choose.
 
     """
 
     fit: Run
-    choose: Run
-    confirm: Run
+    held_out: Run
+    choosing: int
 
     @classmethod
-    def of(cls, run: Run) -> Pairs:
+    def of(cls, run: Run, *, choosing: bool = True) -> Pairs:
         """Split the prompts of a run."""
         n = len(run.prompts)
         fit = choose = confirm = range(n)
         if n >= ENOUGH:
             quarter = n // 4
-            fit, choose, confirm = (
-                range(n - 2 * quarter),
-                range(n - 2 * quarter, n - quarter),
-                range(n - quarter, n),
-            )
-        choosing = [
-            choose[i % len(choose)] for i in range(max(CHOOSING, min(len(choose), HELD_OUT)))
-        ]
-        confirming = [confirm[i % len(confirm)] for i in range(max(HELD_OUT, len(confirm)))]
+            first = n - quarter * (2 if choosing else 1)
+            fit, choose, confirm = range(first), range(first, n - quarter), range(n - quarter, n)
+        chosen_by = max(CHOOSING, min(len(choose), HELD_OUT)) if choosing else 0
+        choose_all = [choose[i % len(choose)] for i in range(chosen_by)]
+        confirm_all = [confirm[i % len(confirm)] for i in range(max(HELD_OUT, len(confirm)))]
         return cls(
-            _part(run, list(fit), run.seed),
-            _part(run, choosing, run.seed + n),
-            _part(run, confirming, run.seed + n + len(choosing)),
+            part(run, list(fit), run.seed),
+            part(run, choose_all + confirm_all, run.seed + n),
+            chosen_by,
         )
 
+    @property
+    def choose(self) -> range:
+        """Which of those held out choose between fits."""
+        return range(self.choosing)
 
-def _part(run: Run, which: list[int], seed: int) -> Run:
+    @property
+    def confirm(self) -> range:
+        """Which of those held out say whether the best one is better than nothing."""
+        return range(self.choosing, len(self.held_out.prompts))
+
+
+def part(run: Run, which: list[int], seed: int) -> Run:
     """The same run for some of its prompts; what it has found out already is shared."""
-    part = copy.copy(run)
-    part.prompts, part.seed = run.prompts.take(which), seed
-    return part
+    found = copy.copy(run)
+    found.prompts, found.seed = run.prompts.take(which), seed
+    return found

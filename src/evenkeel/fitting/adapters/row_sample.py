@@ -13,6 +13,8 @@ _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def row_keys(pairs: Tensor, step: int, branch: Tensor, tokens: int) -> Tensor:
     """(rows, tokens) int64: a hash of (pair, step, branch, token), evenly spread.
 
+    The lowest bit is the pair's: whether its number is odd (``folds_of``).
+
     Args:
         pairs: (rows,) int64, which (prompt, seed) a row belongs to.
         step: of the sampler.
@@ -24,7 +26,20 @@ def row_keys(pairs: Tensor, step: int, branch: Tensor, tokens: int) -> Tensor:
 
     """
     key = _mixed(_mixed(_mixed(pairs) + step) + branch)
-    return _mixed(key[:, None] + torch.arange(tokens, device=pairs.device))
+    keys = _mixed(key[:, None] + torch.arange(tokens, device=pairs.device))
+    return (keys & ~1) | (pairs & 1)[:, None]
+
+
+def folds_of(keys: Tensor) -> Tensor:
+    """(n,) bool: two folds of rows that share no (prompt, seed) pair; of one pair every second row.
+
+    >>> folds_of(row_keys(torch.tensor([4, 7]), 0, torch.tensor([0, 0]), 2).flatten()).tolist()
+    [False, False, True, True]
+
+    """
+    odd = (keys & 1).bool()
+    alternating = torch.arange(len(keys), device=keys.device) % 2 == 1
+    return torch.where(odd.any() & ~odd.all(), odd, alternating)
 
 
 def _mixed(x: Tensor) -> Tensor:

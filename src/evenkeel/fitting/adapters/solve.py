@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from evenkeel.fitting.adapters.collect import Site
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
+from evenkeel.fitting.adapters.row_sample import folds_of
 from evenkeel.hosts.actuators.head_rows import sizes
 from evenkeel.low_rank.budget import Option, share_out
 from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
 from evenkeel.low_rank.metric import Components, OutputMetric, second_moment
+from evenkeel.low_rank.rounding_slope import rounding_slope
 from evenkeel.statistics.exact import working
 
 LARGEST_RANK = 128
@@ -23,9 +27,9 @@ class LayerProblem:
 
     Attributes:
         name, kernel: of the layer.
-        change: D = W - W_q, (O, F).
+        change: D, what the adapter should be, (O, F).
         metric: of the output, or local.
-        held_out: the same metric from other rows.
+        held_out: the same metric from fewer rows.
         components: of the change.
 
     """
@@ -40,43 +44,69 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run told of one layer; its problem in either metric follows.
+    """What a run told of one layer; its problem in any metric follows.
 
     Attributes:
         name, kernel: of the layer.
-        change: D = W - W_q, (O, F).
-        inputs, gradients: second moments from all rows kept, and from every second one.
+        difference: W - W_q, (O, F).
+        regressed: the map of x that is nearest to the layer's whole error; None where it rounds no inputs.
+        inputs: second moments from all rows kept, and from one fold of them.
+        gradients: likewise, by metric; empty where none were taken.
 
     """
 
     name: str
     kernel: tuple[int, ...]
-    change: Tensor
+    difference: Tensor
+    regressed: Tensor | None
     inputs: tuple[Tensor, Tensor]
-    gradients: tuple[Tensor, Tensor] | None
+    gradients: dict[str, tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, name: str, site: Site) -> Measured | None:
-        """None for a layer that computes with its full-precision weight."""
-        (_, x), (_, g) = site.inputs.sorted(), site.gradients.sorted()
-        change = reference_weight(site.reference) - effective_weight(site.quantized, site.dtype)
-        if not (len(x) and bool(change.any())):  # some layers are never called
+    def of(cls, name: str, site: Site, metrics: Collection[str]) -> Measured | None:
+        """None for a layer that computes with its full-precision weight; ``metrics`` will be asked for."""
+        keys, x = site.inputs.sorted()
+        weight = effective_weight(site.quantized, site.dtype)
+        difference = working(reference_weight(site.reference) - weight)
+        if not (len(x) and bool(difference.any())):  # some layers are never called
             return None
         kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
-        return cls(name, kernel, working(change), _both(x), _both(g) if len(g) else None)
+        gradients = _gradients(*site.gradients.sorted(), metrics)
+        regressed = None
+        if site.outputs is not None:
+            bias = getattr(site.reference, "bias", None)
+            noise = x @ weight.T - site.outputs.sorted()[1].to(x)
+            noise += 0.0 if bias is None else bias.detach().float()
+            outputs = next((g for g, _ in gradients.values()), None)
+            regressed = difference + rounding_slope(x, noise, folds_of(keys), outputs)
+        return cls(name, kernel, difference, regressed, _both(x, folds_of(keys)), gradients)
 
-    def problem(self, *, local: bool) -> LayerProblem | None:
-        """None where the output's metric is asked for and the output does not depend on the layer."""
-        gradients = (None, None) if local else self.gradients
-        if gradients is None:
+    def problem(self, metric: str, target: str = "difference") -> LayerProblem | None:
+        """None where an output's metric is asked for and the output does not depend on the layer."""
+        if metric != "local" and metric not in self.gradients:
             return None
-        metric, held_out = map(OutputMetric, self.inputs, gradients)
-        components = metric.components(self.change, min(LARGEST_RANK, *self.change.shape))
-        return LayerProblem(self.name, self.kernel, self.change, metric, held_out, components)
+        gradients = self.gradients.get(metric, (None, None))
+        whole, held_out = map(OutputMetric, self.inputs, gradients)
+        rounding = target == "regressed" and self.regressed is not None
+        change = self.regressed if rounding else self.difference
+        assert change is not None
+        components = whole.components(change, min(LARGEST_RANK, *change.shape))
+        return LayerProblem(self.name, self.kernel, change, whole, held_out, components)
 
 
-def _both(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return second_moment(rows), second_moment(rows[1::2])
+def _gradients(
+    keys: Tensor, rows: Tensor, metrics: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Second moments of gradients: each weighted by its step, or as they are."""
+    if not len(rows):
+        return {}
+    folds, weight, rows = folds_of(keys), rows[:, -1:], rows[:, :-1]
+    weighted = {"output": weight, "uniform": torch.ones_like(weight)}
+    return {m: _both(rows * w, folds) for m, w in weighted.items() if m in metrics}
+
+
+def _both(rows: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
+    return second_moment(rows), second_moment(rows[folds])
 
 
 def solve(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from evenkeel.corrections.readout import HeadFit
@@ -18,6 +17,7 @@ from evenkeel.statistics.normal_equations import (
     Solution,
     held_out_errors,
 )
+from evenkeel.statistics.student import student_margin
 
 FOLDS = 4
 FOLD_MEMORY = 80e6  # bytes for all folds' scatter matrices: two folds at FLUX's width
@@ -175,13 +175,12 @@ class Judge:
         One-sided Student interval of the paired differences; the bound is given relative to the
         mean error before.
         """
-        n, mean = len(self.before), float(self.before.mean())
+        mean = float(self.before.mean())
         if mean == 0:
             return HeadFit(step, branch, penalty, 1.0, 1.0, "there is no error to correct")
         change = (self.after - self.before) / mean
-        spread = float(change.std()) / n**0.5 if n > 1 else float("inf")
         left = 1 + float(change.mean())
-        bound = left + float(student.ppf(0.95, max(n - 1, 1))) * spread
+        bound = left + student_margin(change)
         reason = "" if bound < 1 else "no certain improvement on held-out prompts"
         return HeadFit(step, branch, penalty, left, min(bound, 1e9), reason)
 

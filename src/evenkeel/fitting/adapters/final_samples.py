@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.pairs import part
 from evenkeel.hosts.actuators.beside import attach
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import LayerAdapter
 
 
-class Judge:
-    """Final samples of some (prompt, seed) pairs, and what others are away from them.
+class FinalSamples:
+    """Final samples of held-out (prompt, seed) pairs: of both denoisers, and how much nearer others are.
 
     Args:
         run: of these pairs, with a quantized twin.
@@ -28,21 +28,35 @@ class Judge:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._reference = self._sampled(full=True)
+        self._full = self._sampled(run, full=True)
+        self._before = self._errors(self._sampled(run), self._full)
 
-    def errors(
-        self, adapters: Sequence[LayerAdapter] = (), correction: Correction | None = None
+    def gains(
+        self,
+        over: range,
+        adapters: Sequence[LayerAdapter] = (),
+        correction: Correction | None = None,
     ) -> Tensor:
-        """(pairs,) float64 squared distance of every final sample, with these adapters attached.
+        """(pairs,) float64, dB by which the squared error of the final sample falls.
 
         Args:
+            over: which of the pairs, one after another.
             adapters: beside the quantized denoiser's layers.
             correction: applied on top; made for the denoiser with these adapters.
 
+        Raises:
+            CalibrationError: a sample that is not finite.
+
         """
         with beside(self.run, adapters):
-            found = self._sampled(full=False, correction=correction)
-        each = (found.double() - self._reference.double()).flatten(1).square().mean(1)
+            some = part(self.run, list(over), self.run.seed + over.start)
+            found = self._sampled(some, correction=correction)
+        chosen = slice(over.start, over.stop)
+        return gain(self._before[chosen], self._errors(found, self._full[chosen]))
+
+    @staticmethod
+    def _errors(found: Tensor, full: Tensor) -> Tensor:
+        each = (found.double() - full.double()).flatten(1).square().mean(1)
         if not bool(each.isfinite().all()):
             raise CalibrationError(
                 "a final sample is not finite (NaN or infinity); the quantized pipeline, or the "
@@ -50,8 +64,9 @@ class Judge:
             )
         return each
 
-    def _sampled(self, *, full: bool, correction: Correction | None = None) -> Tensor:
-        run, us, made = self.run, processes(), []
+    @staticmethod
+    def _sampled(run: Run, *, full: bool = False, correction: Correction | None = None) -> Tensor:
+        us, made = processes(), []
         with run.undisturbed(None if full else run.pair[1]), ExitStack() as stack:
             if correction is not None:
                 stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
@@ -83,13 +98,3 @@ def gain(before: Tensor, after: Tensor) -> Tensor:
     """
     tiny = torch.finfo(torch.float64).tiny
     return 10 * (before.clamp_min(tiny).log10() - after.clamp_min(tiny).log10())
-
-
-def lower_bound(gains: Tensor, confidence: float = 0.95) -> float:
-    """One-sided bound of the mean gain by Student's t over pairs; minus infinity for one pair."""
-    n = len(gains)
-    if n < 2:
-        return -float("inf")
-    error = float(gains.double().std()) / n**0.5
-    bound: float = float(gains.double().mean()) - float(stats.t.ppf(confidence, n - 1)) * error
-    return bound
