@@ -21,10 +21,11 @@ from evenkeel import zoo
 from evenkeel.cli import main
 from evenkeel.corrections import Composite, RecoveryAdapters
 from evenkeel.errors import CalibrationError, Incompatible, RecordError
-from evenkeel.fitting.adapters.collect import Site, _Probe, _Rows, _Watch, collect
+from evenkeel.fitting.adapters.collect import _Probe, _Rows, _Watch, collect
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
 from evenkeel.fitting.adapters.pairs import Pairs
-from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
+from evenkeel.fitting.adapters.row_sample import RowFile, RowSample, folds_of, row_keys
+from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.hosts.pipeline.denoiser_calls import Call
 from evenkeel.hosts.pipeline.prompts import Prompts
@@ -76,13 +77,16 @@ def with_quantized(tiny: TinyPipeline, quantized: nn.Module) -> TinyPipeline:
 # ---- rows
 
 
-def test_a_sample_of_rows_is_the_same_for_any_split():
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_sample_of_rows_is_the_same_for_any_split(tmp_path, in_files):
     keys = row_keys(torch.arange(40), 2, torch.arange(40) % 2, 25).flatten()
     rows = torch.arange(1000.0)[:, None].expand(-1, 3)
     whole = RowSample(64)
     whole.offer(keys, rows)
     generator = torch.Generator().manual_seed(0)
     halves = [RowSample(64), RowSample(64)]
+    if in_files:
+        halves = [RowFile(64, tmp_path / str(i)) for i in range(2)]
     order = torch.randperm(1000, generator=generator)
     for i in range(0, 1000, 37):
         part = order[i : i + 37]
@@ -90,6 +94,15 @@ def test_a_sample_of_rows_is_the_same_for_any_split():
     halves[0].merge(halves[1])
     assert all(torch.equal(a, b) for a, b in zip(whole.sorted(), halves[0].sorted(), strict=True))
     assert len(whole.sorted()[0]) == 64
+
+
+def test_folds_share_no_pair():
+    pairs = torch.arange(6)
+    keys = row_keys(pairs, 1, torch.zeros(6, dtype=torch.int64), 10)
+    of_pair = folds_of(keys.flatten()).view(6, 10)
+    assert torch.equal(of_pair, (pairs % 2 == 1)[:, None].expand(-1, 10))
+    one = folds_of(keys[2])
+    assert one.sum() == 5  # of a single pair every second row
 
 
 def test_keys_are_spread_evenly_and_tell_rows_apart():

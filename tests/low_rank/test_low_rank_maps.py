@@ -16,7 +16,9 @@ from evenkeel.low_rank.factors import (
     rounded,
     without_empty,
 )
-from evenkeel.low_rank.metric import OutputMetric, second_moment
+from evenkeel.low_rank.metric import OutputMetric
+from evenkeel.low_rank.moment import RowMoment, second_moment
+from evenkeel.low_rank.rounding_slope import _ridge, rounding_slope
 
 
 def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -200,4 +202,54 @@ def test_what_cannot_be_fitted_is_refused(metric, change):
     with pytest.raises(CalibrationError, match="5 bits"):
         fit_factors("blocks.0", metric, change, components, 1, 5)
     with pytest.raises(CalibrationError, match="positive definite"):
-        OutputMetric(torch.zeros(14, 14, dtype=torch.float64), None).error(change)
+        OutputMetric(torch.zeros(14, 14, dtype=torch.float64), None).components(change, 1)
+
+
+# ---- wide layers: rows in place of matrices
+
+
+@pytest.mark.parametrize("rows", [60, 900])
+def test_rows_stand_for_the_matrix(rows):
+    x = drawn(rows, 40, 5)
+    matrix, kept = second_moment(x), second_moment(x, wide=0)
+    right = drawn(40, 3, 6)
+    assert isinstance(kept, RowMoment)
+    assert torch.allclose(
+        kept @ right.float(), (matrix @ right.to(matrix)).float(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("outputs", ["identity", "matrix", "rows"])
+def test_components_of_a_wide_layer_are_those_of_the_matrices(outputs):
+    x, g, change = drawn(300, 60, 1), drawn(400, 50, 2), drawn(50, 60, 3)
+    dense = OutputMetric(second_moment(x), None if outputs == "identity" else second_moment(g))
+    of_outputs = {"identity": None, "matrix": dense.outputs, "rows": second_moment(g, wide=0)}
+    wide = OutputMetric(second_moment(x, wide=0), of_outputs[outputs])
+    exact, found = dense.components(change, 6), wide.components(change, 6)
+    assert found.error == pytest.approx(exact.error, rel=1e-4)
+    assert torch.allclose(found.gain.double(), exact.gain.double(), rtol=2e-2)
+    left = dense.error(change - (found.up.T @ found.down).to(change))
+    best = dense.error(change - (exact.up.T @ exact.down).to(change))
+    assert best <= left * (1 + 1e-6)
+    assert left < best * 1.003
+
+
+def test_rounding_that_follows_its_input_is_found_and_noise_is_not():
+    x, fresh = torch.randn(1600, 12, generator=torch.Generator().manual_seed(1)).split(800)
+    folds, weight = torch.arange(800) % 2 == 0, drawn(5, 12, 2).float()
+
+    def noise(rows):
+        return (rows - 3 * (rows / 3).round()) @ weight.T  # most values are below half a step
+
+    slope = rounding_slope(x, noise(x), folds).float()
+    unexplained = (noise(fresh) - fresh @ slope.T).square().sum()
+    assert unexplained < 0.95 * noise(fresh).square().sum()
+    chance = drawn(800, 5, 3).float()
+    assert not bool(rounding_slope(x, chance, folds).any())
+
+
+def test_the_slope_of_few_rows_is_that_of_the_features():
+    x, y = drawn(20, 30, 1), drawn(20, 4, 2)
+    gram = x.T @ x
+    gram.diagonal().add_(0.1 * gram.diagonal().mean())
+    assert torch.allclose(_ridge(x, y, 0.1), torch.linalg.solve(gram, x.T @ y).T, atol=1e-6)

@@ -136,7 +136,7 @@ def fit_factors(
             f"{name}: expected a rank from 1 to {len(components)} and bits out of {BITS}; got rank "
             f"{rank} and {bits} bits."
         )
-    change = change.to(metric.inputs)
+    change = metric.working(change)
     down, up = components.down[:rank], components.up[:rank]
     best, least = None, float("inf")
     for _ in range(1 if bits == 16 else 1 + ROUNDS):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import CalibrationError
-from evenkeel.statistics.exact import working
+from evenkeel.low_rank.moment import Moment, times
 
-RIDGE = 1e-3  # of the mean diagonal: directions that the few rows did not show are not free
 _EXTRA, _PASSES = 16, 3  # of the subspace iteration
 
 
@@ -65,17 +64,28 @@ class OutputMetric:
 
     """
 
-    inputs: Tensor
-    outputs: Tensor | None
+    inputs: Moment
+    outputs: Moment | None
 
     @cached_property
-    def roots(self) -> tuple[Tensor, Tensor | None]:
-        """Cholesky factors L of S and C of G."""
-        return _root(self.inputs), None if self.outputs is None else _root(self.outputs)
+    def roots(self) -> tuple[Tensor, Tensor | None] | None:
+        """Cholesky factors L of S and C of G; None where one of them is no matrix."""
+        if not isinstance(self.inputs, Tensor):
+            return None
+        if self.outputs is None:
+            return _root(self.inputs), None
+        if not isinstance(self.outputs, Tensor):
+            return None
+        return _root(self.inputs), _root(self.outputs)
+
+    def working(self, change: Tensor) -> Tensor:
+        """The same values as this metric computes with."""
+        return change.to(self.inputs if isinstance(self.inputs, Tensor) else self.inputs.diagonal)
 
     def error(self, change: Tensor) -> float:
         """The form's value for a change of the weight, (O, F)."""
-        return float(self._whitened(change).square().sum())
+        change = self.working(change)
+        return float((self._felt(change) * times(self.inputs, change.T).T).sum())
 
     def components(self, change: Tensor, limit: int) -> Components:
         """The best map of every rank up to ``limit`` towards ``change`` (O, F), in this metric.
@@ -88,62 +98,62 @@ class OutputMetric:
             limit: at most so many components.
 
         """
-        inputs, outputs = self.roots
-        white = self._whitened(change)
-        u, s, v = _largest(white, min(limit, *white.shape))
-        root = s.sqrt()
-        up = u * root
-        if outputs is not None:
-            up = torch.linalg.solve_triangular(outputs.T, up, upper=True)
-        down = torch.linalg.solve_triangular(inputs, (v * root).T, upper=False, left=False)
+        change = self.working(change)
+        limit = min(limit, *change.shape)
+        total = self.error(change)
+        if self.roots is None:
+            up, down, gain = self._iterated(change, limit)
+        else:
+            inputs, outputs = self.roots
+            white = change @ inputs
+            u, s, v = _largest(white if outputs is None else outputs.T @ white, limit)
+            gain, root = s.square(), s.sqrt()
+            up = u * root
+            if outputs is not None:
+                up = torch.linalg.solve_triangular(outputs.T, up, upper=True)
+            down = torch.linalg.solve_triangular(inputs, (v * root).T, upper=False, left=False)
         balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-        total = float(white.square().sum())
-        return Components(down * balance[:, None], (up / balance).T, s.square(), total)
+        return Components(down * balance[:, None], (up / balance).T, gain, total)
 
     def best_up(self, change: Tensor, down: Tensor) -> Tensor:
         """(r, O): the up that belongs to a given down (r, F); the metric of the outputs cancels."""
-        return _solve(down @ self.inputs @ down.T, down @ self.inputs @ change.T)
+        weighted = times(self.inputs, down.T)
+        return _solve(down @ weighted, (change @ weighted).T)
 
     def best_down(self, change: Tensor, up: Tensor) -> Tensor:
         """(r, F): the down that belongs to a given up (r, O); the metric of the inputs cancels."""
-        weighted = up if self.outputs is None else up @ self.outputs
+        weighted = self._felt(up.T).T
         return _solve(weighted @ up.T, weighted @ change)
 
-    def _whitened(self, change: Tensor) -> Tensor:
-        inputs, outputs = self.roots
-        white = change.to(inputs) @ inputs
-        return white if outputs is None else outputs.T @ white
+    def _felt(self, change: Tensor) -> Tensor:
+        """G times columns (O, n)."""
+        return change if self.outputs is None else times(self.outputs, change)
 
+    def _iterated(self, change: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Up (O, r), down (r, F) and gains by products with S and G alone.
 
-def second_moment(rows: Tensor, ridge: float = RIDGE) -> Tensor:
-    """(F, F) mean of ``x x^T`` over rows (n, F), drawn to its diagonal where rows are few.
+        The columns of up are the eigenvectors of ``D S D^T G`` that are orthonormal in G, found by
+        subspace iteration; down is ``up^T G D``.
+        """
 
-    What stands beside the diagonal is multiplied by one minus the share of it that is chance,
-    ``sum Var(s_ij) / sum s_ij^2`` over i != j (Schaefer & Strimmer 2005, target D), with
-    ``Var(s_ij) = (mean(x_i^2 x_j^2) - s_ij^2) / n``, whose first sum is ``mean(|x|^4 - sum x_i^4)``. On
-    top stands ``ridge`` times the mean diagonal. float64 on the CPU, float32 elsewhere.
+        def orthonormal(basis: Tensor) -> Tensor:
+            basis = torch.linalg.qr(basis)[0]
+            root = torch.linalg.cholesky(basis.T @ self._felt(basis))
+            found: Tensor = torch.linalg.solve_triangular(root, basis.T, upper=False).T
+            return found
 
-    Raises:
-        CalibrationError: no rows, or values that are not finite.
+        def towards(basis: Tensor) -> Tensor:
+            return change.T @ self._felt(basis)
 
-    >>> second_moment(torch.ones(1000, 2)).round(decimals=2).tolist()
-    [[1.0, 1.0], [1.0, 1.0]]
-
-    """
-    n, x = len(rows), working(rows)
-    moment = x.T @ x / max(n, 1)
-    if not n or not bool(moment.isfinite().all()):
-        raise CalibrationError(
-            f"expected rows with finite values to estimate a second moment from; got {n} rows"
-            f"{' with NaN or infinity' if n else ''}."
-        )
-    diagonal = moment.diagonal().clone()
-    squares = x.square()
-    signal = moment.square().sum() - diagonal.square().sum()
-    chance = ((squares.sum(1).square() - squares.square().sum(1)).mean() - signal) / n
-    moment *= 1 - (chance / signal).clamp(0, 1) if signal > 0 else 1.0
-    moment.diagonal().copy_(diagonal + ridge * diagonal.mean() + torch.finfo(moment.dtype).tiny)
-    return moment
+        generator = torch.Generator().manual_seed(0)
+        size = min(limit + _EXTRA, *change.shape)
+        basis = orthonormal(torch.randn(len(change), size, generator=generator).to(change))
+        for _ in range(_PASSES):
+            basis = orthonormal(change @ times(self.inputs, towards(basis)))
+        seen = towards(basis)
+        gain, turn = torch.linalg.eigh(seen.T @ times(self.inputs, seen))
+        up = basis @ turn.flip(1)[:, :limit]
+        return up, towards(up).T, gain.flip(0)[:limit].clamp_min(0)
 
 
 def _root(moment: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from evenkeel.low_rank.moment import WIDE, Moment, times
 from evenkeel.statistics.exact import working
 
 PENALTIES = (1e-3, 1e-2, 0.1, 1.0, 10.0)  # of the mean diagonal of S
 
 
 def rounding_slope(
-    inputs: Tensor, noise: Tensor, folds: Tensor, outputs: Tensor | None = None
+    inputs: Tensor, noise: Tensor, folds: Tensor, outputs: Moment | None = None
 ) -> Tensor:
     """The map K (O, F) that predicts the rounding noise of a layer from its input, or zero.
 
@@ -34,11 +35,12 @@ def rounding_slope(
     True
 
     """
-    x, noise = working(inputs), working(noise)
-    root = None if outputs is None else torch.linalg.cholesky(outputs.to(x))
+    x = inputs.float() if inputs.shape[1] > WIDE else working(inputs)
+    noise = noise.to(x)
 
     def size(rows: Tensor) -> float:
-        return float((rows if root is None else rows @ root).square().sum())
+        felt = rows.T if outputs is None else times(outputs, rows.T)
+        return float((felt * rows.T).sum())
 
     before = size(noise)
     after = dict.fromkeys(PENALTIES, 0.0)
@@ -52,7 +54,11 @@ def rounding_slope(
 
 
 def _ridge(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    gram = x.T @ x
-    gram.diagonal().add_(penalty * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    found: Tensor = torch.linalg.solve(gram, x.T @ y).T
-    return found
+    """(O, F); of fewer rows than features by the matrix of rows, which gives the same."""
+    n, features = x.shape
+    ridge = penalty * x.square().sum() / features + torch.finfo(x.dtype).tiny
+    gram = x @ x.T if n < features else x.T @ x
+    gram.diagonal().add_(ridge)
+    few = n < features
+    solved: Tensor = torch.linalg.solve(gram, y if few else x.T @ y).T
+    return solved @ x if few else solved

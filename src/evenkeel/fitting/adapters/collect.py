@@ -13,44 +13,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.adapters.row_sample import RowSample, row_keys
+from evenkeel.fitting.adapters.row_sample import row_keys
+from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.beside import input_of
-from evenkeel.hosts.actuators.head_rows import Head, outputs_as_rows, rows_of
+from evenkeel.hosts.actuators.head_rows import outputs_as_rows, rows_of
 from evenkeel.hosts.pipeline.denoiser_calls import Call, answer_of
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.sampling.step_law import StepLaw
-
-
-@dataclass
-class Site:
-    """A layer that may get an adapter, and the rows kept of it.
-
-    Attributes:
-        head: its name and geometry.
-        quantized, reference: the layer in both denoisers.
-        inputs: rows that enter it.
-        gradients: of random probes of the denoiser's output with respect to rows that leave it; the last
-            column is the weight of the probe's step.
-        outputs: what the quantized layer gives for the rows of ``inputs``; None where it is a linear map.
-        dtype: of what enters it.
-
-    """
-
-    head: Head
-    quantized: Any
-    reference: Any
-    inputs: RowSample
-    gradients: RowSample
-    outputs: RowSample | None = None
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def samples(self) -> dict[str, RowSample]:
-        """All rows kept, by what they are."""
-        found = {"inputs": self.inputs, "gradients": self.gradients}
-        return found if self.outputs is None else found | {"outputs": self.outputs}
 
 
 @dataclass

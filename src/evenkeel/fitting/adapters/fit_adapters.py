@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.adapters.collect import Site, collect
-from evenkeel.fitting.adapters.effective_weight import rounds_inputs
+from evenkeel.fitting.adapters.collect import collect
 from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.pairs import Pairs
-from evenkeel.fitting.adapters.row_sample import RowSample
-from evenkeel.fitting.adapters.solve import Measured, predicted, solve
-from evenkeel.hosts.actuators.beside import shape_of
-from evenkeel.hosts.actuators.head_rows import Head
+from evenkeel.fitting.adapters.sites import opened, sites_of
+from evenkeel.fitting.adapters.solve import solve
 from evenkeel.hosts.backends.catalogue import bytes_of
-from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
-from evenkeel.low_rank.factors import BITS, LayerAdapter
+from evenkeel.low_rank.factors import BITS
 from evenkeel.statistics.student import student_margin
 
 METRICS = ("output", "uniform", "local")
@@ -122,6 +118,7 @@ def fit_adapters(
     seed: int = 0,
     batch_size: int = 8,
     rows: int = 4096,
+    memory: float = 2e9,
     call: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[RecoveryAdapters, AdapterReport]:
@@ -155,6 +152,7 @@ def fit_adapters(
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call.
         rows: kept of each layer, at most.
+        memory: bytes for the rows of all layers; more are kept in files in the folder for temporary ones.
         call: further arguments of the pipeline call.
         progress: show a bar.
 
@@ -176,7 +174,16 @@ def fit_adapters(
         call=call,
         quantized=quantized,
     )
-    found = fitted(run, budget, rank=rank, bits=bits, metric=metric, rows=rows, progress=progress)
+    found = fitted(
+        run,
+        budget,
+        rank=rank,
+        bits=bits,
+        metric=metric,
+        rows=rows,
+        memory=memory,
+        progress=progress,
+    )
     return found.adapters, found.report
 
 
@@ -206,6 +213,7 @@ def fitted(
     bits: int | None = None,
     metric: str | None = None,
     rows: int = 4096,
+    memory: float = 2e9,
     progress: bool = True,
 ) -> Fitted:
     """What ``fit_adapters`` does, for a run with a quantized twin."""
@@ -214,17 +222,18 @@ def fitted(
     size = stored_size(run.pair[1])
     share = budget if budget is not None or rank is not None else 0.05
     spend = None if share is None or rank is not None else int(share * size)
-    sites = sites_of(run, rows)
-    tried = _tried(metric, rounding=any(s.outputs is not None for s in sites.values()))
+    probed = 0 if metric == "local" else PROBED
     with processes().telling():
-        pairs = Pairs.of(run, choosing=len(tried) > 1)
-        probed = 0 if metric == "local" else PROBED
-        collected = collect(pairs.fit, sites, probed=probed, progress=progress)
-        asked = {kind for kind, _ in tried}
-        measured = [
-            m for n, site in sites.items() if (m := Measured.of(n, site, asked)) is not None
+        with opened(sites_of(run), rows, memory, gradients=probed > 0) as sites:
+            tried = _tried(metric, rounding=any(s.outputs is not None for s in sites.values()))
+            pairs = Pairs.of(run, choosing=len(tried) > 1)
+            collected = collect(pairs.fit, sites, probed=probed, progress=progress)
+            precisions = TRIED_BITS if bits is None else (bits,)
+            count, solutions = solve(sites, tried, precisions, spend, rank)
+        found = [
+            (Candidate(*t, s.bits, s.stored_bytes, s.predicted), tuple(s.layers))
+            for t, s in solutions.items()
         ]
-        found = [_solved(measured, kind, target, bits, spend, rank) for kind, target in tried]
         held_out = FinalSamples(pairs.held_out)
         if len(found) > 1:
             found = [
@@ -237,7 +246,7 @@ def fitted(
         bound = float(gains.mean()) - student_margin(gains)
         report = AdapterReport(
             prompts=len(run.prompts),
-            layers=len(measured),
+            layers=count,
             quantized_bytes=size,
             budget=spend,
             candidates=tuple(c for c, _ in found),
@@ -261,24 +270,6 @@ def _tried(metric: str | None, *, rounding: bool) -> list[tuple[str, str]]:
     return list(product(metrics, ("regressed", "difference")))
 
 
-def _solved(
-    measured: Sequence[Measured],
-    metric: str,
-    target: str,
-    bits: int | None,
-    budget: int | None,
-    rank: int | None,
-) -> tuple[Candidate, tuple[LayerAdapter, ...]]:
-    """Of the precisions tried the one with the smallest error by the metric: it compares like with like."""
-    problems = [p for m in measured if (p := m.problem(metric, target)) is not None]
-    found = []
-    for b in TRIED_BITS if bits is None else (bits,):
-        layers = solve(problems, b, budget, rank)
-        size = sum(a.stored_bytes for a in layers)
-        found.append((Candidate(metric, target, b, size, predicted(problems, layers)), layers))
-    return min(found, key=lambda f: f[0].predicted)
-
-
 def _decibels(value: float | None) -> str:
     return "" if value is None else f"  {value:+.2f} dB"
 
@@ -287,43 +278,6 @@ def stored_size(denoiser: nn.Module) -> int:
     """Bytes of a quantized denoiser; of a simulated one as its folder on disk takes them."""
     report = getattr(denoiser, "evenkeel_report", None)
     return int(getattr(report, "stored_bytes", 0)) or bytes_of(denoiser)
-
-
-def sites_of(run: Run, rows: int) -> dict[str, Site]:
-    """Every quantized layer that may get an adapter, with room for so many rows.
-
-    Raises:
-        CalibrationError: there is none.
-
-    """
-    full, quantized = (uncompiled(m) for m in run.pair)
-    originals = dict(full.named_modules())
-    dtype = getattr(quantized, "dtype", torch.float32)
-    sites = {}
-    for name, layer in quantized.named_modules():
-        original: Any = originals.get(name)
-        if type(original) not in (nn.Linear, nn.Conv2d) or _computes_alike(layer, original):
-            continue
-        shape = shape_of(layer)
-        if shape is None or shape != shape_of(original):
-            continue
-        kind = "linear" if isinstance(original, nn.Linear) else "convolution"
-        head = Head(name, kind, shape[1], shape[0], original.bias is not None, ())  # type: ignore[arg-type]
-        outputs = RowSample(rows) if rounds_inputs(layer, dtype) else None
-        sites[name] = Site(head, layer, original, RowSample(rows), RowSample(rows), outputs)
-    if not sites:
-        raise CalibrationError(
-            f"no layer of {type(quantized).__name__} is quantized: expected linear layers or convolutions "
-            f"that are plain in the pipeline's own denoiser and of another class in `quantized`."
-        )
-    return sites
-
-
-def _computes_alike(layer: Any, original: nn.Module) -> bool:
-    """Whether a layer is a plain one with the original's weight."""
-    weight = getattr(layer, "weight", None)
-    plain = type(layer) is type(original) and type(weight) in (Tensor, nn.Parameter)
-    return plain and weight is not None and torch.equal(weight, original.get_parameter("weight"))
 
 
 def _check(

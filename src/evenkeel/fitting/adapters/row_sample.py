@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,14 +76,16 @@ class RowSample:
 
     def offer(self, keys: Tensor, rows: Tensor) -> None:
         """Take in rows (n, F) with their keys (n,); the device is not waited for."""
-        self._parts.append(_smallest(keys, rows.detach().float(), self.size))
+        keys, rows = _smallest(keys, rows.detach(), self.size)
+        self._parts.append((keys, rows.float()))
         self._held += len(self._parts[-1][0])
         if self._held > 2 * self.size:
             self.sorted()
 
     def merge(self, other: RowSample) -> None:
         """Take in what another sample of the same size kept."""
-        for keys, rows in other._parts:
+        keys, rows = other.sorted()
+        if len(keys):
             self.offer(keys, rows)
 
     def sorted(self) -> tuple[Tensor, Tensor]:
@@ -93,6 +96,51 @@ class RowSample:
         keys, rows = _smallest(keys, rows, self.size)
         self._parts, self._held = [(keys, rows)], len(keys)
         return keys, rows
+
+
+class RowFile(RowSample):
+    """The same sample with its rows in a file, for layers whose rows together are too many for memory.
+
+    Args:
+        size: at most so many rows are kept.
+        path: of the file, which is made when the first rows come.
+
+    """
+
+    def __init__(self, size: int, path: Path) -> None:
+        super().__init__(size)
+        self.path = path
+        self._keys = torch.empty(0, dtype=torch.int64)  # of the rows in the file, in their order
+        self._rows: Tensor | None = None
+
+    def offer(self, keys: Tensor, rows: Tensor) -> None:
+        """Take in rows (n, F); those that stay are written over those that go."""
+        if self._rows is None:
+            count = self.size * rows.shape[1]
+            self._rows = torch.from_file(str(self.path), shared=True, size=count).view(
+                self.size, -1
+            )
+        keys, rows = _smallest(keys, rows.detach(), self.size)
+        keys, held = keys.cpu(), len(self._keys)
+        stay = (
+            torch.cat([self._keys, keys])
+            .topk(min(self.size, held + len(keys)), largest=False)
+            .indices
+        )
+        come = stay[stay >= held] - held
+        free = torch.ones(self.size, dtype=torch.bool)
+        free[stay[stay < held]] = False
+        places = free.nonzero()[: len(come), 0]
+        self._keys = torch.cat([self._keys, keys.new_empty(len(stay) - held)])
+        self._keys[places] = keys[come]
+        self._rows[places] = rows[come.to(rows.device)].float().cpu()
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """See ``RowSample``; read into memory."""
+        if self._rows is None:
+            return super().sorted()
+        order = self._keys.argsort()
+        return self._keys[order], self._rows[order]
 
 
 def _smallest(keys: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:

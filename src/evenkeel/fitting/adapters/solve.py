@@ -1,22 +1,22 @@
-"""From the rows of all layers to adapters within a budget."""
+"""From the rows of all layers to adapters within a budget, one layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from evenkeel.fitting.adapters.collect import Site
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
 from evenkeel.fitting.adapters.row_sample import folds_of
+from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.head_rows import sizes
 from evenkeel.low_rank.budget import Option, share_out
 from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
-from evenkeel.low_rank.metric import Components, OutputMetric, second_moment
+from evenkeel.low_rank.metric import Components, OutputMetric
+from evenkeel.low_rank.moment import Moment, second_moment
 from evenkeel.low_rank.rounding_slope import rounding_slope
-from evenkeel.statistics.exact import working
 
 LARGEST_RANK = 128
 
@@ -30,7 +30,6 @@ class LayerProblem:
         change: D, what the adapter should be, (O, F).
         metric: of the output, or local.
         held_out: the same metric from fewer rows.
-        components: of the change.
 
     """
 
@@ -39,7 +38,10 @@ class LayerProblem:
     change: Tensor
     metric: OutputMetric
     held_out: OutputMetric
-    components: Components
+
+    def components(self, limit: int = LARGEST_RANK) -> Components:
+        """Of the change, so many at most."""
+        return self.metric.components(self.change, limit)
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,15 @@ class Measured:
     kernel: tuple[int, ...]
     difference: Tensor
     regressed: Tensor | None
-    inputs: tuple[Tensor, Tensor]
-    gradients: dict[str, tuple[Tensor, Tensor]]
+    inputs: tuple[Moment, Moment]
+    gradients: dict[str, tuple[Moment, Moment]]
 
     @classmethod
     def of(cls, name: str, site: Site, metrics: Collection[str]) -> Measured | None:
         """None for a layer that computes with its full-precision weight; ``metrics`` will be asked for."""
         keys, x = site.inputs.sorted()
         weight = effective_weight(site.quantized, site.dtype)
-        difference = working(reference_weight(site.reference) - weight)
+        difference = reference_weight(site.reference) - weight
         if not (len(x) and bool(difference.any())):  # some layers are never called
             return None
         kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
@@ -90,13 +92,12 @@ class Measured:
         rounding = target == "regressed" and self.regressed is not None
         change = self.regressed if rounding else self.difference
         assert change is not None
-        components = whole.components(change, min(LARGEST_RANK, *change.shape))
-        return LayerProblem(self.name, self.kernel, change, whole, held_out, components)
+        return LayerProblem(self.name, self.kernel, whole.working(change), whole, held_out)
 
 
 def _gradients(
     keys: Tensor, rows: Tensor, metrics: Collection[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Moment, Moment]]:
     """Second moments of gradients: each weighted by its step, or as they are."""
     if not len(rows):
         return {}
@@ -105,52 +106,132 @@ def _gradients(
     return {m: _both(rows * w, folds) for m, w in weighted.items() if m in metrics}
 
 
-def _both(rows: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
+def _both(rows: Tensor, folds: Tensor) -> tuple[Moment, Moment]:
     return second_moment(rows), second_moment(rows[folds])
 
 
+@dataclass
+class Solution:
+    """Adapters of one fit.
+
+    Attributes:
+        bits: of a value in their factors.
+        layers: the adapters.
+        before, after: error of the final sample by the fit's metric, without and with them.
+
+    """
+
+    bits: int
+    layers: list[LayerAdapter] = field(default_factory=list)
+    before: float = 0.0
+    after: float = 0.0
+
+    @property
+    def predicted(self) -> float:
+        """Predicted error with the adapters over the one without."""
+        return self.after / self.before if self.before else 1.0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all adapters."""
+        return sum(layer.stored_bytes for layer in self.layers)
+
+
+Tried = tuple[str, str]  # a metric and a target
+
+
 def solve(
-    problems: list[LayerProblem], bits: int, budget: int | None, rank: int | None
-) -> tuple[LayerAdapter, ...]:
-    """Adapters with factors of so many bits, within a budget of bytes or of one rank everywhere."""
-    ranks = {p.name: min(rank or 0, len(p.components)) for p in problems}
-    if budget is not None:
-        chosen = share_out({p.name: _options(p, bits) for p in problems}, budget)
-        ranks = {name: int(str(option.choice)) for name, option in chosen.items()}
-    found = []
-    for p in problems:
-        if not ranks[p.name]:
-            continue
+    sites: Mapping[str, Site],
+    tried: Sequence[Tried],
+    bits: Sequence[int],
+    budget: int | None,
+    rank: int | None,
+) -> tuple[int, dict[Tried, Solution]]:
+    """The layers that could have an adapter, and the best fit of every metric and target.
+
+    One layer's matrices are in memory at a time, so that all layers are gone through twice: for what
+    each rank would be worth, and, bytes being shared out, for the factors. Of several precisions the
+    one with the smallest error by the metric is kept: within one metric it compares like with like.
+
+    Args:
+        sites: with their rows.
+        tried: metrics and targets.
+        bits: precisions of the factors.
+        budget: bytes of all adapters together; None gives every layer the same rank.
+        rank: that rank.
+
+    """
+    ranks = _ranks(sites, tried, bits, budget, rank)
+    found = {(t, b): Solution(b) for t in tried for b in bits}
+    layers = 0
+    for measured in _measured(sites, tried):
+        layers += 1
+        for t in tried:
+            problem = measured.problem(*t)
+            if problem is None:
+                continue
+            wanted = {b: ranks[t, b].get(measured.name, 0) for b in bits}
+            limit = max(wanted.values())
+            components = problem.components(limit) if limit else None
+            before = problem.metric.error(problem.change)
+            for b, r in wanted.items():
+                _add(found[t, b], problem, components, min(r, len(components or ())), before)
+    return layers, {
+        t: min((found[t, b] for b in bits), key=lambda solution: solution.predicted) for t in tried
+    }
+
+
+def _measured(sites: Mapping[str, Site], tried: Sequence[Tried]) -> Iterator[Measured]:
+    metrics = {metric for metric, _ in tried}
+    return (m for n, site in sites.items() if (m := Measured.of(n, site, metrics)) is not None)
+
+
+def _ranks(
+    sites: Mapping[str, Site],
+    tried: Sequence[Tried],
+    bits: Sequence[int],
+    budget: int | None,
+    rank: int | None,
+) -> dict[tuple[Tried, int], dict[str, int]]:
+    """Fit -> layer -> rank."""
+    if budget is None:
+        same = dict.fromkeys(sites, rank or 0)
+        return {(t, b): same for t in tried for b in bits}
+    options: dict[tuple[Tried, int], dict[str, list[Option]]] = {
+        (t, b): {} for t in tried for b in bits
+    }
+    for measured in _measured(sites, tried):
+        for t in tried:
+            problem = measured.problem(*t)
+            if problem is None:
+                continue
+            left = problem.components().left().tolist()
+            outputs, features = problem.change.shape
+            for b in bits:
+                options[t, b][problem.name] = [
+                    Option(bytes_of(r, features, outputs, b) if r else 0, error, r)
+                    for r, error in enumerate(left)
+                ]
+    return {
+        fit: {name: int(str(o.choice)) for name, o in share_out(of, budget).items()}
+        for fit, of in options.items()
+    }
+
+
+def _add(
+    solution: Solution, p: LayerProblem, components: Components | None, rank: int, before: float
+) -> None:
+    """Fit one layer's adapter and keep it if held-out rows confirm it."""
+    solution.before += before
+    adapter = None
+    if components is not None and rank:
         adapter = without_empty(
-            fit_factors(p.name, p.metric, p.change, p.components, ranks[p.name], bits)
+            fit_factors(p.name, p.metric, p.change, components, rank, solution.bits)
         )
-        if adapter is not None and _helps(p, adapter):
-            found.append(replace(adapter, kernel=p.kernel))
-    return tuple(found)
-
-
-def _options(p: LayerProblem, bits: int) -> list[Option]:
-    outputs, features = p.change.shape
-    return [
-        Option(bytes_of(r, features, outputs, bits) if r else 0, float(left), r)
-        for r, left in enumerate(p.components.left())
-    ]
-
-
-def _helps(p: LayerProblem, adapter: LayerAdapter) -> bool:
-    """Whether it lowers the layer's error in the metric of the held-out rows."""
-    left = p.change - adapter.change.to(p.change)
-    return p.held_out.error(left) < p.held_out.error(p.change)
-
-
-def predicted(problems: list[LayerProblem], adapters: tuple[LayerAdapter, ...]) -> float:
-    """Predicted error with the adapters over the one without."""
-    by_name = {a.name: a for a in adapters}
-    before = after = 0.0
-    for p in problems:
-        error = p.metric.error(p.change)
-        adapter = by_name.get(p.name)
-        before += error
-        left = p.change if adapter is None else p.change - adapter.change.to(p.change)
-        after += error if adapter is None else p.metric.error(left)
-    return after / before if before else 1.0
+    if adapter is not None:
+        left = p.change - adapter.change.to(p.change)
+        if p.held_out.error(left) < p.held_out.error(p.change):
+            solution.layers.append(replace(adapter, kernel=p.kernel))
+            solution.after += p.metric.error(left)
+            return
+    solution.after += before
