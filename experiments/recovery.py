@@ -1,10 +1,11 @@
 """Recovery adapters against every other way of spending the same bytes.
 
-Frozen: embedded pipeline, DPM-Solver++ 2M, 20 steps, guidance 4.5; fitted on 32 prompts (seed 0); 500 images
-(seed 1) of other prompts, the same noise in every arm. Budgets are bytes of the adapters over bytes of the
-quantized denoiser. Baselines get the same rows, sharing out of bytes and rounding of factors:
-plain SVD (LoftQ: S = G = 1), diagonal (LQER: diagonal of S), local (QERA, EoRA: S); 16-bit factors in
-the output's metric; and the same weights with one more bit each.
+Frozen: each pipeline with its original's sampler, steps and guidance; fitted on 32 prompts (seed 0); images
+of other prompts (seed 1), the same noise in every arm. Budgets are bytes of the adapters over bytes of the
+quantized denoiser. Baselines get the same rows, the same sharing out of bytes and the same rounding of
+factors: plain SVD (LoftQ: S = G = 1), diagonal (LQER: diagonal of S), local (QERA, EoRA: S); besides,
+16-bit factors in the output's metric, and the same weights with one more bit each. `chosen` is what
+`fit_adapters` gives, held-out pairs included. Where layers have branches, `refit` is refit_branches.
 
 Every cell is a file in experiments/recovery/; the command resumes.
 
@@ -15,20 +16,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+import evenkeel
 from evenkeel import zoo
 from evenkeel.comparing.comparison import Arm, compare, standard_arms
 from evenkeel.corrections import RecoveryAdapters
 from evenkeel.fitting.adapters.collect import collect
-from evenkeel.fitting.adapters.fit_adapters import PROBED, sites_of, stored_size
-from evenkeel.fitting.adapters.solve import LayerProblem, Measured, solve
+from evenkeel.fitting.adapters.fit_adapters import PROBED, fitted, stored_size
+from evenkeel.fitting.adapters.sites import opened, sites_of
+from evenkeel.fitting.adapters.solve import LayerProblem, Measured, Solution
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
+from evenkeel.low_rank.budget import share_out
 from evenkeel.low_rank.metric import OutputMetric
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.storage import write_atomically
@@ -36,86 +42,176 @@ from evenkeel.zoo.pictures import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "recovery"
-TWIN, PROMPTS, IMAGES = "pixart-sigma", 32, 500
-# cell -> (specification, the same with one more bit for every weight, budgets)
+PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A twin, how it is quantized, the same with one more bit, budgets, and how many images.
+
+    ``rivals`` says whether the baselines are fitted, too.
+    """
+
+    spec: str
+    higher: str
+    budgets: tuple[float, ...] = (0.11,)
+    twin: str = "pixart-sigma"
+    images: int = 200
+    rivals: bool = True
+    prompts: int = PROMPTS
+
+
+TWINS = (
+    *("sd-v2.1", "flux-schnell", "flux-dev", "sana", "sdxl", "sd-v1.4"),
+    *("sdxl-turbo", "dit-xl", "ldm-4", "ldm-8", "ddim-cifar"),
+)
 CELLS = {
-    "w4a16": ("w4a16-g32", "w5a16-g32", (0.04, 0.11, 0.22)),
-    "w3a16": ("w3a16-g32", "w4a16-g32", (0.11,)),
-    "w4a8": ("w4a8-g32", "w5a8-g32", (0.11,)),
-    "w4a4-r16": ("w4a4-g32-r16", "w5a4-g32-r16", (0.11,)),
+    "w4a16": Cell("w4a16-g32", "w5a16-g32", (0.04, 0.11, 0.22)),
+    "w4a8": Cell("w4a8-g32", "w5a8-g32"),
+    "w3a16": Cell("w3a16-g32", "w4a16-g32"),
+    "w3a4-r16": Cell("w3a4-g32-r16", "w4a4-g32-r16"),
+    "w4a4-r16": Cell("w4a4-g32-r16", "w5a4-g32-r16"),
+    **{
+        f"prompts-{n}": Cell("w4a16-g32", "", rivals=False, prompts=n, images=200)
+        for n in (1, 2, 4, 8, 128)
+    },
+    **{f"{t}-w4a16": Cell("w4a16-g32", "", twin=t, images=100, rivals=False) for t in TWINS},
 }
 
 
-def metrics(m: Measured) -> dict[str, Callable[[], LayerProblem | None]]:
+def rivals(measured: Measured) -> Iterator[tuple[str, LayerProblem]]:
     """A layer's problem as each method sees it."""
-
-    def in_metric(s: torch.Tensor) -> LayerProblem:
-        metric = OutputMetric(s, None)
-        limit = min(128, *m.change.shape)
-        return LayerProblem(
-            m.name, m.kernel, m.change, metric, metric, metric.components(m.change, limit)
-        )
-
-    return {
-        "plain SVD": lambda: in_metric(torch.eye(m.change.shape[1], dtype=torch.float64)),
-        "diagonal (LQER)": lambda: in_metric(m.inputs[0].diagonal().diag()),
-        "local (QERA, EoRA)": lambda: m.problem(local=True),
-        "output (ours)": lambda: m.problem(local=False),
-    }
+    inputs, _ = measured.inputs
+    assert isinstance(inputs, torch.Tensor)
+    diagonal = {"plain SVD": torch.ones(len(inputs)), "diagonal (LQER)": inputs.diagonal()}
+    for name, values in diagonal.items():
+        metric = OutputMetric(values.double().diag(), None)
+        change = metric.working(measured.difference)
+        yield name, LayerProblem(measured.name, measured.kernel, change, metric, metric)
+    for name, kind in (("local (QERA, EoRA)", "local"), ("output (ours)", "output")):
+        if (problem := measured.problem(kind)) is not None:
+            yield name, problem
 
 
-def measure(cell: str, work: Path) -> dict[str, Any]:
+def measure(cell: Cell, work: Path) -> dict[str, Any]:
     """Every arm of a cell against the same full-precision images."""
-    spec, higher, budgets = CELLS[cell]
-    twin, kind = zoo.twin(TWIN), KINDS[zoo.twin(TWIN).pictures]
-    pipe = zoo.load(TWIN)
-    full = denoiser_of(pipe)
-    quantized, finer = (quantize_module(full, QuantizerSpec.parse(s))[0] for s in (spec, higher))
-    settings: dict[str, Any] = {"guidance_scale": twin.guidance_scale, "batch_size": 32}
-    run = Run(
-        pipe, kind.prompts(PROMPTS, 0), twin.num_inference_steps, quantized=quantized, **settings
-    )
-    sites = sites_of(run, 4096)
-    found = collect(run, sites, probed=PROBED, progress=True)
-    made_for = run.provenance(found.law, found.first[:1, None])
-    measured = [m for n, site in sites.items() if (m := Measured.of(n, site)) is not None]
+    twin, pipe = zoo.twin(cell.twin), zoo.load(cell.twin)
+    kind, full = KINDS[twin.pictures], denoiser_of(pipe)
+    quantized, _ = quantize_module(full, QuantizerSpec.parse(cell.spec))
     size = stored_size(quantized)
+    settings: dict[str, Any] = {"guidance_scale": twin.guidance_scale, "batch_size": 32}
+    steps = twin.num_inference_steps
+    run = Run(pipe, kind.prompts(cell.prompts, 0), steps, quantized=quantized, **settings)
     arms: list[Arm] = standard_arms(pipe, quantized, {})
-    bytes_of: dict[str, int] = {"quantized": 0, "one more bit": stored_size(finer) - size}
-    arms.append(Arm("one more bit", finer))
-    for budget in budgets:
-        for name in metrics(measured[0]):
-            problems = [p for m in measured if (p := metrics(m)[name]()) is not None]
-            for bits in (3, 4, 16) if name == "output (ours)" else (3, 4):
-                layers = solve(problems, bits, int(budget * size), None)
-                adapters = RecoveryAdapters(made_for, "output", bits, layers)
-                label = f"{name}, {bits} bits, +{100 * budget:.0f} %"
-                arms.append(Arm(label, quantized, adapters))
-                bytes_of[label] = adapters.stored_bytes
-    prompts = kind.prompts(IMAGES, 1)
+    bytes_of: dict[str, int] = {"quantized": 0}
+    said: dict[str, str] = {}
+    if cell.higher:
+        finer, _ = quantize_module(full, QuantizerSpec.parse(cell.higher))
+        arms.append(Arm("one more bit", finer))
+        bytes_of["one more bit"] = stored_size(finer) - size
+    for budget in cell.budgets:
+        found = fitted(run, budget)
+        label = f"chosen, +{100 * budget:.0f} %"
+        if found.adapters.layers:
+            arms.append(Arm(label, quantized, found.adapters))
+        bytes_of[label], said[label] = found.adapters.stored_bytes, found.report.text()
+        print(found.report.text(), flush=True)
+    if "-r" in cell.spec:
+        arms += refitted(run, cell, bytes_of, said)
+    if cell.rivals:
+        arms += fitted_by_rivals(run, quantized, cell.budgets, size, bytes_of)
+    prompts = kind.prompts(cell.images, 1)
     comparison = compare(
         pipe,
         arms,
         prompts=prompts,
-        num_inference_steps=twin.num_inference_steps,
-        evaluator=kind.evaluator(zoo.path_of(TWIN)),
-        folder=work / cell,
+        num_inference_steps=steps,
+        evaluator=kind.evaluator(zoo.path_of(cell.twin)),
+        folder=work,
         guidance_scale=twin.guidance_scale,
         batch_size=50,
     )
     rows = [{**arm.as_dict(), "share": bytes_of.get(arm.name, 0) / size} for arm in comparison.arms]
-    return {"cell": cell, "quantizer": spec, "bytes": size, "images": IMAGES, "arms": rows}
+    return {
+        "twin": cell.twin,
+        "quantizer": cell.spec,
+        "bytes": size,
+        "images": cell.images,
+        "prompts": cell.prompts,
+        "arms": rows,
+        "fits": said,
+    }
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+def refitted(run: Run, cell: Cell, bytes_of: dict[str, int], said: dict[str, str]) -> list[Arm]:
+    """Today's refit of the branches, and adapters beside the refitted layers."""
+    asked: dict[str, Any] = {
+        "prompts": run.prompts.values,
+        "num_inference_steps": run.num_inference_steps,
+        "guidance_scale": run.guidance_scale,
+        "batch_size": run.batch_size,
+    }
+    module, _ = evenkeel.refit_branches(
+        run.pipeline, quantized=run.pair[1], progress=False, **asked
+    )
+    budget = cell.budgets[0]
+    adapters, report = evenkeel.fit_adapters(
+        run.pipeline, quantized=module, budget=budget, seed=1000, progress=False, **asked
+    )
+    label = f"refit, chosen, +{100 * budget:.0f} %"
+    bytes_of |= {"refit": 0, label: adapters.stored_bytes}
+    said[label] = report.text()
+    print(report.text(), flush=True)
+    beside = [Arm(label, module, adapters)] if adapters.layers else []
+    return [Arm("refit", module), *beside]
+
+
+def fitted_by_rivals(
+    run: Run, quantized: nn.Module, budgets: Sequence[float], size: int, bytes_of: dict[str, int]
+) -> list[Arm]:
+    """Adapters of every method, budget and precision; all from the same rows."""
+    arms = []
+    with opened(sites_of(run), 4096, 8e9, gradients=True) as sites:
+        found = collect(run, sites, probed=PROBED, progress=True)
+        made_for = run.provenance(found.law, found.first[:1, None])
+        problems: dict[str, list[LayerProblem]] = {}
+        for name, site in sites.items():
+            measured = Measured.of(name, site, {"output", "local"})
+            for method, problem in rivals(measured) if measured is not None else ():
+                problems.setdefault(method, []).append(problem)
+        for budget in budgets:
+            for method, some in problems.items():
+                precisions = (3, 4, 16) if method == "output (ours)" else (3, 4)
+                for bits in precisions:
+                    solution = solved(some, bits, int(budget * size))
+                    adapters = RecoveryAdapters(made_for, "output", bits, tuple(solution.layers))
+                    label = f"{method}, {bits} bits, +{100 * budget:.0f} %"
+                    arms.append(Arm(label, quantized, adapters))
+                    bytes_of[label] = adapters.stored_bytes
+    return arms
+
+
+def solved(problems: Sequence[LayerProblem], bits: int, budget: int) -> Solution:
+    """Bytes shared out, factors rounded."""
+    components = {p.name: p.components() for p in problems}
+    options = {p.name: p.options(components[p.name].left(), bits) for p in problems}
+    chosen, solution = share_out(options, budget), Solution(bits)
+    for p in problems:
+        solution.add(p, components[p.name], int(str(chosen[p.name].choice)))
+    return solution
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
     """RECOVERY.md."""
-    lines = ["# Recovery adapters", "", *(__doc__ or "").splitlines()[2:11], ""]
-    missing = [c for c in CELLS if c not in {cell["cell"] for cell in cells}]
+    lines = ["# Recovery adapters", "", *(__doc__ or "").splitlines()[2:12], ""]
+    missing = [c for c in CELLS if c not in cells]
     if missing:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
-    lines.append("| cell | arm | more bytes | FD to full precision | PSNR, dB | change [95 %] |")
-    lines.append("|---|---|---|---|---|---|")
-    for cell in cells:
+    lines.append(
+        "| twin | weights | prompts | arm | more bytes | FD to full precision | PSNR, dB | change [95 %] |"
+    )
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for cell in cells.values():
         for arm in cell["arms"][1:]:
             fd, psnr = arm["frechet_full_precision"], arm["psnr"]
             change = arm.get("difference_to_quantized", {}).get("psnr")
@@ -123,8 +219,9 @@ def table(cells: list[dict[str, Any]]) -> str:
                 f"{change['value']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
             )  # fmt: skip
             lines.append(
-                f"| {cell['quantizer']} | {arm['name']} | {100 * arm['share']:+.1f} % | "
-                f"{fd['value']:.3f} ± {fd['stderr']:.3f} | {psnr['value']:.2f} | {said} |"
+                f"| {cell['twin']} | {cell['quantizer']} | {cell['prompts']} | {arm['name']} | "
+                f"{100 * arm['share']:+.1f} % | {fd['value']:.3f} ± {fd['stderr']:.3f} | "
+                f"{psnr['value']:.2f} | {said} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -134,12 +231,14 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", default=list(CELLS), metavar="CELL")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/recovery"))
     options = parser.parse_args()
-    for cell in options.cells:
-        place = RESULTS / f"{cell}.json"
+    for name in options.cells:
+        place = RESULTS / f"{name}.json"
         if not place.exists():
-            write_atomically(place, json.dumps(measure(cell, options.work), indent=1) + "\n")
-    cells = [json.loads(p.read_text()) for c in CELLS if (p := RESULTS / f"{c}.json").exists()]
-    write_atomically(HERE / "RECOVERY.md", table(cells))
+            found = measure(CELLS[name], options.work / name)
+            write_atomically(place, json.dumps(found, indent=1) + "\n")
+        known = {c: RESULTS / f"{c}.json" for c in CELLS}
+        cells = {c: json.loads(p.read_text()) for c, p in known.items() if p.exists()}
+        write_atomically(HERE / "RECOVERY.md", table(cells))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ class LayerProblem:
         """Of the change, so many at most."""
         return self.metric.components(self.change, limit)
 
+    def options(self, left: Tensor, bits: int) -> list[Option]:
+        """What ranks 0, 1, ... cost with such factors, and the errors (r + 1,) that they leave."""
+        outputs, features = self.change.shape
+        return [
+            Option(bytes_of(rank, features, outputs, bits) if rank else 0, error, rank)
+            for rank, error in enumerate(left.tolist())
+        ]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -136,6 +144,22 @@ class Solution:
         """Of all adapters."""
         return sum(layer.stored_bytes for layer in self.layers)
 
+    def add(self, p: LayerProblem, components: Components, rank: int) -> None:
+        """Fit one layer's adapter of this rank, or none; keep it if held-out rows confirm it."""
+        before = p.metric.error(p.change)
+        self.before += before
+        adapter = None
+        if rank:
+            fit = fit_factors(p.name, p.metric, p.change, components, rank, self.bits)
+            adapter = without_empty(fit)
+        if adapter is not None:
+            left = p.change - adapter.change.to(p.change)
+            if p.held_out.error(left) < p.held_out.error(p.change):
+                self.layers.append(replace(adapter, kernel=p.kernel))
+                self.after += p.metric.error(left)
+                return
+        self.after += before
+
 
 Tried = tuple[str, str]  # a metric and a target
 
@@ -171,11 +195,9 @@ def solve(
             if problem is None:
                 continue
             wanted = {b: ranks[t, b].get(measured.name, 0) for b in bits}
-            limit = max(wanted.values())
-            components = problem.components(limit) if limit else None
-            before = problem.metric.error(problem.change)
+            components = problem.components(max(1, *wanted.values()))
             for b, r in wanted.items():
-                _add(found[t, b], problem, components, min(r, len(components or ())), before)
+                found[t, b].add(problem, components, min(r, len(components)))
     return layers, {
         t: min((found[t, b] for b in bits), key=lambda solution: solution.predicted) for t in tried
     }
@@ -205,33 +227,10 @@ def _ranks(
             problem = measured.problem(*t)
             if problem is None:
                 continue
-            left = problem.components().left().tolist()
-            outputs, features = problem.change.shape
+            left = problem.components().left()
             for b in bits:
-                options[t, b][problem.name] = [
-                    Option(bytes_of(r, features, outputs, b) if r else 0, error, r)
-                    for r, error in enumerate(left)
-                ]
+                options[t, b][problem.name] = problem.options(left, b)
     return {
         fit: {name: int(str(o.choice)) for name, o in share_out(of, budget).items()}
         for fit, of in options.items()
     }
-
-
-def _add(
-    solution: Solution, p: LayerProblem, components: Components | None, rank: int, before: float
-) -> None:
-    """Fit one layer's adapter and keep it if held-out rows confirm it."""
-    solution.before += before
-    adapter = None
-    if components is not None and rank:
-        adapter = without_empty(
-            fit_factors(p.name, p.metric, p.change, components, rank, solution.bits)
-        )
-    if adapter is not None:
-        left = p.change - adapter.change.to(p.change)
-        if p.held_out.error(left) < p.held_out.error(p.change):
-            solution.layers.append(replace(adapter, kernel=p.kernel))
-            solution.after += p.metric.error(left)
-            return
-    solution.after += before
