@@ -23,6 +23,10 @@ from evenkeel.zoo.making.text_encoders import build, build_t5
 from evenkeel.zoo.scene_captions import vocabulary
 
 GROUP = 64
+GEOMETRY = {
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "padding_mode", "dilation", "groups"),
+}
 NOISE = 1 << 20  # random numbers of which all weights are made
 
 
@@ -77,6 +81,8 @@ class Packed(nn.Module):
         weight: Tensor = layer.get_parameter("weight").data
         self.shape, self.like = weight.shape, copy.copy(layer)
         self.like._parameters = {"weight": None, "bias": None}
+        for key in GEOMETRY & vars(layer).keys():
+            setattr(self, key, getattr(layer, key))
         rows = weight.reshape(len(weight), -1)
         rows = F.pad(rows, (0, -rows.shape[1] % GROUP)).reshape(len(weight), -1, GROUP)
         scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 7

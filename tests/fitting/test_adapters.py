@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import replace
 
+import accelerate
 import diffusers as d
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 import evenkeel
 from evenkeel import zoo
 from evenkeel.cli import main
+from evenkeel.comparing.restore import restore
 from evenkeel.corrections import Composite, RecoveryAdapters
 from evenkeel.errors import CalibrationError, Incompatible, RecordError
 from evenkeel.fitting.adapters.collect import _Probe, _Rows, _Watch, collect
@@ -28,9 +31,11 @@ from evenkeel.fitting.adapters.row_sample import RowFile, RowSample, folds_of, r
 from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.head_rows import Head
 from evenkeel.hosts.pipeline.denoiser_calls import Call
+from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.run import Batch, Run
-from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module
+from evenkeel.reports.restored import write_restored
 from evenkeel.zoo.pictures import KINDS
 
 W3 = QuantizerSpec.parse("w3a16-g16")
@@ -283,6 +288,44 @@ def test_pairs_are_disjoint(flux):
         assert len(without.fit.prompts) >= len(pairs.fit.prompts)
 
 
+def test_full_precision_weights_may_stay_on_the_disk_and_rows_in_files(flux, flux_w3, tmp_path):
+    options = {"rank": 2, "bits": 4, "metric": "local"}
+    expected = fitted(flux, flux_w3, **options)
+    assert expected.layers
+    assert fitted(flux, flux_w3, memory=1.0, **options).digest() == expected.digest()
+    pipe = type(flux.pipe)(
+        **{**flux.pipe.components, "transformer": copy.deepcopy(flux.pipe.transformer)}
+    )
+    accelerate.disk_offload(pipe.transformer, tmp_path, execution_device=torch.device("cpu"))
+    assert next(pipe.transformer.parameters()).is_meta
+    away = fitted(replace(flux, pipe=pipe), flux_w3, **options)
+    assert away.digest() == expected.digest()
+
+
+def test_branches_are_refitted_before_adapters_stand_beside_them(tmp_path):
+    twin = zoo.twin("pixart-sigma")
+    pipe, prompts = zoo.load("pixart-sigma"), KINDS[twin.pictures].prompts(8, 0)
+    spec = replace(QuantizerSpec.parse("w3a4-g32-r16"), only=("transformer_blocks.3.*",))
+    quantized = quantize_module(pipe.transformer, spec)[0]
+    found = restore(
+        pipe, quantized=quantized, prompts=prompts, measured_on=(), num_inference_steps=3, budget=0.1,
+        guidance_scale=twin.guidance_scale, readout=False, progress=False,
+    )  # fmt: skip
+    assert found.refit_gain is not None
+    assert found.refit_gain[1] > 0
+    assert found.refitted is not None
+    assert fingerprint(found.refitted) == found.adapters.provenance.quantized
+    assert "refitted branches bring +" in found.sentence
+    out = write_restored(
+        tmp_path / "out", found, {"pipeline": "p", "quantized": "q", "seed": 0}, []
+    )
+    assert "`quantized/` of this folder" in (out / "README.md").read_text()
+    again, _ = load_quantized(out / "quantized")
+    assert fingerprint(again) == fingerprint(found.refitted)
+    if found.adapters.layers:
+        evenkeel.load(out)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -373,7 +416,7 @@ import os
 import sys
 from pathlib import Path
 import evenkeel
-from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module
 from several_processes import environment, torchrun
 from tiny_pipelines import ALL
 

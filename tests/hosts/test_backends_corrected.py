@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,12 @@ def test_a_compiled_denoiser_is_calibrated_and_corrected(name: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_sequential_offload_took_away_are_refused() -> None:
+def test_weights_that_sequential_offload_took_away_are_read_or_refused(tmp_path) -> None:
+    plain = copy.deepcopy(pipeline().transformer)
+    before = fingerprint(plain)
+    accelerate.disk_offload(plain, tmp_path, execution_device=torch.device("cpu"))
+    assert next(plain.parameters()).is_meta
+    assert fingerprint(plain) == before
     model = quantized("torchao int8 dynamic", skip=("transformer_blocks",))
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(UnsupportedPipeline, match="meta device"):

@@ -81,7 +81,7 @@ def _run_restore(options: argparse.Namespace) -> None:
         "seed": options.seed,
         **settings,
     }
-    written = bool(found.parts)
+    written = bool(found.parts) or found.refitted is not None
     if written and processes().main:
         write_restored(options.out, found, described, [*map(str, measured_on)])
     if options.json:

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from evenkeel.comparing.comparison import Comparison, Evaluator, compare, standard_arms
+from evenkeel.comparing.comparison import Arm, Comparison, Evaluator, compare, standard_arms
 from evenkeel.corrections.base import Correction
 from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.readout import Readout
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import EvenkeelError
+from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.fit_adapters import AdapterReport, Fitted, fitted
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.readout.fit_readout import fit_readout
+from evenkeel.fitting.refit.refit_branches import refit_branches
 from evenkeel.hosts.actuators.beside import with_adapters
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
+from evenkeel.quantizers.layers.quantized_layers import Quantized
 from evenkeel.statistics.student import student_margin
 
 RESTORED = "restored"
@@ -37,6 +40,9 @@ class Restored:
         readout_gain: dB on the confirming pairs that it adds, with its one-sided 95 % bound.
         no_readout: why there is none.
         measured: number of steps -> comparison on other prompts.
+        refitted: the denoiser with its own branches refitted, which all parts belong to; None where it has
+            none, or where that was not confirmed.
+        refit_gain: dB on the confirming pairs that the refit brings, with its bound.
         unmeasured: number of steps -> why nothing was measured there.
 
     """
@@ -46,6 +52,8 @@ class Restored:
     readout: Readout | None
     readout_gain: tuple[float, float] | None
     no_readout: str
+    refitted: nn.Module | None = None
+    refit_gain: tuple[float, float] | None = None
     measured: dict[int, Comparison] = field(default_factory=dict)
     unmeasured: dict[int, str] = field(default_factory=dict)
 
@@ -58,11 +66,14 @@ class Restored:
     @property
     def sentence(self) -> str:
         """What came out."""
-        if not self.parts:
+        if not self.parts and self.refitted is None:
             return self.report.text().splitlines()[0]
         found = "no adapters: they were not confirmed"
         if self.adapters.layers:
             found = self.report.text().splitlines()[0]
+        if self.refitted is not None and self.refit_gain is not None:
+            gain, bound = self.refit_gain
+            found = f"refitted branches bring {gain:+.2f} dB (bound {bound:+.2f}); on top, {found}"
         if self.readout is not None and self.readout_gain is not None:
             found += f"; a readout adds {self.readout_gain[0]:+.2f} dB (bound {self.readout_gain[1]:+.2f})"
         for steps, comparison in self.measured.items():
@@ -81,6 +92,8 @@ class Restored:
             "adapters": self.report.as_dict(),
             "readout": None if self.readout_gain is None else list(self.readout_gain),
             "no_readout": self.no_readout,
+            "refit": None if self.refit_gain is None else list(self.refit_gain),
+            "refitted": self.refitted is not None,
             "measured": {
                 str(steps): [arm.as_dict() for arm in comparison.arms]
                 for steps, comparison in self.measured.items()
@@ -107,7 +120,8 @@ def restore(
 ) -> Restored:
     """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
 
-    Under torchrun the processes share the prompts.
+    Where layers of this library's quantizers have low-rank branches, these are refitted first
+    (``refit_branches``), and kept on the same condition. Under torchrun the processes share the prompts.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -135,23 +149,27 @@ def restore(
         "call": call,
     }
     run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
+    refit, refit_gain = _refitted(run, progress) if has_branches(quantized) else (None, None)
+    base = quantized if refit is None else refit
+    if refit is not None:
+        run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=base, **asked)
     fit = fitted(run, budget, progress=progress)
     adapters = fit.adapters
     head, gained, why = _readout(run, fit, progress) if readout else (None, None, "not asked for")
-    found = Restored(adapters, fit.report, head, gained, why)
-    if not (found.parts and len(measured_on)):
+    found = Restored(adapters, fit.report, head, gained, why, refit, refit_gain)
+    if not ((found.parts or refit is not None) and len(measured_on)):
         return found
-    kept = found.parts[0] if len(found.parts) == 1 else Composite(found.parts)
+    kept = Composite(found.parts) if len(found.parts) > 1 else next(iter(found.parts), None)
     for count in dict.fromkeys((num_inference_steps, *OTHER_STEPS)):
         # Heads belong to the fitted noise levels; adapters do not.
         shown = kept if count == num_inference_steps or head is None else adapters
-        if not (shown.beside or shown.heads):
+        if refit is None and not (shown is not None and (shown.beside or shown.heads)):
             found.unmeasured[count] = "the readout that was kept belongs to the fitted steps"
             continue
         try:
             found.measured[count] = compare(
                 pipeline,
-                standard_arms(pipeline, quantized, {RESTORED: shown}),
+                [*standard_arms(pipeline, quantized, {}), Arm(RESTORED, base, shown)],
                 prompts=measured_on,
                 num_inference_steps=count,
                 evaluator=evaluator,
@@ -161,6 +179,36 @@ def restore(
         except EvenkeelError as e:
             found.unmeasured[count] = str(e)
     return found
+
+
+def has_branches(quantized: nn.Module) -> bool:
+    """Whether a layer of this library's quantizers has a low-rank branch."""
+    layers = (m for m in quantized.modules() if isinstance(m, Quantized))
+    return any(isinstance(down := getattr(m, "down", None), Tensor) and len(down) for m in layers)
+
+
+def _refitted(run: Run, progress: bool) -> tuple[nn.Module | None, tuple[float, float] | None]:
+    """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
+    pairs = Pairs.of(run, choosing=False)
+    asked: dict[str, Any] = {
+        "guidance_scale": run.guidance_scale,
+        "seed": run.seed,
+        "batch_size": run.batch_size,
+        "call": run.call,
+    }
+    if len(pairs.fit.prompts) < 2:
+        return None, None  # one prompt is not enough for a refit
+    module, _ = refit_branches(
+        run.pipeline,
+        quantized=run.pair[1],
+        prompts=pairs.fit.prompts.values,
+        num_inference_steps=run.num_inference_steps,
+        progress=progress,
+        **asked,
+    )
+    gains = FinalSamples(pairs.held_out).gains_of(module, pairs.confirm)
+    said = float(gains.mean()), float(gains.mean()) - student_margin(gains)
+    return (module if said[1] > 0 else None), said
 
 
 def _readout(

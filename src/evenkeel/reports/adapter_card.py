@@ -44,6 +44,7 @@ def card(found: Restored, settings: dict[str, Any], *, loader: bool) -> str:
         f"- full-precision {made_for.denoiser}: `{made_for.reference}`",
         f"- quantized {made_for.denoiser}: `{settings['quantized']}`, `{made_for.quantizer}`, "
         f"`{made_for.quantized}`",
+        *_refitted(found),
         f"- fitted on {found.report.prompts} prompts, {made_for.num_inference_steps} steps of "
         f"{made_for.scheduler_class}, guidance {made_for.guidance_scale}, seed {settings['seed']}",
         *_sizes(found),
@@ -73,6 +74,15 @@ def _metadata(found: Restored, settings: dict[str, Any], loader: bool) -> list[s
         *named,
         f"tags: [{', '.join(['evenkeel', *kind, 'quantization', 'recovery-adapter'])}]",
         "---",
+    ]
+
+
+def _refitted(found: Restored) -> list[str]:
+    """Where the denoiser is that all of it belongs to, if it is not the given one."""
+    if found.refitted is None:
+        return []
+    return [
+        "- its low-rank branches are refitted: load the denoiser in `quantized/` of this folder"
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 
 from evenkeel.comparing.restore import Restored
+from evenkeel.quantizers import save_quantized
 from evenkeel.record import save
 from evenkeel.record.correction_file import RESTORED
 from evenkeel.record.lora_file import FILE, peft_files, write_lora
@@ -20,6 +21,7 @@ from evenkeel.reports.html import write_report
 from evenkeel.storage import json_safe, write_folder
 
 SHOWN = 12
+QUANTIZED = "quantized"  # folder of a refitted denoiser
 
 
 def write_restored(
@@ -30,9 +32,12 @@ def write_restored(
 ) -> Path:
     """All files at once, whole or not at all; ``evenkeel.load(folder)`` gives the correction back.
 
+    A refitted denoiser stands beside them in ``quantized``, written afterwards: what belongs to it is
+    refused beside any other.
+
     Args:
         folder: made if missing.
-        found: with at least one part.
+        found: with at least one part, or a refitted denoiser.
         settings: of the run, for card and report.
         prompts: of the images that were measured.
 
@@ -52,7 +57,10 @@ def write_restored(
     report = _report(found, settings, prompts)
     if report is not None:
         files["report.html"] = report
-    return write_folder(folder, RESTORED, {"parts": [part.name for part in found.parts]}, files)
+    made = write_folder(folder, RESTORED, {"parts": [part.name for part in found.parts]}, files)
+    if found.refitted is not None:
+        save_quantized(found.refitted, made / QUANTIZED)
+    return made
 
 
 def _saved(part: Any, path: Path) -> None:

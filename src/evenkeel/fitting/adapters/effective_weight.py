@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evenkeel.hosts.actuators.beside import shape_of
 from evenkeel.hosts.actuators.head_rows import border, sizes
+from evenkeel.hosts.pipeline.offloaded import present
 
 AT_A_TIME = 1024  # features asked in one call
 LINEAR = 1e-3, 1e-2  # how far a linear map is off its own sums in float32, in half precision
@@ -82,4 +83,11 @@ def _asked(layer: Any, rows: Tensor) -> Tensor:
 
 def reference_weight(layer: nn.Module) -> Tensor:
     """(O, F) float32 weight of a plain layer."""
-    return layer.get_parameter("weight").detach().float().flatten(1)
+    weight = present(layer, "weight", layer.get_parameter("weight"))
+    return weight.detach().float().flatten(1)
+
+
+def reference_bias(layer: nn.Module) -> Tensor | None:
+    """(O,) float32 bias of a plain layer, if it has one."""
+    bias: Tensor | None = getattr(layer, "bias", None)
+    return None if bias is None else present(layer, "bias", bias).detach().float()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction
@@ -28,7 +28,7 @@ class FinalSamples:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._full = self._sampled(run, full=True)
+        self._full = self._sampled(run, denoiser=run.denoiser)
         self._before = self._errors(self._sampled(run), self._full)
 
     def gains(
@@ -54,6 +54,13 @@ class FinalSamples:
         chosen = slice(over.start, over.stop)
         return gain(self._before[chosen], self._errors(found, self._full[chosen]))
 
+    def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
+        """The same for another quantized denoiser in place of the run's."""
+        some = part(self.run, list(over), self.run.seed + over.start)
+        chosen = slice(over.start, over.stop)
+        found = self._sampled(some, denoiser=quantized)
+        return gain(self._before[chosen], self._errors(found, self._full[chosen]))
+
     @staticmethod
     def _errors(found: Tensor, full: Tensor) -> Tensor:
         each = (found.double() - full.double()).flatten(1).square().mean(1)
@@ -65,9 +72,11 @@ class FinalSamples:
         return each
 
     @staticmethod
-    def _sampled(run: Run, *, full: bool = False, correction: Correction | None = None) -> Tensor:
+    def _sampled(
+        run: Run, *, denoiser: nn.Module | None = None, correction: Correction | None = None
+    ) -> Tensor:
         us, made = processes(), []
-        with run.undisturbed(None if full else run.pair[1]), ExitStack() as stack:
+        with run.undisturbed(run.pair[1] if denoiser is None else denoiser), ExitStack() as stack:
             if correction is not None:
                 stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
             for batch in run.share():

@@ -18,6 +18,7 @@ from evenkeel.fitting.adapters.effective_weight import rounds_inputs
 from evenkeel.fitting.adapters.row_sample import RowFile, RowSample
 from evenkeel.hosts.actuators.beside import shape_of
 from evenkeel.hosts.actuators.head_rows import Head
+from evenkeel.hosts.pipeline.offloaded import present
 from evenkeel.hosts.pipeline.pipelines import uncompiled
 from evenkeel.hosts.run import Run
 
@@ -141,4 +142,7 @@ def _computes_alike(layer: Any, original: nn.Module) -> bool:
     """Whether a layer is a plain one with the original's weight."""
     weight = getattr(layer, "weight", None)
     plain = type(layer) is type(original) and type(weight) in (Tensor, nn.Parameter)
-    return plain and weight is not None and torch.equal(weight, original.get_parameter("weight"))
+    if not plain or weight is None:
+        return False
+    full = present(original, "weight", original.get_parameter("weight"))
+    return torch.equal(present(layer, "weight", weight), full)

@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
+from evenkeel.fitting.adapters.effective_weight import (
+    effective_weight,
+    reference_bias,
+    reference_weight,
+)
 from evenkeel.fitting.adapters.row_sample import folds_of
 from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.head_rows import sizes
@@ -84,9 +88,8 @@ class Measured:
         gradients = _gradients(*site.gradients.sorted(), metrics)
         regressed = None
         if site.outputs is not None:
-            bias = getattr(site.reference, "bias", None)
-            noise = x @ weight.T - site.outputs.sorted()[1].to(x)
-            noise += 0.0 if bias is None else bias.detach().float()
+            bias = reference_bias(site.reference)
+            noise = x @ weight.T - site.outputs.sorted()[1].to(x) + (0.0 if bias is None else bias)
             outputs = next((g for g, _ in gradients.values()), None)
             regressed = difference + rounding_slope(x, noise, folds_of(keys), outputs)
         return cls(name, kernel, difference, regressed, _both(x, folds_of(keys)), gradients)

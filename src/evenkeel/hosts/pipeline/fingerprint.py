@@ -8,8 +8,8 @@ import json
 import torch
 from torch import Tensor, nn
 
-from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.backends.catalogue import backend_settings, backend_text, stored_tensors
+from evenkeel.hosts.pipeline.offloaded import present
 
 _SAMPLED = 65_536
 BESIDE = "evenkeel_beside"  # attribute of a denoiser whose layers have adapters: their digest
@@ -24,8 +24,8 @@ def fingerprint(module: nn.Module) -> str:
     first call, and saved and loaded again, a network keeps its fingerprint.
 
     Raises:
-        UnsupportedPipeline: weights are not in memory (meta device under sequential offload), or of
-            a tensor class that does not show what it stores.
+        UnsupportedPipeline: weights are on the meta device and no offloading hook keeps them, or of a
+            tensor class that does not show what it stores.
 
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile wraps it; the network is the same
@@ -39,12 +39,7 @@ def fingerprint(module: nn.Module) -> str:
     if settings:
         digest.update(json.dumps(settings).encode())
     for name, tensor in sorted(stored_tensors(module), key=lambda item: item[0]):
-        if tensor.device.type == "meta":
-            raise UnsupportedPipeline(
-                f"{name} of {type(module).__name__} is on the meta device (sequential offload); "
-                f"calibrate and apply before enabling offload, or use enable_model_cpu_offload."
-            )
-        flat = tensor.reshape(-1)
+        flat = present(module, name, tensor).reshape(-1)
         stride = max(1, flat.numel() // _SAMPLED)
         sampled = flat[::stride][:_SAMPLED].contiguous().cpu()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
