@@ -1,4 +1,4 @@
-"""The demo: the embedded pipeline quantized to W3A4, calibrated, refitted, corrected, compared."""
+"""The demo: the embedded pipeline with weights of 3 bits, calibrated, restored, compared."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from evenkeel import zoo
-from evenkeel.comparing.comparison import Arm, compare, standard_arms
+from evenkeel.comparing.comparison import compare, standard_arms
+from evenkeel.comparing.restore import RESTORED, restore
 from evenkeel.corrections import QDrift
-from evenkeel.fitting import calibrate, fit_readout, refit_branches
+from evenkeel.fitting import calibrate
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
-from evenkeel.record import save
+from evenkeel.reports.restored import write_restored
 from evenkeel.reports.save import save_results
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
 CALIBRATION_SEED, COMPARISON_SEED = 0, 1
+BUDGET = 0.11  # of the quantized denoiser's bytes
 
 
 def demo(
@@ -26,8 +28,8 @@ def demo(
     Args:
         images: per arm; the same prompts and the same noise in every arm.
         calibration_prompts: other captions than the compared ones.
-        quantizer: specification, for example ``w3a4-g32-r16``.
-        out: folder for report.html, results.json, the record, the readout and the images.
+        quantizer: specification, for example ``w3a16-g32``.
+        out: folder for report.html, results.json, the record, what restores the pipeline, and the images.
         progress: show bars.
 
     """
@@ -51,15 +53,13 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     record = calibrate(pipeline, quantized=quantized, **fitting)
     record.save(out / "record.safetensors")
-    refitted, _ = refit_branches(pipeline, quantized=quantized, **fitting)
-    readout = fit_readout(pipeline, quantized=refitted, **fitting)
-    save(readout, out / "readout.safetensors")
+    restored = restore(pipeline, quantized=quantized, measured_on=(), budget=BUDGET, **fitting)
+    if restored.parts or restored.refitted is not None:
+        described = {"pipeline": f"zoo:{twin.name}", "quantized": quantizer, **settings}
+        write_restored(out / RESTORED, restored, {**described, "seed": CALIBRATION_SEED}, [])
     comparison = compare(
         pipeline,
-        [
-            *standard_arms(pipeline, quantized, [QDrift(record.evidence)]),
-            Arm("refit+readout", refitted, readout),
-        ],
+        [*standard_arms(pipeline, quantized, [QDrift(record.evidence)]), *restored.arms(quantized)],
         prompts=prompts,
         batch_size=64,
         evaluator=HandwritingEvaluator(zoo.path_of(twin.name)),
@@ -78,6 +78,7 @@ def demo(
         "calibration seed": CALIBRATION_SEED,
         "comparison seed": COMPARISON_SEED,
         "quantized layers": len(report.quantized),
+        "megabytes of recovery adapters": round(restored.adapters.stored_bytes / 1e6, 3),
         "quantized megabytes": round(report.stored_bytes / 1e6, 2),
         "full-precision megabytes (16 bit)": round(report.full_precision_bytes / 1e6, 2),
     }

@@ -24,11 +24,11 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _run_demo,
-        "Quantize the embedded pipeline, calibrate, correct, and show what that changed.",
+        "Quantize the embedded pipeline, restore it, and show what that changed.",
     )
     parser.add_argument("--images", type=positive, default=256, help="per arm")
     parser.add_argument("--calibration-prompts", type=positive, default=32)
-    parser.add_argument("--quantizer", default="w3a4-g32-r16", help="specification")
+    parser.add_argument("--quantizer", default="w3a16-g32", help="specification")
     parser.add_argument(
         "--out", type=Path, default=Path("evenkeel-demo"), help="folder for the results"
     )

@@ -63,6 +63,13 @@ class Restored:
         kept = [self.adapters] if self.adapters.layers else []
         return (*kept, *([] if self.readout is None else [self.readout]))
 
+    def arms(self, quantized: nn.Module) -> list[Arm]:
+        """What was kept, for ``compare``; nothing where nothing was."""
+        if not self.parts and self.refitted is None:
+            return []
+        kept = Composite(self.parts) if len(self.parts) > 1 else next(iter(self.parts), None)
+        return [Arm(RESTORED, quantized if self.refitted is None else self.refitted, kept)]
+
     @property
     def sentence(self) -> str:
         """What came out."""
@@ -157,19 +164,20 @@ def restore(
     adapters = fit.adapters
     head, gained, why = _readout(run, fit, progress) if readout else (None, None, "not asked for")
     found = Restored(adapters, fit.report, head, gained, why, refit, refit_gain)
-    if not ((found.parts or refit is not None) and len(measured_on)):
+    arms = found.arms(quantized)
+    if not (arms and len(measured_on)):
         return found
-    kept = Composite(found.parts) if len(found.parts) > 1 else next(iter(found.parts), None)
     for count in dict.fromkeys((num_inference_steps, *OTHER_STEPS)):
         # Heads belong to the fitted noise levels; adapters do not.
-        shown = kept if count == num_inference_steps or head is None else adapters
-        if refit is None and not (shown is not None and (shown.beside or shown.heads)):
+        whole = count == num_inference_steps or head is None
+        if not (whole or adapters.layers or refit is not None):
             found.unmeasured[count] = "the readout that was kept belongs to the fitted steps"
             continue
+        arm = arms[0] if whole else Arm(RESTORED, base, adapters)
         try:
             found.measured[count] = compare(
                 pipeline,
-                [*standard_arms(pipeline, quantized, {}), Arm(RESTORED, base, shown)],
+                [*standard_arms(pipeline, quantized, {}), arm],
                 prompts=measured_on,
                 num_inference_steps=count,
                 evaluator=evaluator,
