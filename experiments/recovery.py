@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import evenkeel
@@ -38,10 +39,12 @@ from evenkeel.low_rank.budget import share_out
 from evenkeel.low_rank.metric import OutputMetric
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.storage import write_atomically
+from evenkeel.zoo.making.twins import pixart_sigma
 from evenkeel.zoo.pictures import KINDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "recovery"
+TRAINED = Path("runs/experiments/widths")  # by widths.py
 PROMPTS = 32
 
 
@@ -49,7 +52,8 @@ PROMPTS = 32
 class Cell:
     """A twin, how it is quantized, the same with one more bit, budgets, and how many images.
 
-    ``rivals`` says whether the baselines are fitted, too.
+    ``rivals`` says whether the baselines are fitted, too. ``width``: of a denoiser that widths.py trained for
+    1,000 steps, in place of the twin's.
     """
 
     spec: str
@@ -59,6 +63,7 @@ class Cell:
     images: int = 200
     rivals: bool = True
     prompts: int = PROMPTS
+    width: int | None = None
 
 
 TWINS = (
@@ -74,6 +79,12 @@ CELLS = {
     **{
         f"prompts-{n}": Cell("w4a16-g32", "", rivals=False, prompts=n, images=200)
         for n in (1, 2, 4, 8, 128)
+    },
+    **{
+        f"width-{w}": Cell(
+            "w4a16-g32", "w5a16-g32", (0.11, 0.22), images=100, rivals=False, width=w
+        )
+        for w in (48, 96, 192, 384)
     },
     **{f"{t}-w4a16": Cell("w4a16-g32", "", twin=t, images=100, rivals=False) for t in TWINS},
 }
@@ -96,6 +107,10 @@ def rivals(measured: Measured) -> Iterator[tuple[str, LayerProblem]]:
 def measure(cell: Cell, work: Path) -> dict[str, Any]:
     """Every arm of a cell against the same full-precision images."""
     twin, pipe = zoo.twin(cell.twin), zoo.load(cell.twin)
+    if cell.width is not None:
+        weights = load_file(TRAINED / f"{cell.width}-1000" / "denoiser" / "step-1000.safetensors")
+        pipe.transformer = pixart_sigma.build_denoiser(cell.width).eval()
+        pipe.transformer.load_state_dict(weights)
     kind, full = KINDS[twin.pictures], denoiser_of(pipe)
     quantized, _ = quantize_module(full, QuantizerSpec.parse(cell.spec))
     size = stored_size(quantized)
@@ -133,7 +148,7 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
     )
     rows = [{**arm.as_dict(), "share": bytes_of.get(arm.name, 0) / size} for arm in comparison.arms]
     return {
-        "twin": cell.twin,
+        "twin": cell.twin if cell.width is None else f"width {cell.width}",
         "quantizer": cell.spec,
         "bytes": size,
         "images": cell.images,
