@@ -20,6 +20,7 @@ STEPS, GUIDANCE = 3, 4.5
 PROMPTS = sample_prompts(4, 0)
 COARSE = ("torchao int4", "torchao fake w3a4", "bitsandbytes nf4", "bitsandbytes fp4", "gguf Q4_0")
 COARSE += ("quanto qint4", "sdnq int4", "sdnq uint4 svd", "modelopt w3a4")
+COARSE += ("comfy-kitchen nvfp4", "comfy-kitchen w4a8")
 
 #: What the library says of each.
 TEXTS = {
@@ -39,6 +40,13 @@ TEXTS = {
     "sdnq int4": "sdnq:int4-g16 x 86, plain x 1",
     "sdnq uint4 svd": "sdnq:uint4-g16-r4 x 86, plain x 1",
     "modelopt w3a4": "modelopt:int3-g16-a4 x 87",
+    "comfy-kitchen int8": "comfy-kitchen:int8_tensorwise-a8 x 86, plain x 1",
+    "comfy-kitchen int8 rotated": "comfy-kitchen:int8_tensorwise-rotated-a8 x 86, plain x 1",
+    "comfy-kitchen fp8": "comfy-kitchen:float8_e4m3fn x 86, plain x 1",
+    "comfy-kitchen nvfp4": "comfy-kitchen:nvfp4 x 86, plain x 1",
+    "comfy-kitchen mxfp8": "comfy-kitchen:mxfp8 x 86, plain x 1",
+    "comfy-kitchen w4a4": "comfy-kitchen:convrot_w4a4-a4 x 9, plain x 78",
+    "comfy-kitchen w4a8": "comfy-kitchen:asym_w4a8_int8-g16-a8 x 86, plain x 1",
 }
 
 logging.getLogger("bitsandbytes.autograd._functions").setLevel("ERROR")  # a line per layer and call

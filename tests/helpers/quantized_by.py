@@ -175,6 +175,26 @@ def _sdnq(model: nn.Module, skip: tuple[str, ...] = (), **options: Any) -> nn.Mo
     return model.eval()
 
 
+# ---- comfy-kitchen
+
+
+def _comfy_kitchen(
+    model: nn.Module, skip: tuple[str, ...] = (), *, layout: str, divides: int = 1, **options: Any
+) -> nn.Module:
+    """Layers whose inputs ``divides`` divides."""
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    def weight(layer: nn.Linear) -> Tensor:
+        found: Tensor = QuantizedTensor.from_float(layer.weight.detach(), layout, **options)
+        return found
+
+    model = copy.deepcopy(model)
+    for _, layer in linears(model, skip):
+        if layer.in_features % divides == 0:
+            layer.weight = nn.Parameter(weight(layer), requires_grad=False)
+    return model.eval()
+
+
 # ---- ModelOpt
 
 
@@ -215,6 +235,7 @@ def free_of_shapes(model: nn.Module) -> nn.Module:
 
 
 Builder = Callable[..., nn.Module]
+_ROTATED = {"convrot_groupsize": 16, "divides": 16}  # 256 where it divides the width
 
 #: package to import, and how to quantize with it.
 BACKENDS: dict[str, tuple[str, Builder]] = {
@@ -237,4 +258,23 @@ BACKENDS: dict[str, tuple[str, Builder]] = {
         functools.partial(_sdnq, weights_dtype="uint4", group_size=16, use_svd=True, svd_rank=4),
     ),
     "modelopt w3a4": ("modelopt", modelopt_w3a4),
+    **{
+        f"comfy-kitchen {name}": (
+            "comfy_kitchen",
+            functools.partial(_comfy_kitchen, layout=layout, **options),
+        )
+        for name, layout, options in (
+            ("int8", "TensorWiseINT8Layout", {"per_channel": True}),
+            (
+                "int8 rotated",
+                "TensorWiseINT8Layout",
+                {**_ROTATED, "per_channel": True, "convrot": True},
+            ),
+            ("fp8", "TensorCoreFP8Layout", {}),
+            ("nvfp4", "TensorCoreNVFP4Layout", {}),
+            ("mxfp8", "TensorCoreMXFP8Layout", {}),
+            ("w4a4", "TensorCoreConvRotW4A4Layout", {**_ROTATED, "divides": 64}),
+            ("w4a8", "AsymW4A8Int8Layout", _ROTATED),
+        )
+    },
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
+from evenkeel.hosts.comfy_checkpoint import is_comfy_checkpoint, load_comfy
 from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
@@ -78,7 +79,7 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     """A quantizer specification (``w3a4-g32-r16``), a saved quantized denoiser, a folder or hub id.
 
     A folder or hub id may hold weights of any backend that diffusers loads, and the file of GGUF
-    weights (``.gguf``) is taken alone.
+    weights (``.gguf``) is taken alone, as is a quantized checkpoint of ComfyUI (``.safetensors``).
 
     Raises:
         EvenkeelError: none of these, or their backend is not installed.
@@ -91,7 +92,7 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     if not place.exists() and "/" not in source and place.suffix != ".gguf":
         return quantize_module(reference, QuantizerSpec.parse(source))[0]
     try:
-        model: nn.Module = _loaded(source, place, reference).eval()
+        model: nn.Module = _loaded(source, place, reference, type(pipeline).__name__).eval()
     except (ImportError, NotImplementedError) as e:
         raise UnsupportedPipeline(
             f"{source!r} was quantized by a backend that is not installed: {_first_line(e)}. Install "
@@ -106,13 +107,15 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     return model
 
 
-def _loaded(source: str, place: Path, reference: nn.Module) -> nn.Module:
-    """What diffusers loads: a folder or hub id, or the weights of a ``.gguf`` file.
+def _loaded(source: str, place: Path, reference: nn.Module, pipeline_class: str) -> nn.Module:
+    """What diffusers loads: a folder or hub id, or the weights of a ``.gguf`` file; or ComfyUI's file.
 
     Such a file holds no configuration; it gets that of the reference.
     """
     loader: Any = type(reference)
     dtype = next(reference.parameters()).dtype
+    if is_comfy_checkpoint(place):
+        return load_comfy(place, reference, pipeline_class)
     if place.suffix != ".gguf":
         model: nn.Module = loader.from_pretrained(
             source, local_files_only=place.exists(), torch_dtype=dtype

@@ -13,6 +13,7 @@ from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.backends.base import Backend, number, written
 from evenkeel.hosts.backends.bitsandbytes import BitsAndBytes
 from evenkeel.hosts.backends.casting import Casting
+from evenkeel.hosts.backends.comfy_kitchen import ComfyKitchen
 from evenkeel.hosts.backends.evenkeel import Evenkeel
 from evenkeel.hosts.backends.gguf import GGUF
 from evenkeel.hosts.backends.modelopt import ModelOpt
@@ -30,6 +31,7 @@ BACKENDS: tuple[Backend, ...] = (
     SDNQ(),
     ModelOpt(),
     Nunchaku(),
+    ComfyKitchen(),
     Evenkeel(),
     Casting(),
 )
@@ -42,8 +44,8 @@ class BackendLayer:
     Attributes:
         name: dotted path in the denoiser, torch.compile's wrappers looked through.
         backend: ``torchao``, ``bitsandbytes``, ``gguf``, ``quanto``, ``sdnq``, ``modelopt``,
-            ``nunchaku``, ``evenkeel``, ``casting`` (diffusers' layerwise casting), the package of an
-            unknown tensor class, or ``plain``.
+            ``nunchaku``, ``comfy-kitchen``, ``evenkeel``, ``casting`` (diffusers' layerwise casting),
+            the package of an unknown tensor class, or ``plain``.
         format: in the backend's words, then group (``g``), rank (``r``), activations (``a``):
             ``int4-g64``, ``int3-g64-r32-a4``, ``Q8_0``, ``nf4``. Empty for ``plain``.
         bits: of a weight's code; None where the format does not tell, and for ``plain``.
