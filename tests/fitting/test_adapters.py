@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import accelerate
 import diffusers as d
@@ -377,6 +378,30 @@ def test_a_scheduler_exchanged_later_loses_nothing_and_a_comparison_sees_the_pla
     assert torch.equal(generate(restored), corrected)
     evenkeel.remove(pipe)
     assert torch.equal(generate(restored), plain)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_compiled_denoisers_are_fitted_and_notice_adapters_that_come_and_go(
+    flux, flux_w3, adapters, how
+):
+    torch.compiler.reset()
+    model: Any = copy.deepcopy(flux_w3)
+    if how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    for part in {"wrapped": [], "in place": [model], "blocks": model.transformer_blocks}[how]:
+        part.compile(backend="eager")
+    restored = with_quantized(flux, model)
+    plain = generate(with_quantized(flux, flux_w3))
+    assert torch.equal(generate(restored), plain)  # and the graphs are there
+    with evenkeel.applied(with_quantized(flux, flux_w3).pipe, adapters):
+        expected = generate(with_quantized(flux, flux_w3))
+    evenkeel.apply(restored.pipe, adapters)
+    assert torch.equal(generate(restored), expected)
+    evenkeel.remove(restored.pipe)
+    assert torch.equal(generate(restored), plain)
+    again = fitted(flux, model, rank=4, bits=4, metric="local")
+    assert again.digest() == adapters.digest()
+    torch.compiler.reset()
 
 
 def test_what_is_fitted_with_adapters_belongs_to_them(flux, flux_w3, adapters):

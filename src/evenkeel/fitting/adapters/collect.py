@@ -18,6 +18,7 @@ from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.beside import input_of
 from evenkeel.hosts.actuators.head_rows import outputs_as_rows, rows_of
 from evenkeel.hosts.pipeline.denoiser_calls import Call, answer_of
+from evenkeel.hosts.pipeline.pipelines import eager, uncompiled
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
@@ -74,14 +75,14 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
         CalibrationError: values that are not finite.
 
     """
-    full, quantized = run.pair
+    full, quantized = map(uncompiled, run.pair)  # a graph would not call the hooks
     law = run.law(quantized)
     weights = np.abs(law.trajectory[1][-1])
     weights = weights / np.sqrt((weights**2).mean())
     us, watch = processes(), _Watch()
     probe = _Probe(full, sites, weights, run.seed)
     bar = tqdm(run.share(), desc="adapters", unit="batch", disable=not (progress and us.main))
-    with bar, run.undisturbed(quantized, watch), ExitStack() as stack:
+    with bar, eager(full, quantized), run.undisturbed(quantized, watch), ExitStack() as stack:
         rows = _Rows(watch)
         for site in sites.values():
             hook = site.quantized.register_forward_hook(rows.look(site), with_kwargs=True)

@@ -12,7 +12,8 @@ from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.pairs import part
-from evenkeel.hosts.actuators.beside import attach
+from evenkeel.hosts.actuators.beside import attach, detach
+from evenkeel.hosts.pipeline.pipelines import eager, uncompiled
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import LayerAdapter
@@ -76,7 +77,8 @@ class FinalSamples:
         run: Run, *, denoiser: nn.Module | None = None, correction: Correction | None = None
     ) -> Tensor:
         us, made = processes(), []
-        with run.undisturbed(run.pair[1] if denoiser is None else denoiser), ExitStack() as stack:
+        network = uncompiled(run.pair[1] if denoiser is None else denoiser)
+        with eager(network), run.undisturbed(network), ExitStack() as stack:
             if correction is not None:
                 stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
             for batch in run.share():
@@ -90,12 +92,13 @@ class FinalSamples:
 @contextmanager
 def beside(run: Run, adapters: Sequence[LayerAdapter]) -> Iterator[None]:
     """Inside, the run's quantized denoiser has these adapters."""
-    handles = attach(run.pair[1], adapters)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    network = uncompiled(run.pair[1])
+    with eager(network):
+        handles = attach(network, adapters)
+        try:
+            yield
+        finally:
+            detach(network, handles)
 
 
 def gain(before: Tensor, after: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from evenkeel.corrections.base import Correction
 from evenkeel.errors import Incompatible
 from evenkeel.hosts.actuators.head_rows import border, sizes
 from evenkeel.hosts.pipeline.fingerprint import BESIDE
-from evenkeel.hosts.pipeline.pipelines import uncompiled
+from evenkeel.hosts.pipeline.pipelines import forget_graphs, uncompiled
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.low_rank.factors import LayerAdapter
 
@@ -59,8 +59,8 @@ class Beside(Interceptor):
 
     def detach(self) -> None:
         """Add no longer; the layers compute what they did, bit for bit."""
-        for handle in self._handles:
-            handle.remove()
+        denoiser = self._denoiser() if self._denoiser is not None else None
+        detach(denoiser, self._handles)
         self._handles = []
 
 
@@ -86,23 +86,32 @@ def with_adapters(denoiser: nn.Module, correction: Correction) -> Iterator[nn.Mo
     try:
         yield denoiser
     finally:
-        for handle in handles:
-            handle.remove()
+        detach(denoiser, handles)
         setattr(model, BESIDE, "")
 
 
 def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:
-    """Hooks that add the adapters' outputs; removing them restores the denoiser.
+    """Hooks that add the adapters' outputs; ``detach`` restores the denoiser.
 
     Raises:
         Incompatible: a layer is missing, or of another size.
 
     """
+    layers = [layer_beside(denoiser, adapter) for adapter in adapters]
+    if adapters:
+        forget_graphs(denoiser, *uncompiled(denoiser).modules())
     return [
         layer.register_forward_hook(_Addition(adapter, layer), with_kwargs=True)
-        for adapter in adapters
-        for layer in [layer_beside(denoiser, adapter)]
+        for adapter, layer in zip(adapters, layers, strict=True)
     ]
+
+
+def detach(denoiser: nn.Module | None, handles: Sequence[Any]) -> None:
+    """Take off what ``attach`` gave."""
+    for handle in handles:
+        handle.remove()
+    if handles and denoiser is not None:
+        forget_graphs(denoiser, *uncompiled(denoiser).modules())
 
 
 def layer_beside(denoiser: nn.Module, adapter: LayerAdapter) -> nn.Module:

@@ -14,6 +14,7 @@ from evenkeel.errors import Incompatible, OutOfRange, UnsupportedPipeline, Unsup
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.told_level import SAMPLE_NAMES, LevelTeller, argument_of
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
+from evenkeel.hosts.pipeline.pipelines import forget_graphs
 from evenkeel.hosts.scheduler.interception import Interceptor, installed
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.hosts.scheduler.tape import steering, step_index
@@ -61,9 +62,7 @@ class DenoiserEdit(Interceptor):
         denoiser = self._denoiser() if self._denoiser is not None else None
         if denoiser is None or self._handles:
             return
-        compiled = (getattr(denoiser, name, None) for name in ("_orig_mod", "_compiled_call_impl"))
-        if any(c is not None for c in compiled):
-            torch.compiler.reset()  # compiled graphs do not notice a new hook and would leave it out
+        forget_graphs(denoiser)
         self._handles = [
             denoiser.register_forward_pre_hook(self._called, with_kwargs=True),
             denoiser.register_forward_hook(self._answered),

@@ -19,6 +19,7 @@ from evenkeel.errors import Incompatible
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.head_rows import Head, rows_as_outputs, rows_of
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
+from evenkeel.hosts.pipeline.pipelines import forget_graphs
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.hosts.scheduler.tape import step_index
@@ -152,8 +153,7 @@ class HeadSwitch(Interceptor):
         return result
 
     def _beside(self, denoiser: Any, layer: nn.Module) -> _Beside:
-        if getattr(denoiser, "_orig_mod", None) or getattr(denoiser, "_compiled_call_impl", None):
-            torch.compiler.reset()  # compiled graphs do not notice a new hook and would leave it out
+        forget_graphs(denoiser)
         return _Beside(layer, self.head)
 
     def _select(self) -> None:

@@ -82,6 +82,29 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return inner
 
 
+def forget_graphs(*modules: nn.Module) -> None:
+    """Let torch.compile trace anew if any of these is compiled, wrapped or in place.
+
+    Compiled graphs do not notice a hook that is new, or gone: they would leave it out, or keep it.
+    """
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
+        torch.compiler.reset()
+
+
+@contextmanager
+def eager(*networks: nn.Module) -> Iterator[None]:
+    """Inside, what was compiled in place (``module.compile()``) runs as it is written."""
+    kept = {m: m._compiled_call_impl for network in networks for m in network.modules()}
+    compiled = {m: call for m, call in kept.items() if call is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
 @contextmanager
 def denoiser_swapped(pipeline: Any, module: nn.Module) -> Iterator[None]:
     """Inside, the pipeline runs with ``module``; the original is put back whatever happens."""
