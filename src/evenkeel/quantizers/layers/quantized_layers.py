@@ -6,10 +6,13 @@ fly, so it shows what quantization does to the picture and nothing of what it do
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.input_quantizers import Input
 from evenkeel.quantizers.numbers.grids import Grid
 from evenkeel.quantizers.numbers.scales import Scales
@@ -17,8 +20,34 @@ from evenkeel.quantizers.numbers.scales import Scales
 Stored = tuple[Grid, Scales]
 
 
+class _OnItsGrid(Tensor):
+    """What a layer shows of its weight: an ordinary tensor to whoever reads it.
+
+    Who fuses an adapter (peft, diffusers) assigns to ``data``, and is told why that is refused.
+    """
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """A copy, so that nothing is changed before the refusal."""
+        return self.detach().clone()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise QuantizationError(
+            "an adapter cannot be fused into a quantized weight: the sum lies on no grid of few bits, and "
+            "quantized again it loses most of what the adapter brings. Leave it beside the layer (no "
+            "fuse_lora, merge or merge_and_unload), or fuse it into the full-precision network and "
+            "quantize that."
+        )
+
+
 class QuantizedLayer(nn.Module):
     """What quantized linear and convolution layers have in common. All tensors are buffers.
+
+    Its subclasses are linear layers and convolutions to ``isinstance``, so that peft and diffusers put
+    LoRAs beside them; fusing one into the weight is refused.
 
     ``stored`` tells which grid the weight lies on, so that files hold codes; None where nobody
     knows, or where the weight was not rounded. It is checked when the layer is written.
@@ -37,12 +66,16 @@ class QuantizedLayer(nn.Module):
         smoothing: Tensor | None,
         stored: Stored | None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not the layer's, which would draw weights
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("smoothing", smoothing)
         self.activation = activation
         self.stored = stored
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = nn.Module.__getattr__(self, name)
+        return found.as_subclass(_OnItsGrid) if name == "weight" else found
 
     @property
     def activation_bits(self) -> int:
@@ -55,7 +88,7 @@ class QuantizedLayer(nn.Module):
         return 0
 
 
-class QuantizedLinear(QuantizedLayer):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """x -> Q_a(x / s) W_q^T + b + (x / s down^T) up^T, the last term only with a low-rank branch.
 
     W_q = Q_w(W diag(s) - up down). The branch sees the activation before rounding and stays in the
@@ -130,7 +163,7 @@ class QuantizedLinear(QuantizedLayer):
         )
 
 
-class QuantizedConv2d(QuantizedLayer):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution whose filters are rounded, and whose input is rounded at every pixel.
 
     The input is divided by ``smoothing`` (in,) per channel and rounded along the channels of one
@@ -150,6 +183,12 @@ class QuantizedConv2d(QuantizedLayer):
 
     """
 
+    def __new__(cls, like: Any = None, *arguments: Any, **named: Any) -> Any:
+        """An ordinary convolution where channels are given: peft makes its own by the layer's class."""
+        if isinstance(like, int):
+            return nn.Conv2d(like, *arguments, **named)
+        return super().__new__(cls)
+
     def __init__(
         self,
         like: nn.Conv2d,
@@ -165,6 +204,7 @@ class QuantizedConv2d(QuantizedLayer):
         self.kernel_size, self.stride = like.kernel_size, like.stride
         self.padding, self.dilation = like.padding, like.dilation
         self.groups, self.padding_mode = like.groups, like.padding_mode
+        self.transposed, self.output_padding = False, (0, 0)
         # F.pad's order, last dimension first; used by the modes that F.conv2d does not know.
         self._reversed_padding_repeated_twice = list(like._reversed_padding_repeated_twice)
 
