@@ -31,7 +31,7 @@ from evenkeel.hosts.backends.catalogue import backend_text, bytes_of
 from evenkeel.hosts.pipeline.pipelines import denoiser_swapped, quiet, run_pipeline
 from evenkeel.zoo.evaluation import HandwritingEvaluator, sample_prompts
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from quantized_by import BACKENDS
 
 CALIBRATION, BATCH, TIMED = 32, 32, 8

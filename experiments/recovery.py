@@ -15,7 +15,9 @@ Every cell is a file in experiments/recovery/; the command resumes.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ class Cell:
     """A twin, how it is quantized, the same with one more bit, budgets, and how many images.
 
     ``rivals`` says whether the baselines are fitted, too. ``width``: of a denoiser that widths.py trained for
-    1,000 steps, in place of the twin's.
+    1,000 steps, in place of the twin's. ``backend``: one of those in tests/helpers, in place of ``spec``.
     """
 
     spec: str
@@ -64,11 +66,16 @@ class Cell:
     rivals: bool = True
     prompts: int = PROMPTS
     width: int | None = None
+    backend: str | None = None
 
 
 TWINS = (
     *("sd-v2.1", "flux-schnell", "flux-dev", "sana", "sdxl", "sd-v1.4"),
     *("sdxl-turbo", "dit-xl", "ldm-4", "ldm-8", "ddim-cifar"),
+)
+NAMES = (
+    *("bitsandbytes nf4", "gguf Q4_0", "torchao int4", "quanto qint4", "sdnq int4"),
+    *("sdnq uint4 svd", "gguf Q5_0", "bitsandbytes int8"),
 )
 CELLS = {
     "w4a16": Cell("w4a16-g32", "w5a16-g32", (0.04, 0.11, 0.22)),
@@ -85,6 +92,10 @@ CELLS = {
             "w4a16-g32", "w5a16-g32", (0.11, 0.22), images=100, rivals=False, width=w
         )
         for w in (48, 96, 192, 384)
+    },
+    **{
+        f"backend-{b.replace(' ', '-')}": Cell("", "", images=100, rivals=False, backend=b)
+        for b in NAMES
     },
     **{f"{t}-w4a16": Cell("w4a16-g32", "", twin=t, images=100, rivals=False) for t in TWINS},
 }
@@ -112,7 +123,13 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
         pipe.transformer = pixart_sigma.build_denoiser(cell.width).eval()
         pipe.transformer.load_state_dict(weights)
     kind, full = KINDS[twin.pictures], denoiser_of(pipe)
-    quantized, _ = quantize_module(full, QuantizerSpec.parse(cell.spec))
+    if cell.backend is None:
+        quantized, _ = quantize_module(full, QuantizerSpec.parse(cell.spec))
+    else:
+        sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
+        from quantized_by import BACKENDS
+
+        quantized = BACKENDS[cell.backend][1](copy.deepcopy(full))
     size = stored_size(quantized)
     settings: dict[str, Any] = {"guidance_scale": twin.guidance_scale, "batch_size": 32}
     steps = twin.num_inference_steps
@@ -149,7 +166,7 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
     rows = [{**arm.as_dict(), "share": bytes_of.get(arm.name, 0) / size} for arm in comparison.arms]
     return {
         "twin": cell.twin if cell.width is None else f"width {cell.width}",
-        "quantizer": cell.spec,
+        "quantizer": cell.backend or cell.spec,
         "bytes": size,
         "images": cell.images,
         "prompts": cell.prompts,
