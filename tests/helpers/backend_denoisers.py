@@ -45,7 +45,6 @@ TEXTS = {
     "comfy-kitchen fp8": "comfy-kitchen:float8_e4m3fn x 86, plain x 1",
     "comfy-kitchen nvfp4": "comfy-kitchen:nvfp4 x 86, plain x 1",
     "comfy-kitchen mxfp8": "comfy-kitchen:mxfp8 x 86, plain x 1",
-    "comfy-kitchen w4a4": "comfy-kitchen:convrot_w4a4-a4 x 9, plain x 78",
     "comfy-kitchen w4a8": "comfy-kitchen:asym_w4a8_int8-g16-a8 x 86, plain x 1",
 }
 

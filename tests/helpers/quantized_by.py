@@ -273,8 +273,17 @@ BACKENDS: dict[str, tuple[str, Builder]] = {
             ("fp8", "TensorCoreFP8Layout", {}),
             ("nvfp4", "TensorCoreNVFP4Layout", {}),
             ("mxfp8", "TensorCoreMXFP8Layout", {}),
-            ("w4a4", "TensorCoreConvRotW4A4Layout", {**_ROTATED, "divides": 64}),
             ("w4a8", "AsymW4A8Int8Layout", _ROTATED),
         )
     },
+}
+
+#: For widths that 64 divides, which those of the embedded pipeline are not.
+WIDE: dict[str, tuple[str, Builder]] = {
+    "comfy-kitchen w4a4": (
+        "comfy_kitchen",
+        functools.partial(
+            _comfy_kitchen, layout="TensorCoreConvRotW4A4Layout", convrot_groupsize=64, divides=64
+        ),
+    )
 }

@@ -16,7 +16,7 @@ import small_denoisers
 import torch
 from backend_denoisers import needs
 from made_adapters import made_adapters
-from quantized_by import BACKENDS
+from quantized_by import BACKENDS, WIDE
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,9 +58,9 @@ def called(model: nn.Module) -> Any:
 SKIPPED = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 
 
-@pytest.fixture(params=BACKENDS, scope="module")
+@pytest.fixture(params=[*BACKENDS, *WIDE], scope="module")
 def quantized(request: pytest.FixtureRequest) -> nn.Module:
-    package, build = BACKENDS[request.param]
+    package, build = {**BACKENDS, **WIDE}[request.param]
     needs(package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

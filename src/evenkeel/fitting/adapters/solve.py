@@ -109,8 +109,11 @@ class Measured:
 def _gradients(
     keys: Tensor, rows: Tensor, metrics: Collection[str]
 ) -> dict[str, tuple[Moment, Moment]]:
-    """Second moments of gradients: each weighted by its step, or as they are."""
-    if not len(rows):
+    """Second moments of gradients: each weighted by its step, or as they are.
+
+    Empty where the output feels nothing of the layer: text queries in the last block of an MM-DiT.
+    """
+    if not bool(rows[:, :-1].any()):
         return {}
     folds, weight, rows = folds_of(keys), rows[:, -1:], rows[:, :-1]
     weighted = {"output": weight, "uniform": torch.ones_like(weight)}

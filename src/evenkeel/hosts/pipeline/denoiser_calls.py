@@ -33,6 +33,8 @@ class Call:
 
         """
         found = self.arguments[0] if self.arguments else self.keywords.get(self._name)
+        if isinstance(found, (list, tuple)):
+            found = rows_of(found)
         if not isinstance(found, Tensor):
             raise UnsupportedPipeline(
                 f"expected the latents as the denoiser's first argument or as one of {_SAMPLE_NAMES}; "
@@ -47,6 +49,10 @@ class Call:
 
     def again(self, denoiser: nn.Module, sample: Tensor) -> Tensor:
         """The answer to the same call with other latents; no hook of the denoiser itself notices."""
+        given: Any = self.arguments[0] if self.arguments else None
+        if isinstance(given, (list, tuple)):
+            images = sample.reshape(-1, *given[0].shape).unbind()
+            return answer_of(denoiser.forward([*images], *self.arguments[1:], **self.keywords))
         if self.arguments:
             return answer_of(denoiser.forward(sample, *self.arguments[1:], **self.keywords))
         return answer_of(denoiser.forward(**{**self.keywords, self._name: sample}))
@@ -54,8 +60,22 @@ class Call:
 
 def answer_of(output: Any) -> Tensor:
     """The predicted tensor of a denoiser's return value."""
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    found = output if isinstance(output, Tensor) else output[0]
+    if isinstance(found, (list, tuple)):
+        return rows_of(found)
+    answer: Tensor = found
+    return answer
+
+
+def rows_of(images: Sequence[Tensor]) -> Tensor:
+    """Images one by one, as Z-Image takes and gives them, as one batch without their axis of one frame.
+
+    >>> rows_of([torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)]).shape
+    torch.Size([2, 4, 8, 8])
+
+    """
+    batch = torch.stack([*images])
+    return batch.squeeze(2) if batch.ndim == 5 and batch.shape[2] == 1 else batch
 
 
 def branches_of(output: Tensor, like: Tensor, rows: int) -> list[Tensor]:
