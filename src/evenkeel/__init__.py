@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evenkeel.fitting import fit_stepbaq as fit_stepbaq
     from evenkeel.fitting import fit_tac as fit_tac
     from evenkeel.fitting import refit_branches as refit_branches
+    from evenkeel.fitting.bits.quantize_to_budget import quantize_to_budget as quantize_to_budget
     from evenkeel.fitting.quantize import quantize as quantize
     from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
     from evenkeel.planning.plan import plan as plan
@@ -65,6 +66,7 @@ _HOME = {
     "probe_scheduler": "hosts.scheduler.probing",
     "quantize": "fitting.quantize",
     "quantize_module": "quantizers",
+    "quantize_to_budget": "fitting.bits.quantize_to_budget",
     "refit_branches": "fitting",
     "remove": "applying",
     "save": "record",

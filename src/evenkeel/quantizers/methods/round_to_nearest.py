@@ -147,10 +147,18 @@ class RoundToNearest(Method):
         for unit in workspace.work(workspace.units(workspace.open)):
             hessians, inputs = self._observed(workspace, unit.layers)
             made = {n: self._layer(n, layers[n], hessians, inputs) for n in unit.layers}
-            workspace.replace(unit, made, notes={n: self._note(layers[n]) for n in unit.layers})
+            workspace.replace(unit, made, notes={n: self.note(layers[n]) for n in unit.layers})
 
-    def layer(self, old: nn.Module, name: str = "layer") -> Quantized:
+    def layer(
+        self, old: nn.Module, name: str = "layer", hessian: Tensor | None = None
+    ) -> Quantized:
         """One linear or convolution layer quantized without calibration; it is not changed.
+
+        Args:
+            old: the layer.
+            name: for errors.
+            hessian: (in, in) second moment of what enters a linear layer; with it ``rounding="gptq"``
+                rounds by GPTQ, without it to the nearest.
 
         Raises:
             QuantizationError: NaN or infinity in the weight, or a rank that leaves no residual.
@@ -160,7 +168,9 @@ class RoundToNearest(Method):
 
         """
         self._refuse_rank(name, old)
-        return self._layer(name, old, {}, {})
+        by_gptq = self.rounding == "gptq" and isinstance(old, nn.Linear)
+        hessians = {name: hessian} if by_gptq and hessian is not None else {}
+        return self._layer(name, old, hessians, {})
 
     def _observed(
         self, workspace: Workspace, names: tuple[str, ...]
@@ -228,7 +238,7 @@ class RoundToNearest(Method):
                 "of it and leave nothing to quantize. Lower the rank, or add the layer to `skip`."
             )
 
-    def _note(self, layer: nn.Module) -> str:
+    def note(self, layer: nn.Module) -> str:
         """Where a layer departs from what was asked for."""
         if not isinstance(layer, nn.Conv2d):
             return ""

@@ -75,7 +75,7 @@ class QuantizationReport:
         size = _bytes_at_16_bits(original)
         saved = sum(
             _bytes_at_16_bits(original.get_submodule(layer.name))
-            - _stored_bytes(quantized.get_submodule(layer.name))
+            - stored_bytes(quantized.get_submodule(layer.name))
             for layer in layers
             if not layer.kept
         )
@@ -239,7 +239,7 @@ def _bytes_at_16_bits(module: nn.Module) -> int:
     return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
-def _stored_bytes(layer: nn.Module) -> int:
+def stored_bytes(layer: nn.Module) -> int:
     """Of a quantized layer: codes for its weight, 16 bits for everything else."""
     assert isinstance(layer, QuantizedLayer)
     size = _bytes_at_16_bits(layer)
