@@ -307,9 +307,24 @@ def test_quantize_writes_a_folder_that_the_other_commands_take(tmp_path, capsys)
     assert json.loads(out)["quantizer"] == "rtn-w4a8-rounding=gptq"
 
 
+def test_quantize_to_a_budget_writes_a_folder_that_the_other_commands_take(tmp_path, capsys):
+    folder, few = tmp_path / "quantized", ["--count", "2", "--steps", "2"]
+    asked = ["zoo:pixart-sigma", "--budget", "4.5bits", "--set", 'only=["transformer_blocks.7*"]']
+    code, out, _ = run(capsys, "quantize", *asked, *few, "--out", folder, "--json")
+    found = json.loads(out)
+    assert (code, found["quantized"], found["bits"]) == (0, str(folder), 4.5)
+    assert sum(layer["bytes"] for layer in found["layers"]) <= found["budget"]
+    assert (folder / "bits.json").exists()
+    sample = ["sample", "zoo:pixart-sigma", "--quantized", folder, "--steps", "2", "--images", "1"]
+    assert run(capsys, *sample, "--out", tmp_path / "images")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
+        (["--budget", "4.5bits", "--bits", "w4a8"], "leave --bits out"),
+        (["--budget", "4.5bits", "--layout", "magic"], "no layout called 'magic'"),
+        (["--method", "rtn", "--layout", "gguf"], "goes with --budget"),
         (["--method", "magic"], "no method called 'magic'"),
         (["--method", "rtn", "--bits", "4"], "for example w4a8"),
         (["--method", "rtn", "--set", "rank"], "expected NAME=VALUE"),

@@ -27,10 +27,21 @@ def add_quantize(commands: Any) -> None:
         "Quantize a pipeline's denoiser with a method of the literature (simulated, reference quality).",
     )
     parser.add_argument("pipeline", help=PIPELINE)
-    parser.add_argument(
-        "--method", required=True, help="svdquant, mixdq, vidit-q, q-diffusion, ..."
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--method", help="svdquant, mixdq, vidit-q, q-diffusion, ...")
+    how.add_argument(
+        "--budget",
+        type=bits,
+        metavar="BITS",
+        help="so many bits per weight, 4.5bits, shared out over layers by what the final image feels; "
+        "weights alone unless --set activation_bits=8, and branches with --set rank=16",
     )
     parser.add_argument("--bits", metavar="wXaY", help="for example w4a8; default: the paper's")
+    parser.add_argument(
+        "--layout",
+        metavar="NAME",
+        help="with --budget: gguf, torchao or sdnq, choose among its formats and write its configuration",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -61,11 +72,28 @@ def add_quantize(commands: Any) -> None:
     )
 
 
+def bits(text: str) -> float:
+    """``4.5bits`` or ``4.5``."""
+    try:
+        value = float(text.removesuffix("bits"))
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 16:
+        raise argparse.ArgumentTypeError(f"expected bits per weight, such as 4.5bits, got {text}")
+    return value
+
+
 def _run_quantize(options: argparse.Namespace) -> None:
+    if options.budget is not None:
+        _run_budget(options)
+        return
     from evenkeel.cli.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.errors import QuantizationError
     from evenkeel.fitting.quantize import quantize
     from evenkeel.quantizers.methods.catalogue import method_named
 
+    if options.layout is not None:
+        raise QuantizationError("--layout goes with --budget.")
     kind = method_named(options.method)
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
@@ -94,6 +122,45 @@ def _run_quantize(options: argparse.Namespace) -> None:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
     else:
         print(f"{report.table()}\n\n{report}\n\nquantized denoiser: {options.out}")
+
+
+def _run_budget(options: argparse.Namespace) -> None:
+    from evenkeel.cli.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.fitting.bits.quantize_to_budget import WEIGHT_ONLY, quantize_to_budget
+    from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
+
+    if options.bits is not None:
+        raise EvenkeelError(
+            "--budget chooses the bits of weights: leave --bits out, and round inputs with "
+            "--set activation_bits=8."
+        )
+    method = RoundToNearest.from_dict({**WEIGHT_ONLY.as_dict(), **parse_options(options.set)})
+    steps, guidance = sampling_of(options)
+    if steps is None:
+        raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
+    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
+    threads_for(options, pipeline)
+    if options.device:
+        pipeline.to(options.device)
+    _, report = quantize_to_budget(
+        pipeline,
+        options.budget,
+        prompts=load_prompts(options.prompts, pipeline, options.count, options.seed),
+        num_inference_steps=steps,
+        method=method,
+        layout=options.layout,
+        guidance_scale=guidance,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        call=parse_call(options.call, pipeline),
+        out=options.out,
+        progress=not options.json,
+    )
+    if options.json:
+        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
+    else:
+        print(f"{report.table()}\n\n{report.text()}\n\n{options.out}")
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

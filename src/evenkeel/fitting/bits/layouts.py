@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.bits.families import BITS, GROUPS, Family
@@ -83,7 +83,7 @@ class GGUF(_Layout):
         for name, tensor in denoiser.named_parameters():
             kind = choices.get(name.removesuffix(".weight"))
             if tensor.ndim > 1:
-                lines.append(f"(^|\\.){re.escape(name)}$={kind or 'f16'}")
+                lines.append(f"^({_PREFIX})?{re.escape(name)}$={kind or 'f16'}")
         return "\n".join(lines) + "\n"
 
 
@@ -154,6 +154,12 @@ class SDNQ(_Layout):
             sdnq_post_load_quant(net, **_SDNQ, **self._how(choice))
         return net[0]
 
+    def weight(self, built: Any, dtype: torch.dtype) -> Tensor:
+        # Asked by one-hot inputs, every type and shape would be compiled first.
+        parts = {k: v for k, v in built.named_parameters(recurse=False) if k != "bias"}
+        found: Tensor = built.sdnq_dequantizer(**parts, skip_compile=True, dtype=torch.float32)
+        return found
+
     def _how(self, choice: str) -> dict[str, Any]:
         kind, group = choice.split("-g")
         return {"weights_dtype": kind, "group_size": int(group)}
@@ -175,6 +181,7 @@ class SDNQ(_Layout):
         return json.dumps(found, indent=1) + "\n"
 
 
+_PREFIX = r"model\.diffusion_model\."  # of a denoiser's tensors, in stable-diffusion.cpp
 # Nothing is left out for its size, or for its name.
 _SDNQ: dict[str, Any] = {
     "add_skip_keys": False,

@@ -53,6 +53,7 @@ def quantize_to_budget(
     seed: int = 0,
     batch_size: int = 8,
     rows: int = 4096,
+    guard: bool = True,
     call: dict[str, Any] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
@@ -97,6 +98,7 @@ def quantize_to_budget(
         seed: of the first prompt's noise.
         batch_size: prompts per pipeline call.
         rows: kept of each layer, at most.
+        guard: False returns the mix even where held-out pairs do not confirm it.
         call: further arguments of the pipeline call.
         out: folder: the quantized denoiser (``load_quantized``), or with a layout the backend's
             configuration; and the report as ``bits.json``. None writes nothing.
@@ -191,8 +193,9 @@ def quantize_to_budget(
             gain=float(gains.mean()),
             bound=bound,
             confirmed=bound > 0,
+            guarded=guard,
         )
-        found = mix if report.confirmed else rival
+        found = mix if report.mixed else rival
         if out is not None and processes().main:
             _write(Path(out), family, denoiser, found, report)
     return found, report

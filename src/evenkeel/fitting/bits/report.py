@@ -65,7 +65,8 @@ class BitsReport:
         layers: of that one.
         gain: dB on the confirming pairs, mean, against the uniform one.
         bound: one-sided 95 % lower bound of it.
-        confirmed: whether the bound is above zero; else the uniform one is returned.
+        confirmed: whether the bound is above zero.
+        guarded: whether the uniform one is returned where the mix is not confirmed.
 
     """
 
@@ -81,11 +82,17 @@ class BitsReport:
     gain: float
     bound: float
     confirmed: bool
+    guarded: bool = True
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the mix was returned, and not the uniform quantization."""
+        return self.confirmed or not self.guarded
 
     @property
     def choices(self) -> dict[str, str]:
         """Layer -> what it has in the denoiser that was returned."""
-        return {x.name: x.choice if self.confirmed else self.uniform for x in self.layers}
+        return {x.name: x.choice if self.mixed else self.uniform for x in self.layers}
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in types that JSON knows."""
@@ -98,7 +105,7 @@ class BitsReport:
         against = f"{self.uniform} everywhere ({8 * self.uniform_bytes / self.weights:.3f} bits)"
         measured = f"{self.gain:+.2f} dB on held-out pairs (95 % bound {self.bound:+.2f})"
         said = f"bits shared out ({mean:.3f} per weight) are worth {measured} against {against}"
-        if not self.confirmed:
+        if not self.mixed:
             said = (
                 f"{against} is kept: sharing out as many bytes changes the final samples by {measured}, "
                 "which is not better beyond chance"
