@@ -25,13 +25,13 @@ from evenkeel import zoo
 from evenkeel.comparing.comparison import compare, standard_arms
 from evenkeel.comparing.generation import Arm
 from evenkeel.fitting.adapters.collect import collect
-from evenkeel.fitting.adapters.fit_adapters import sites_of
 from evenkeel.fitting.adapters.pairs import Pairs
-from evenkeel.fitting.bits.allocation import metrics_of
+from evenkeel.fitting.adapters.sites import opened, sites_of
 from evenkeel.fitting.bits.families import Own
 from evenkeel.fitting.bits.quantize_to_budget import WEIGHT_ONLY, built
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
+from evenkeel.quantizers.rounding.gptq import hessian_of
 from evenkeel.storage import write_atomically
 from evenkeel.zoo.pictures import KINDS
 
@@ -51,9 +51,10 @@ def measure(cell: str) -> dict[str, Any]:
     uniform = built(Own(WEIGHT_ONLY), full, everywhere)
     asked: dict[str, Any] = {"guidance_scale": twin.guidance_scale}
     run = Run(pipe, prompts, twin.num_inference_steps, quantized=uniform, **asked)
-    sites = sites_of(run, 4096)
-    collect(Pairs.of(run).fit, sites, probed=1, progress=True)
-    family.hessians = {name: metric.inputs for name, metric in metrics_of(sites).items()}
+    with opened(sites_of(run), 4096, 2e9, gradients=False) as sites:
+        collect(Pairs.of(run).fit, sites, probed=0, progress=True)
+        for name, site in sites.items():
+            family.hessians[name] = hessian_of(site.inputs.sorted()[1])
     arms: list[Arm] = standard_arms(pipe, uniform, {})
     arms.append(Arm("uniform, GPTQ", built(family, full, everywhere)))
     reports = {}

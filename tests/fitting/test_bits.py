@@ -20,13 +20,13 @@ from evenkeel import zoo
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.adapters.collect import collect
 from evenkeel.fitting.adapters.effective_weight import effective_weight
-from evenkeel.fitting.adapters.fit_adapters import sites_of
-from evenkeel.fitting.adapters.judge import Judge
+from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.pairs import Pairs
+from evenkeel.fitting.adapters.sites import opened, sites_of
 from evenkeel.fitting.bits import quantize_to_budget as module
 from evenkeel.fitting.bits.allocation import (
     best_uniform,
-    metrics_of,
+    metric_of,
     mixed,
     options_of,
     scaled,
@@ -39,7 +39,8 @@ from evenkeel.fitting.bits.quantize_to_budget import WEIGHT_ONLY, built
 from evenkeel.fitting.bits.report import FILE, KIND
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.budget import Option, hull
-from evenkeel.low_rank.metric import OutputMetric, second_moment
+from evenkeel.low_rank.metric import OutputMetric
+from evenkeel.low_rank.moment import second_moment
 from evenkeel.quantizers import QuantizationReport, RoundToNearest, load_quantized
 from evenkeel.quantizers.methods.per_layer import PerLayer
 from evenkeel.quantizers.numbers.grids import Grid
@@ -71,7 +72,7 @@ def metrics(net) -> dict[str, OutputMetric]:
 @pytest.fixture(scope="module")
 def options(net, metrics):
     family = Own(RoundToNearest(4, 16, skip=(), rank=8))
-    return options_of(family, dict(net.named_children()), metrics, "w4-g32")
+    return options_of(family, dict(net.named_children()), metrics.get, "w4-g32")
 
 
 def quantized(tiny, bits, **more):
@@ -104,7 +105,7 @@ def test_a_choice_costs_what_is_stored_and_errs_as_the_metric_says(net, metrics,
 
 def test_a_layer_that_was_not_measured_has_no_choice(net, metrics):
     family = Own(RoundToNearest(4, 16, skip=()))
-    found = options_of(family, dict(net.named_children()), {"0": metrics["0"]}, "w4-g64")
+    found = options_of(family, dict(net.named_children()), {"0": metrics["0"]}.get, "w4-g64")
     assert [*found["1"]] == ["w4-g64"] and found["1"]["w4-g64"].error == 0
     assert len(found["0"]) == 28
 
@@ -234,7 +235,7 @@ def test_a_denoiser_within_its_budget_is_reloaded_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize(("gains", "confirmed"), [([2.0, 2.5], True), ([3.0, -2.0], False)])
 def test_what_held_out_pairs_do_not_confirm_is_not_returned(gains, confirmed, monkeypatch):
-    monkeypatch.setattr(module, "gain", lambda before, after: torch.tensor(gains))
+    monkeypatch.setattr(module, "gain", lambda *_: torch.tensor(gains))
     tiny = ALL["flux"]()
     found, report = quantized(tiny, 3.5, method=RoundToNearest(4, 16, only=("*attn*",)))
     assert report.confirmed is confirmed
@@ -257,10 +258,10 @@ def test_predicted_errors_order_what_is_measured():
         guidance_scale=twin.guidance_scale, quantized=along,
     )  # fmt: skip
     pairs = Pairs.of(run)
-    sites = sites_of(run, 1024)
-    collect(pairs.fit, sites, probed=4, progress=False)
-    metrics = metrics_of(sites)
-    judge = Judge(pairs.choose)
+    with opened(sites_of(run), 1024, 2e9, gradients=True) as sites:
+        collect(pairs.fit, sites, probed=4, progress=False)
+        metrics = {name: metric_of(site) for name, site in sites.items()}
+    held_out = FinalSamples(pairs.held_out)
     some = [n for n in layers if n.split(".")[1] in ("0", "7")]
     predicted, measured = [], []
     for name in some:
@@ -268,7 +269,7 @@ def test_predicted_errors_order_what_is_measured():
             layer = family.build(name, layers[name], choice)
             predicted.append(metrics[name].error((layers[name].weight - layer.weight).detach()))
             made = built(family, full, {name: choice})
-            measured.append(float(judge.errors(quantized=made).mean()))
+            measured.append(float(held_out.errors_of(made, pairs.choose).mean()))
     assert spearmanr(predicted, measured)[0] > 0.75
     slopes = np.polyfit(np.log(predicted), np.log(measured), 1)
     assert 0.6 < slopes[0] < 1.4  # errors grow as predicted, not only in the same order
@@ -351,7 +352,7 @@ def by_sdnq(net, text):
 def test_a_backend_makes_of_the_file_what_was_predicted(layout, bits, read, tmp_path, monkeypatch):
     if importlib.util.find_spec(layout) is None:
         pytest.skip(f"{layout} is not installed")
-    monkeypatch.setattr(module, "gain", lambda before, after: torch.tensor([2.0, 2.5]))
+    monkeypatch.setattr(module, "gain", lambda *_: torch.tensor([2.0, 2.5]))
     tiny = ALL["flux"]()
     method = RoundToNearest(4, 16, only=("transformer_blocks.0.attn*", "*proj_mlp"))
     found, report = quantized(tiny, bits, layout=layout, method=method, out=tmp_path)

@@ -57,10 +57,14 @@ class FinalSamples:
 
     def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
         """The same for another quantized denoiser in place of the run's."""
+        return gain(self._before[over.start : over.stop], self.errors_of(quantized, over))
+
+    def errors_of(self, quantized: nn.Module, over: range) -> Tensor:
+        """(pairs,) float64, squared error of the final sample with another quantized denoiser."""
         some = part(self.run, list(over), self.run.seed + over.start)
-        chosen = slice(over.start, over.stop)
-        found = self._sampled(some, denoiser=quantized)
-        return gain(self._before[chosen], self._errors(found, self._full[chosen]))
+        return self._errors(
+            self._sampled(some, denoiser=quantized), self._full[over.start : over.stop]
+        )
 
     @staticmethod
     def _errors(found: Tensor, full: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from evenkeel.errors import QuantizationError
-from evenkeel.fitting.adapters.collect import Site
 from evenkeel.fitting.adapters.effective_weight import reference_weight
+from evenkeel.fitting.adapters.sites import Site
 from evenkeel.fitting.bits.families import Family
 from evenkeel.low_rank.budget import Option, share_out
-from evenkeel.low_rank.metric import OutputMetric, second_moment
+from evenkeel.low_rank.metric import OutputMetric
+from evenkeel.low_rank.moment import second_moment
 
 Options = dict[str, dict[str, Option]]  # layer -> choice -> what it costs and leaves
 
@@ -35,44 +36,43 @@ class Uniform:
     error: float
 
 
-def metrics_of(sites: Mapping[str, Site]) -> dict[str, OutputMetric]:
-    """S and G of every layer that was called and that the output depends on."""
-    found = {}
-    for name, site in sites.items():
-        (_, x), (_, g) = site.inputs.sorted(), site.gradients.sorted()
-        if len(x) and len(g) and bool(g.any()):
-            found[name] = OutputMetric(second_moment(x), second_moment(g))
-    return found
+def metric_of(site: Site) -> OutputMetric | None:
+    """S and G of a layer; None where it was never called, or the output does not depend on it."""
+    (_, x), (_, g) = site.inputs.sorted(), site.gradients.sorted()
+    if not (len(x) and len(g)):
+        return None
+    felt = g[:, :-1] * g[:, -1:]  # the last column is the weight of the step
+    return OutputMetric(second_moment(x), second_moment(felt)) if bool(felt.any()) else None
 
 
 def options_of(
     family: Family,
     layers: Mapping[str, nn.Module],
-    metrics: Mapping[str, OutputMetric],
+    metric_for: Callable[[str], OutputMetric | None],
     otherwise: str,
 ) -> Options:
     """Bytes and predicted error of every choice of every layer.
 
     The error is ``tr(G E S E^T)`` with E = W - W_q, W_q what the built layer computes with. What rounding
-    of inputs does is left out: it hardly depends on these choices.
+    of inputs does is left out: it hardly depends on these choices. One layer's metric is in memory at a time.
 
     Args:
         family: what can be chosen.
         layers: by name, in full precision.
-        metrics: of the layers that were measured; any other one gets ``otherwise`` alone, at no error.
+        metric_for: of a layer by name; one without, not measured, gets ``otherwise`` alone, at no error.
         otherwise: a choice that all layers have.
 
     """
     found: Options = {}
     for name, layer in layers.items():
-        metric = metrics.get(name)
+        metric = metric_for(name)
         found[name] = {}
         for choice in family.choices(layer) if metric else [otherwise]:
             built, error = family.build(name, layer, choice), 0.0
             if metric is not None:
-                weight = reference_weight(layer).to(metric.inputs)
+                weight = metric.working(reference_weight(layer))
                 w_q = family.weight(built, layer.get_parameter("weight").dtype)
-                error = metric.error(weight - w_q.to(metric.inputs))
+                error = metric.error(weight - metric.working(w_q))
             found[name][choice] = Option(family.bytes_of(built, choice), error, choice)
     return found
 

@@ -97,7 +97,7 @@ class Own(Family):
 
     def __init__(self, base: RoundToNearest) -> None:
         super().__init__(base)
-        self.hessians: Mapping[str, Tensor] = {}
+        self.hessians: dict[str, Tensor] = {}
         PerLayer(base, {})  # refuses what it refuses
 
     def choices(self, layer: nn.Module) -> list[str]:

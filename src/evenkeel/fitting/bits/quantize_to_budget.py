@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.adapters.collect import collect
-from evenkeel.fitting.adapters.fit_adapters import PROBED, sites_of
-from evenkeel.fitting.adapters.judge import Judge, gain, lower_bound
+from evenkeel.fitting.adapters.final_samples import FinalSamples, gain
+from evenkeel.fitting.adapters.fit_adapters import PROBED
 from evenkeel.fitting.adapters.pairs import Pairs
+from evenkeel.fitting.adapters.sites import Site, opened, sites_of
 from evenkeel.fitting.bits.allocation import (
     best_uniform,
-    metrics_of,
+    metric_of,
     mixed,
     options_of,
     scaled,
@@ -31,11 +33,14 @@ from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.budget import Option
+from evenkeel.low_rank.metric import OutputMetric
+from evenkeel.low_rank.moment import times
 from evenkeel.quantizers.layers.replacing import refuse_quantized
 from evenkeel.quantizers.methods.base import quantize_module
 from evenkeel.quantizers.methods.per_layer import PerLayer
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.saved.folder import save_quantized
+from evenkeel.statistics.student import student_margin
 from evenkeel.storage import write_atomically, write_json
 
 WEIGHT_ONLY = RoundToNearest(weight_bits=4, activation_bits=16)
@@ -53,6 +58,7 @@ def quantize_to_budget(
     seed: int = 0,
     batch_size: int = 8,
     rows: int = 4096,
+    memory: float = 2e9,
     guard: bool = True,
     call: dict[str, Any] | None = None,
     out: str | Path | None = None,
@@ -98,6 +104,7 @@ def quantize_to_budget(
         seed: of the first prompt's noise.
         batch_size: prompts per pipeline call.
         rows: kept of each layer, at most.
+        memory: bytes for the rows of all layers; more are kept in files in the folder for temporary ones.
         guard: False returns the mix even where held-out pairs do not confirm it.
         call: further arguments of the pipeline call.
         out: folder: the quantized denoiser (``load_quantized``), or with a layout the backend's
@@ -136,18 +143,16 @@ def quantize_to_budget(
     )
     pairs = Pairs.of(run)
     with processes().telling():
-        sites = sites_of(run, rows)
-        collect(pairs.fit, sites, probed=PROBED, progress=progress)
-        metrics = metrics_of(sites)
-        if isinstance(family, Own):
-            family.hessians = {name: metric.inputs for name, metric in metrics.items()}
-        judge = Judge(pairs.choose)
+        with opened(sites_of(run), rows, memory, gradients=True) as sites:
+            collect(pairs.fit, sites, probed=PROBED, progress=progress)
+            options = options_of(family, layers, lambda n: _metric(family, n, sites), along)
+        held_out = FinalSamples(pairs.held_out)
 
         def damage(names: list[str]) -> float:
             made = built(family, denoiser, dict.fromkeys(names, along))
-            return float(judge.errors(quantized=made).mean())
+            return float(held_out.errors_of(made, pairs.choose).mean())
 
-        options = scaled(options_of(family, layers, metrics, along), along, damage)
+        options = scaled(options, along, damage)
         uniform = best_uniform(options, budget)
         everywhere = dict.fromkeys(layers, uniform.choice)
         tried: list[tuple[Mix, dict[str, Option]]] = []
@@ -161,20 +166,18 @@ def quantize_to_budget(
                 tried.append((Mix(name, size, error / (uniform.error or 1.0)), chosen))
         rival = built(family, denoiser, everywhere)
         if len(tried) > 1:
-            before = judge.errors(quantized=rival)
+            before = held_out.errors_of(rival, pairs.choose)
             tried = [
-                (
-                    replace(mix, gain=float(gain(before, judge.errors(quantized=made)).mean())),
-                    chosen,
-                )
+                (replace(mix, gain=float(gain(before, left).mean())), chosen)
                 for mix, chosen in tried
                 for made in [built(family, denoiser, words(chosen))]
+                for left in [held_out.errors_of(made, pairs.choose)]
             ]
         best = max(range(len(tried)), key=lambda i: tried[i][0].gain or 0.0)
         chosen = tried[best][1]
-        judge, mix = Judge(pairs.confirm), built(family, denoiser, words(chosen))
-        gains = gain(judge.errors(quantized=rival), judge.errors(quantized=mix))
-        bound = lower_bound(gains)
+        mix = built(family, denoiser, words(chosen))
+        gains = gain(*(held_out.errors_of(module, pairs.confirm) for module in (rival, mix)))
+        bound = float(gains.mean()) - student_margin(gains)
         report = BitsReport(
             family=family.name,
             bits=bits,
@@ -199,6 +202,14 @@ def quantize_to_budget(
         if out is not None and processes().main:
             _write(Path(out), family, denoiser, found, report)
     return found, report
+
+
+def _metric(family: Family, name: str, sites: Mapping[str, Site]) -> OutputMetric | None:
+    """Of a layer; what GPTQ needs of it is kept."""
+    found = metric_of(sites[name]) if name in sites else None
+    if found is not None and isinstance(family, Own) and family.base.rounding == "gptq":
+        family.hessians[name] = times(found.inputs, found.working(torch.eye(len(found.inputs))))
+    return found
 
 
 def words(chosen: Mapping[str, Option]) -> dict[str, str]:
