@@ -264,12 +264,11 @@ def test_predicted_errors_order_what_is_measured():
     held_out = FinalSamples(pairs.held_out)
     some = [n for n in layers if n.split(".")[1] in ("0", "7")]
     predicted, measured = [], []
-    for name in some:
-        for choice in ("w2-g128", "w4-g32"):
-            layer = family.build(name, layers[name], choice)
-            predicted.append(metrics[name].error((layers[name].weight - layer.weight).detach()))
-            made = built(family, full, {name: choice})
-            measured.append(float(held_out.errors_of(made, pairs.choose).mean()))
+    for name, choice in zip(some, itertools.cycle(("w2-g128", "w3-g64", "w4-g32"))):
+        layer = family.build(name, layers[name], choice)
+        predicted.append(metrics[name].error((layers[name].weight - layer.weight).detach()))
+        made = built(family, full, {name: choice})
+        measured.append(float(held_out.errors_of(made, pairs.choose).mean()))
     assert spearmanr(predicted, measured)[0] > 0.75
     slopes = np.polyfit(np.log(predicted), np.log(measured), 1)
     assert 0.6 < slopes[0] < 1.4  # errors grow as predicted, not only in the same order
