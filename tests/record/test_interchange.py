@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -126,6 +127,24 @@ def test_a_loader_adds_exactly_the_adapter(quantized, adapters, tmp_path, loaded
         assert (after[name] - before[name] - change).norm() < 2e-3 * change.norm(), name
     again = answers(quantized, adapters)
     assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fusing_it_into_a_quantized_weight_is_refused_or_wrong(quantized, adapters, tmp_path):
+    """Why the card says: never. The last test of every backend, as some of them are changed by it."""
+    write_lora(adapters, tmp_path / FILE)
+    quantized.load_lora_adapter(tmp_path / FILE, prefix="transformer")
+    beside = answers(quantized, adapters)
+    changed = changes(adapters)
+    for name in changed:
+        layer = quantized.get_submodule(name)
+        if name.startswith(("transformer_blocks", "single")) and "norm" not in name:
+            with contextlib.suppress(RuntimeError, ValueError):  # theirs, for want of a way
+                layer.merge()
+                error = answers(quantized, adapters)[name] - beside[name]
+                assert error.norm() > 0.1 * changed[name].norm(), name
+                return
+            return
 
 
 def test_comfyuis_layout_is_the_same_for_its_fused_layers(adapters, tmp_path):
