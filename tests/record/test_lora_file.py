@@ -105,7 +105,9 @@ def restored(tiny: TinyPipeline, folder: Path, pipeline: str = "zoo:tiny") -> Re
     kind = type(tiny.pipe).__name__
     adapters = made_adapters(tiny.model, kind, denoiser=tiny.denoiser)
     report = AdapterReport(2, 9, 10**6, None, (), 0, 1.0, 0.5, confirmed=True)
-    found = Restored(adapters, replace(report, candidates=(_candidate(adapters),)), None, None)
+    found = Restored(
+        adapters, replace(report, candidates=(_candidate(adapters),)), None, None, "none was tried"
+    )
     settings = {"pipeline": pipeline, "quantized": "someone/tiny-int4", "seed": 0}
     write_restored(folder, found, settings, [])
     return adapters
@@ -114,7 +116,9 @@ def restored(tiny: TinyPipeline, folder: Path, pipeline: str = "zoo:tiny") -> Re
 def _candidate(adapters: RecoveryAdapters) -> Any:
     from evenkeel.fitting.adapters.fit_adapters import Candidate
 
-    return Candidate("local", 4, adapters.stored_bytes, 0.5)
+    return Candidate(
+        metric="local", target="difference", bits=4, bytes=adapters.stored_bytes, predicted=0.5
+    )
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart_sigma", "dit"])
