@@ -199,7 +199,8 @@ def _sites(refitted: nn.Module, reference: nn.Module) -> list[Site]:
         original = originals.get(name)
         expected = nn.Linear if isinstance(layer, QuantizedLinear) else nn.Conv2d
         weight = getattr(original, "weight", None)
-        fits = isinstance(original, expected) and getattr(weight, "shape", 0) == layer.weight.shape
+        plain = isinstance(original, expected) and not isinstance(original, Quantized)
+        fits = plain and getattr(weight, "shape", 0) == layer.weight.shape
         if original is None or not fits or not isinstance(weight, Tensor) or weight.is_meta:
             raise CalibrationError(
                 f"the quantized layer {name!r} needs a loaded {expected.__name__} of the same name "
