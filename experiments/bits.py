@@ -119,7 +119,7 @@ def main() -> None:
     for cell in options.cells:
         place = RESULTS / f"{cell}.json"
         if not place.exists():
-            write_atomically(place, json.dumps(measure(cell), indent=1) + "\n")
+            write_atomically(place, json.dumps(measure(cell)) + "\n")
     cells = [json.loads(p.read_text()) for c in CELLS if (p := RESULTS / f"{c}.json").exists()]
     write_atomically(HERE / "BITS.md", table(cells))
 

@@ -191,7 +191,7 @@ def run(job: Job, work: Path) -> None:
         "torch_threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{job.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{job.name}.json").write_text(json.dumps(results) + "\n")
 
 
 def _without_curves(check: dict[str, Any]) -> dict[str, Any]:

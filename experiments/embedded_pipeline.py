@@ -69,7 +69,7 @@ def run(text: str, images: int, work: Path) -> None:
         **SETTINGS,
     }
     results = save_results(work / text, comparison, settings, record, prompts)
-    (HERE / f"results-{text}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / f"results-{text}.json").write_text(json.dumps(results) + "\n")
 
 
 def write_table() -> None:

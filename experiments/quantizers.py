@@ -186,7 +186,7 @@ def run(job: Job, work: Path) -> None:
         "torch_threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{job.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{job.name}.json").write_text(json.dumps(results) + "\n")
 
 
 def _in_own_process(job: Job, work: Path) -> None:

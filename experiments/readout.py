@@ -195,7 +195,7 @@ def run(job: Job, work: Path) -> None:
         "torch_threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{job.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{job.name}.json").write_text(json.dumps(results) + "\n")
 
 
 def closed(arm: dict[str, Any], quantized: dict[str, Any]) -> float:

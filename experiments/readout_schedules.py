@@ -74,7 +74,7 @@ def run(quantizer: str) -> dict[str, Any]:
 def main() -> None:
     results = {q: run(q) for q in ("w3a4-g32-r16", "w4a8-g32")}
     (HERE / "readout").mkdir(exist_ok=True)
-    (HERE / "readout" / "schedules.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "readout" / "schedules.json").write_text(json.dumps(results) + "\n")
     lines = ["# A readout carried to other numbers of steps", ""]
     lines += [*(__doc__ or "").splitlines()[2:5], ""]
     lines += [

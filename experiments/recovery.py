@@ -267,7 +267,7 @@ def main() -> None:
         place = RESULTS / f"{name}.json"
         if not place.exists():
             found = measure(CELLS[name], options.work / name)
-            write_atomically(place, json.dumps(found, indent=1) + "\n")
+            write_atomically(place, json.dumps(found) + "\n")
         known = {c: RESULTS / f"{c}.json" for c in CELLS}
         cells = {c: json.loads(p.read_text()) for c, p in known.items() if p.exists()}
         write_atomically(HERE / "RECOVERY.md", table(cells))

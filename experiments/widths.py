@@ -94,7 +94,7 @@ def measure(width: int, steps: int, images: int, work: Path) -> list[dict[str, A
                 "images": images,
                 "damage": damage(denoiser, images, work / "images" / f"{width}-{steps}-{step}"),
             }
-            write_atomically(done, json.dumps(row, indent=1) + "\n")
+            write_atomically(done, json.dumps(row) + "\n")
             print(width, step, round(loss, 4), flush=True)
         rows.append(json.loads(done.read_text()))
     return rows
