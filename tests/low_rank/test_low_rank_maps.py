@@ -48,6 +48,12 @@ def test_the_form_is_the_mean_square_of_what_a_probe_sees():
     assert metric.error(e) == pytest.approx(float(seen), rel=1e-10)
 
 
+def test_what_a_map_gains_is_the_difference_of_the_errors(metric, change):
+    down, up = drawn(3, 14, 8), drawn(3, 10, 9)
+    expected = metric.error(change) - metric.error(change - up.T @ down)
+    assert metric.gained(change, down, up) == pytest.approx(expected, rel=1e-9)
+
+
 def test_no_map_of_the_same_rank_is_better(metric, change):
     components = metric.components(change, 3)
     best = components.up.T @ components.down

@@ -138,12 +138,12 @@ def fit_factors(
         )
     change = metric.working(change)
     down, up = components.down[:rank], components.up[:rank]
-    best, least = None, float("inf")
+    best, most = None, -float("inf")
     for _ in range(1 if bits == 16 else 1 + ROUNDS):
         found = LayerAdapter(name, rounded(down, bits), rounded(up, bits))
-        error = metric.error(change - found.change.to(change))
-        if error < least:
-            best, least = found, error
+        gained = metric.gained(change, found.down.dense(), found.up.dense())
+        if gained > most:
+            best, most = found, gained
         down = found.down.dense().to(change)
         up = rounded(metric.best_up(change, down), bits).dense().to(change)
         down = metric.best_down(change, up)

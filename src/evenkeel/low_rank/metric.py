@@ -87,6 +87,16 @@ class OutputMetric:
         change = self.working(change)
         return float((self._felt(change) * times(self.inputs, change.T).T).sum())
 
+    def gained(self, change: Tensor, down: Tensor, up: Tensor) -> float:
+        """By how much the form falls from ``change`` (O, F) to ``change - up^T down``.
+
+        ``2 tr(G up^T down S change^T) - tr(G up^T down S down^T up)``: no product as large as the change's
+        own error takes. Negative where the map does harm.
+        """
+        change, down, up = map(self.working, (change, down, up))
+        weighted, felt = times(self.inputs, down.T), self._felt(up.T)
+        return float((felt * (2 * change @ weighted - up.T @ (down @ weighted))).sum())
+
     def components(self, change: Tensor, limit: int) -> Components:
         """The best map of every rank up to ``limit`` towards ``change`` (O, F), in this metric.
 

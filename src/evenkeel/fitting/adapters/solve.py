@@ -152,19 +152,18 @@ class Solution:
 
     def add(self, p: LayerProblem, components: Components, rank: int) -> None:
         """Fit one layer's adapter of this rank, or none; keep it if held-out rows confirm it."""
-        before = p.metric.error(p.change)
-        self.before += before
+        self.before += components.error
+        self.after += components.error
         adapter = None
         if rank:
             fit = fit_factors(p.name, p.metric, p.change, components, rank, self.bits)
             adapter = without_empty(fit)
-        if adapter is not None:
-            left = p.change - adapter.change.to(p.change)
-            if p.held_out.error(left) < p.held_out.error(p.change):
-                self.layers.append(replace(adapter, kernel=p.kernel))
-                self.after += p.metric.error(left)
-                return
-        self.after += before
+        if adapter is None:
+            return
+        factors = adapter.down.dense(), adapter.up.dense()
+        if p.held_out.gained(p.change, *factors) > 0:
+            self.layers.append(replace(adapter, kernel=p.kernel))
+            self.after -= p.metric.gained(p.change, *factors)
 
 
 Tried = tuple[str, str]  # a metric and a target
