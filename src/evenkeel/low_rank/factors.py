@@ -101,7 +101,7 @@ class LayerAdapter:
 
 
 def bytes_of(rank: int, features: int, outputs: int, bits: int) -> int:
-    """What an adapter of this rank takes, in a file and in memory.
+    """What an adapter of this rank takes in a file; in memory codes of 3 and 4 bits take 8.
 
     >>> bytes_of(2, 64, 32, 4), bytes_of(2, 64, 32, 16)
     (108, 384)

@@ -156,7 +156,7 @@ def shape_of(layer: Any) -> tuple[int, int] | None:
 class _Addition:
     """A forward hook: the layer's output plus ``up^T (down x)``, computed in the input's dtype.
 
-    Packed factors stay packed; they are unpacked when they are used.
+    Factors stay codes (of 8 bits in memory) with their scales; their values are made when they are used.
     """
 
     def __init__(self, adapter: LayerAdapter, layer: Any) -> None:
