@@ -75,7 +75,8 @@ class QuantizedLayer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         found: Any = nn.Module.__getattr__(self, name)
-        return found.as_subclass(_OnItsGrid) if name == "weight" else found
+        plain = type(found) is Tensor  # a subclass has ways of its own
+        return found.as_subclass(_OnItsGrid) if name == "weight" and plain else found
 
     @property
     def activation_bits(self) -> int:
