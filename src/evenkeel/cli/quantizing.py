@@ -87,7 +87,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     if options.budget is not None:
         _run_budget(options)
         return
-    from evenkeel.cli.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.cli.sources import load_prompts
     from evenkeel.errors import QuantizationError
     from evenkeel.fitting.quantize import quantize
     from evenkeel.quantizers.methods.catalogue import method_named
@@ -97,11 +97,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     kind = method_named(options.method)
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
-    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
-    threads_for(options, pipeline)
-    if options.device:
-        pipeline.to(options.device)
-    steps, guidance = sampling_of(options)
+    pipeline, settings = _asked(options)
     prompts = []
     if method.calibrated:
         prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
@@ -109,14 +105,8 @@ def _run_quantize(options: argparse.Namespace) -> None:
         pipeline,
         method,
         prompts=prompts,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
         calibration_steps=options.calibration_steps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        call=parse_call(options.call, pipeline),
-        out=options.out,
-        progress=not options.json,
+        **settings,
     )
     if options.json:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
@@ -125,7 +115,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
 
 
 def _run_budget(options: argparse.Namespace) -> None:
-    from evenkeel.cli.sources import load_pipeline, load_prompts, parse_call
+    from evenkeel.cli.sources import load_prompts
     from evenkeel.errors import EvenkeelError
     from evenkeel.fitting.bits.quantize_to_budget import WEIGHT_ONLY, quantize_to_budget
     from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
@@ -136,31 +126,42 @@ def _run_budget(options: argparse.Namespace) -> None:
             "--set activation_bits=8."
         )
     method = RoundToNearest.from_dict({**WEIGHT_ONLY.as_dict(), **parse_options(options.set)})
-    steps, guidance = sampling_of(options)
-    if steps is None:
+    if sampling_of(options)[0] is None:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
-    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
-    threads_for(options, pipeline)
-    if options.device:
-        pipeline.to(options.device)
+    pipeline, settings = _asked(options)
     _, report = quantize_to_budget(
         pipeline,
         options.budget,
         prompts=load_prompts(options.prompts, pipeline, options.count, options.seed),
-        num_inference_steps=steps,
         method=method,
         layout=options.layout,
-        guidance_scale=guidance,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        call=parse_call(options.call, pipeline),
-        out=options.out,
-        progress=not options.json,
+        **settings,
     )
     if options.json:
         print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
     else:
         print(f"{report.table()}\n\n{report.text()}\n\n{options.out}")
+
+
+def _asked(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and what every way of quantizing it takes."""
+    from evenkeel.cli.sources import load_pipeline, parse_call
+
+    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
+    threads_for(options, pipeline)
+    if options.device:
+        pipeline.to(options.device)
+    steps, guidance = sampling_of(options)
+    settings = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "call": parse_call(options.call, pipeline),
+        "out": options.out,
+        "progress": not options.json,
+    }
+    return pipeline, settings
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

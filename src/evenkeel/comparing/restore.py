@@ -23,7 +23,7 @@ from evenkeel.hosts.actuators.beside import with_adapters
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers.layers.quantized_layers import Quantized
-from evenkeel.statistics.student import student_margin
+from evenkeel.statistics.student import mean_and_bound
 
 RESTORED = "restored"
 OTHER_STEPS = (4, 50)  # measured beside the fitted number
@@ -195,27 +195,26 @@ def has_branches(quantized: nn.Module) -> bool:
     return any(isinstance(down := getattr(m, "down", None), Tensor) and len(down) for m in layers)
 
 
-def _refitted(run: Run, progress: bool) -> tuple[nn.Module | None, tuple[float, float] | None]:
-    """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
-    pairs = Pairs.of(run, choosing=False)
-    asked: dict[str, Any] = {
+def _as_asked(run: Run) -> dict[str, Any]:
+    """A run as the keywords of a fit."""
+    return {
+        "quantized": run.quantized,
+        "prompts": run.prompts.values,
+        "num_inference_steps": run.num_inference_steps,
         "guidance_scale": run.guidance_scale,
         "seed": run.seed,
         "batch_size": run.batch_size,
         "call": run.call,
     }
+
+
+def _refitted(run: Run, progress: bool) -> tuple[nn.Module | None, tuple[float, float] | None]:
+    """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
+    pairs = Pairs.of(run, choosing=False)
     if len(pairs.fit.prompts) < 2:
         return None, None  # one prompt is not enough for a refit
-    module, _ = refit_branches(
-        run.pipeline,
-        quantized=run.pair[1],
-        prompts=pairs.fit.prompts.values,
-        num_inference_steps=run.num_inference_steps,
-        progress=progress,
-        **asked,
-    )
-    gains = FinalSamples(pairs.held_out).gains_of(module, pairs.confirm)
-    said = float(gains.mean()), float(gains.mean()) - student_margin(gains)
+    module, _ = refit_branches(run.pipeline, progress=progress, **_as_asked(pairs.fit))
+    said = mean_and_bound(FinalSamples(pairs.held_out).gains_of(module, pairs.confirm))
     return (module if said[1] > 0 else None), said
 
 
@@ -226,21 +225,12 @@ def _readout(
     _, quantized = run.pair
     try:
         with with_adapters(quantized, found.adapters):
-            readout = fit_readout(
-                run.pipeline,
-                quantized=quantized,
-                prompts=Pairs.of(run).fit.prompts.values,
-                num_inference_steps=run.num_inference_steps,
-                guidance_scale=run.guidance_scale,
-                seed=run.seed,
-                batch_size=run.batch_size,
-                call=run.call,
-                progress=progress,
-            )
+            fit = Pairs.of(run).fit
+            readout = fit_readout(run.pipeline, progress=progress, **_as_asked(fit))
     except EvenkeelError as e:
         return None, None, str(e)
     gains = found.held_out.gains(found.confirm, found.adapters.layers, readout) - found.gains
-    said = float(gains.mean()), float(gains.mean()) - student_margin(gains)
+    said = mean_and_bound(gains)
     if said[1] > 0:
         return readout, said, ""
     return None, said, "no certain improvement on held-out pairs"

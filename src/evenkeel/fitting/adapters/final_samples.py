@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class FinalSamples:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._full = self._sampled(run, denoiser=run.denoiser)
-        self._before = self._errors(self._sampled(run), self._full)
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """Errors of the quantized denoiser alone; who compares others among themselves needs none."""
+        return self._errors(self._sampled(self.run), self._full)
 
     def gains(
         self,
@@ -49,22 +54,21 @@ class FinalSamples:
             CalibrationError: a sample that is not finite.
 
         """
+        before = self._before[over.start : over.stop]
         with beside(self.run, adapters):
-            some = part(self.run, list(over), self.run.seed + over.start)
-            found = self._sampled(some, correction=correction)
-        chosen = slice(over.start, over.stop)
-        return gain(self._before[chosen], self._errors(found, self._full[chosen]))
+            return gain(before, self.errors_of(None, over, correction))
 
     def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
         """The same for another quantized denoiser in place of the run's."""
         return gain(self._before[over.start : over.stop], self.errors_of(quantized, over))
 
-    def errors_of(self, quantized: nn.Module, over: range) -> Tensor:
-        """(pairs,) float64, squared error of the final sample with another quantized denoiser."""
+    def errors_of(
+        self, quantized: nn.Module | None, over: range, correction: Correction | None = None
+    ) -> Tensor:
+        """(pairs,) float64, squared error of the final sample with this denoiser, or the run's."""
         some = part(self.run, list(over), self.run.seed + over.start)
-        return self._errors(
-            self._sampled(some, denoiser=quantized), self._full[over.start : over.stop]
-        )
+        found = self._sampled(some, denoiser=quantized, correction=correction)
+        return self._errors(found, self._full[over.start : over.stop])
 
     @staticmethod
     def _errors(found: Tensor, full: Tensor) -> Tensor:

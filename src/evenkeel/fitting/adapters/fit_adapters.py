@@ -22,7 +22,7 @@ from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import BITS
-from evenkeel.statistics.student import student_margin
+from evenkeel.statistics.student import mean_and_bound
 
 METRICS = ("output", "uniform", "local")
 TRIED_BITS = (3, 4)
@@ -243,7 +243,7 @@ def fitted(
         chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
         kept, layers = found[chosen]
         gains = held_out.gains(pairs.confirm, layers)
-        bound = float(gains.mean()) - student_margin(gains)
+        mean, bound = mean_and_bound(gains)
         report = AdapterReport(
             prompts=len(run.prompts),
             layers=count,
@@ -251,7 +251,7 @@ def fitted(
             budget=spend,
             candidates=tuple(c for c, _ in found),
             chosen=chosen,
-            gain=float(gains.mean()),
+            gain=mean,
             bound=bound,
             confirmed=bound > 0,
         )

@@ -46,6 +46,15 @@ class Site:
     outputs: RowSample | None = None
     dtype: torch.dtype = torch.float32
 
+    def felt(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys (n,), gradients (n, O) and weights of their steps (n, 1).
+
+        None where the output feels nothing of the layer: text queries in the last block of an MM-DiT.
+        """
+        keys, rows = self.gradients.sorted()
+        gradients, weights = rows[:, :-1], rows[:, -1:]
+        return (keys, gradients, weights) if bool(gradients.any()) else None
+
     @property
     def samples(self) -> dict[str, RowSample]:
         """All rows kept, by what they are."""

@@ -85,7 +85,7 @@ class Measured:
         if not (len(x) and bool(difference.any())):  # some layers are never called
             return None
         kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
-        gradients = _gradients(*site.gradients.sorted(), metrics)
+        gradients = _gradients(site, metrics)
         regressed = None
         if site.outputs is not None:
             bias = reference_bias(site.reference)
@@ -106,18 +106,13 @@ class Measured:
         return LayerProblem(self.name, self.kernel, whole.working(change), whole, held_out)
 
 
-def _gradients(
-    keys: Tensor, rows: Tensor, metrics: Collection[str]
-) -> dict[str, tuple[Moment, Moment]]:
-    """Second moments of gradients: each weighted by its step, or as they are.
-
-    Empty where the output feels nothing of the layer: text queries in the last block of an MM-DiT.
-    """
-    if not bool(rows[:, :-1].any()):
+def _gradients(site: Site, metrics: Collection[str]) -> dict[str, tuple[Moment, Moment]]:
+    """Second moments of gradients: each weighted by its step, or as they are."""
+    if (felt := site.felt()) is None:
         return {}
-    folds, weight, rows = folds_of(keys), rows[:, -1:], rows[:, :-1]
+    keys, rows, weight = felt
     weighted = {"output": weight, "uniform": torch.ones_like(weight)}
-    return {m: _both(rows * w, folds) for m, w in weighted.items() if m in metrics}
+    return {m: _both(rows * w, folds_of(keys)) for m, w in weighted.items() if m in metrics}
 
 
 def _both(rows: Tensor, folds: Tensor) -> tuple[Moment, Moment]:

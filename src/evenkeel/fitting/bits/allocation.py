@@ -38,11 +38,11 @@ class Uniform:
 
 def metric_of(site: Site) -> OutputMetric | None:
     """S and G of a layer; None where it was never called, or the output does not depend on it."""
-    (_, x), (_, g) = site.inputs.sorted(), site.gradients.sorted()
-    if not (len(x) and len(g)):
+    (_, x), felt = site.inputs.sorted(), site.felt()
+    if felt is None or not len(x):
         return None
-    felt = g[:, :-1] * g[:, -1:]  # the last column is the weight of the step
-    return OutputMetric(second_moment(x), second_moment(felt)) if bool(felt.any()) else None
+    _, gradients, weights = felt
+    return OutputMetric(second_moment(x), second_moment(gradients * weights))
 
 
 def options_of(

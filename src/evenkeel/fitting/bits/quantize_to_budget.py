@@ -40,7 +40,7 @@ from evenkeel.quantizers.methods.base import quantize_module
 from evenkeel.quantizers.methods.per_layer import PerLayer
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.saved.folder import save_quantized
-from evenkeel.statistics.student import student_margin
+from evenkeel.statistics.student import mean_and_bound
 from evenkeel.storage import write_atomically, write_json
 
 WEIGHT_ONLY = RoundToNearest(weight_bits=4, activation_bits=16)
@@ -177,7 +177,7 @@ def quantize_to_budget(
         chosen = tried[best][1]
         mix = built(family, denoiser, words(chosen))
         gains = gain(*(held_out.errors_of(module, pairs.confirm) for module in (rival, mix)))
-        bound = float(gains.mean()) - student_margin(gains)
+        mean, bound = mean_and_bound(gains)
         report = BitsReport(
             family=family.name,
             bits=bits,
@@ -193,7 +193,7 @@ def quantize_to_budget(
                 )
                 for n, o in chosen.items()
             ),
-            gain=float(gains.mean()),
+            gain=mean,
             bound=bound,
             confirmed=bound > 0,
             guarded=guard,
