@@ -56,6 +56,7 @@ class Cell:
 
     ``rivals`` says whether the baselines are fitted, too. ``width``: of a denoiser that widths.py trained for
     1,000 steps, in place of the twin's. ``backend``: one of those in tests/helpers, in place of ``spec``.
+    ``seed``: of the calibration prompts and their noise; those of the images are other ones in any case.
     """
 
     spec: str
@@ -67,6 +68,7 @@ class Cell:
     prompts: int = PROMPTS
     width: int | None = None
     backend: str | None = None
+    seed: int = 0
 
 
 TWINS = (
@@ -98,6 +100,9 @@ CELLS = {
         for b in NAMES
     },
     **{f"{t}-w4a16": Cell("w4a16-g32", "", twin=t, images=100, rivals=False) for t in TWINS},
+    **{f"seed-{n}": Cell("w4a16-g32", "", rivals=False, seed=n) for n in (2, 3)},
+    **{f"{t}-w4a8": Cell("w4a8-g32", "", twin=t, images=60, rivals=False) for t in TWINS},
+    **{f"{t}-w3a4-r16": Cell("w3a4-g32-r16", "", twin=t, images=60, rivals=False) for t in TWINS},
 }
 
 
@@ -133,7 +138,9 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
     size = stored_size(quantized)
     settings: dict[str, Any] = {"guidance_scale": twin.guidance_scale, "batch_size": 32}
     steps = twin.num_inference_steps
-    run = Run(pipe, kind.prompts(cell.prompts, 0), steps, quantized=quantized, **settings)
+    chosen_on = kind.prompts(cell.prompts, cell.seed)
+    settings["seed"] = 1000 * cell.seed
+    run = Run(pipe, chosen_on, steps, quantized=quantized, **settings)
     arms: list[Arm] = standard_arms(pipe, quantized, {})
     bytes_of: dict[str, int] = {"quantized": 0}
     said: dict[str, str] = {}
