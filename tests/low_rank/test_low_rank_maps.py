@@ -11,9 +11,11 @@ from evenkeel.errors import CalibrationError
 from evenkeel.low_rank.budget import Option, hull, share_out
 from evenkeel.low_rank.factors import (
     BITS,
+    Factor,
     bytes_of,
     fit_factors,
     rounded,
+    top_of,
     without_empty,
 )
 from evenkeel.low_rank.metric import OutputMetric
@@ -127,15 +129,29 @@ def test_a_rounded_factor_is_exact_in_sixteen_bits(seed, bits, width):
     assert bool(((dense - values).abs() <= 0.5001 * step)[~clipped].all())
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_factors_take_in_memory_what_their_file_takes(bits):
+    values = torch.randn(5, 70, generator=torch.Generator().manual_seed(3))
+    factor = rounded(values, bits)
+    assert 2 * factor.nbytes == bytes_of(5, 70, 70, bits)
+    assert factor.codes.nbytes == -(-5 * 70 * bits // 8)
+    assert torch.equal(factor.take(torch.tensor([4, 1])).dense(), factor.dense()[[4, 1]])
+    if bits < 16:
+        signed = factor._signed(torch.int16)
+        assert int(signed.abs().max()) <= top_of(bits)
+        again = Factor.of(bits, signed, factor.scale)
+        assert torch.equal(again.codes, factor.codes)
+
+
 def test_components_that_rounding_made_zero_go(metric, change):
     components = metric.components(change, 2)
     adapter = fit_factors("a", metric, change, components, 2, 4)
     assert without_empty(adapter) is adapter
-    adapter.down.values[1] = 0
+    adapter.down.scale[1] = 0
     left = without_empty(adapter)
     assert left.rank == 1
     assert torch.equal(left.change, adapter.change)
-    adapter.down.values[0] = 0
+    adapter.down.scale[0] = 0
     assert without_empty(adapter) is None
 
 

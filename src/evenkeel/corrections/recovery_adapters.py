@@ -11,11 +11,11 @@ from torch import Tensor
 
 from evenkeel.corrections.base import Correction, Tables
 from evenkeel.corrections.plan import SamplerPlan, plain_plan
-from evenkeel.low_rank.factors import BITS, GROUP, Factor, LayerAdapter
+from evenkeel.low_rank.factors import BITS, GROUP, Factor, LayerAdapter, top_of
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage.checks import Number, Tensors, check_json, check_tensors
-from evenkeel.storage.packing import pack, unpack
+from evenkeel.storage.packing import unpack
 
 _LAYER = {
     "name": str,
@@ -111,9 +111,9 @@ class RecoveryAdapters(Correction):
     def tables(self) -> Tables:
         """Packed codes and scales of all factors one after another, or their float16 values."""
         factors = [factor for layer in self.layers for factor in (layer.down, layer.up)]
+        codes = [f.codes for f in factors]
         if self.bits == 16:
-            return Tables(self._described(), {"values": _joined([f.values for f in factors])})
-        codes = [pack((f.values.to(torch.int16) + f.top).to(torch.uint8), f.bits) for f in factors]
+            return Tables(self._described(), {"values": _joined(codes)})
         scales = [f.scale for f in factors if f.scale is not None]
         tensors = {"codes": _joined(codes), "scales": _joined(scales)} if factors else {}
         return Tables(self._described(), tensors)
@@ -152,7 +152,7 @@ def _factors(
         sizes = [rank * width for rank, width in shapes]
         check_tensors(tensors, {"values": Tensors(torch.float16, (sum(sizes),))})
         values = torch.split(tensors["values"], sizes)
-        return [Factor(bits, v.reshape(s), None) for v, s in zip(values, shapes, strict=True)]
+        return [Factor(bits, s[1], v.reshape(s), None) for v, s in zip(values, shapes, strict=True)]
     sizes = [-(-rank * width * bits // 8) for rank, width in shapes]
     groups = [(rank, -(-width // GROUP)) for rank, width in shapes]
     scales = [rank * count for rank, count in groups]
@@ -168,10 +168,8 @@ def _factors(
         strict=True,
     )
     found = []
-    for (codes, scale), (rank, width), count in zip(parts, shapes, groups, strict=True):
-        signed = unpack(codes, bits, rank * width).to(torch.int16) - (2 ** (bits - 1) - 1)
-        factor = Factor(bits, signed.to(torch.int8).reshape(rank, width), scale.reshape(count))
-        if int(signed.max()) > factor.top:
+    for (codes, scale), (rank, width), group in zip(parts, shapes, groups, strict=True):
+        if int(unpack(codes, bits, rank * width).max()) > 2 * top_of(bits):
             raise ValueError(f"a code that no factor of {bits} bits has")
-        found.append(factor)
+        found.append(Factor(bits, width, codes, scale.reshape(group)))
     return found

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from evenkeel.errors import CalibrationError
 from evenkeel.low_rank.metric import Components, OutputMetric
+from evenkeel.storage.packing import pack, unpack
 
 GROUP = 32  # values that share a scale
 BITS = (3, 4, 8, 16)
@@ -18,38 +20,49 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of an adapter, a row per component.
+    """One factor of an adapter, a row per component; in memory as in its file.
 
     Attributes:
         bits: of a value; 16 keeps float16 values.
-        values: (r, n) int8 codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1; float16 for 16 bits.
+        width: features or outputs, n.
+        codes: uint8, one after another without gaps (``storage.packing``), 2^(bits-1) - 1 added to each so
+            that none is negative; for 16 bits (r, n) float16.
         scale: (r, ceil(n / GROUP)) float16, a code of 1 in every group; None for 16 bits.
 
     """
 
     bits: int
-    values: Tensor
+    width: int
+    codes: Tensor
     scale: Tensor | None
+
+    @classmethod
+    def of(cls, bits: int, values: Tensor, scale: Tensor) -> Factor:
+        """From signed codes (r, n), from -top to top."""
+        return cls(
+            bits, values.shape[1], pack((values + top_of(bits)).to(torch.uint8), bits), scale
+        )
 
     @property
     def rank(self) -> int:
         """Number of components."""
-        return len(self.values)
+        return len(self.codes if self.scale is None else self.scale)
 
     @property
-    def width(self) -> int:
-        """Features or outputs."""
-        return self.values.shape[1]
-
-    @property
-    def top(self) -> int:
-        """The largest code; the smallest is minus it."""
-        return int(2 ** (self.bits - 1) - 1)
+    def nbytes(self) -> int:
+        """What it takes, in memory and in a file."""
+        return self.codes.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def to(self, device: torch.device) -> Factor:
         """The same on a device."""
         scale = None if self.scale is None else self.scale.to(device)
-        return replace(self, values=self.values.to(device), scale=scale)
+        return replace(self, codes=self.codes.to(device), scale=scale)
+
+    def take(self, rows: Tensor | slice) -> Factor:
+        """Some of the components."""
+        if self.scale is None:
+            return replace(self, codes=self.codes[rows])
+        return Factor.of(self.bits, self._signed(torch.int16)[rows], self.scale[rows])
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(r, n) in this dtype.
@@ -58,9 +71,18 @@ class Factor:
         tensor([[ 0.9980, -0.5703,  0.2852]])
         """
         if self.scale is None:
-            return self.values.to(dtype)
-        spread = self.scale.to(dtype).repeat_interleave(GROUP, 1)[:, : self.width]
-        return self.values.to(dtype) * spread
+            return self.codes.to(dtype)
+        return _spread(self._signed(dtype), self.scale.to(dtype))
+
+    def _signed(self, dtype: torch.dtype) -> Tensor:
+        count = self.rank * self.width
+        codes = unpack(self.codes, self.bits, count).view(self.rank, self.width)
+        return codes.to(dtype) - top_of(self.bits)
+
+
+def top_of(bits: int) -> int:
+    """The largest code; the smallest is minus it."""
+    return int(2 ** (bits - 1) - 1)
 
 
 @dataclass(frozen=True)
@@ -97,11 +119,11 @@ class LayerAdapter:
     @property
     def stored_bytes(self) -> int:
         """Codes and scales; see ``bytes_of``."""
-        return bytes_of(self.rank, self.down.width, self.up.width, self.down.bits)
+        return self.down.nbytes + self.up.nbytes
 
 
 def bytes_of(rank: int, features: int, outputs: int, bits: int) -> int:
-    """What an adapter of this rank takes in a file; in memory codes of 3 and 4 bits take 8.
+    """What an adapter of this rank takes, in a file and in memory.
 
     >>> bytes_of(2, 64, 32, 4), bytes_of(2, 64, 32, 16)
     (108, 384)
@@ -145,12 +167,12 @@ def fit_factors(
         if gained > most:
             best, most = found, gained
         down = found.down.dense().to(change)
-        up = rounded(metric.best_up(change, down), bits).dense().to(change)
+        up = _on_grid(metric.best_up(change, down), bits)
         down = metric.best_down(change, up)
         # Both are scaled alike again; else one of them leaves what its scales can hold.
         balance = (up.norm(dim=1) / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
         down = down * balance[:, None]
-        up = metric.best_up(change, rounded(down, bits).dense().to(change))
+        up = metric.best_up(change, _on_grid(down, bits))
     assert best is not None
     return best
 
@@ -163,18 +185,38 @@ def rounded(values: Tensor, bits: int) -> Factor:
 
     """
     if bits == 16:
-        return Factor(bits, _half(values), None)
+        return Factor(bits, values.shape[1], _half(values), None)
+    codes, scales = _codes(values, bits)
+    return Factor.of(bits, codes, scales.half())
+
+
+def _on_grid(values: Tensor, bits: int) -> Tensor:
+    """``rounded(values, bits).dense()`` in the dtype of the values."""
+    if bits == 16:
+        return _half(values).to(values)
+    return _spread(*_codes(values, bits))
+
+
+def _codes(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Signed codes (r, n) and scales (r, groups), both in the dtype of the values."""
     r, n = values.shape
-    groups = torch.nn.functional.pad(values, (0, -n % GROUP)).reshape(r, -1, GROUP)
-    top = 2 ** (bits - 1) - 1
+    groups = F.pad(values, (0, -n % GROUP)).reshape(r, -1, GROUP)
+    top = top_of(bits)
     largest = groups.abs().amax(-1, keepdim=True)
     shares = torch.tensor(CLIPPING).to(largest)[:, None, None, None]
     scales = _scale(shares * largest / top, bits).to(values)
     tried = (groups / scales.clamp_min(1e-30)).round().clamp(-top, top)
     best = (tried * scales - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
     codes = tried.gather(0, best.expand(-1, -1, -1, GROUP))[0]
-    scales = scales.gather(0, best)[0]
-    return Factor(bits, codes.reshape(r, -1)[:, :n].to(torch.int8), scales[..., 0].half())
+    return codes.reshape(r, -1)[:, :n], scales.gather(0, best)[0, ..., 0]
+
+
+def _spread(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (r, n) times the scales (r, groups) of their groups."""
+    r, n = codes.shape
+    if n % GROUP:
+        return codes * scale.repeat_interleave(GROUP, 1)[:, :n]
+    return (codes.view(r, -1, GROUP) * scale[..., None]).view(r, n)
 
 
 def without_empty(adapter: LayerAdapter) -> LayerAdapter | None:
@@ -185,11 +227,7 @@ def without_empty(adapter: LayerAdapter) -> LayerAdapter | None:
     if not bool(alive.any()):
         return None
 
-    def kept(factor: Factor) -> Factor:
-        scale = None if factor.scale is None else factor.scale[alive]
-        return replace(factor, values=factor.values[alive], scale=scale)
-
-    return replace(adapter, down=kept(adapter.down), up=kept(adapter.up))
+    return replace(adapter, down=adapter.down.take(alive), up=adapter.up.take(alive))
 
 
 def _scale(values: Tensor, bits: int) -> Tensor:

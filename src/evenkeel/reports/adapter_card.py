@@ -92,16 +92,15 @@ def _sizes(found: Restored) -> list[str]:
     if not adapters.layers:
         return []
     factors = [factor for a in adapters.layers for factor in (a.down, a.up)]
-    plain = sum(2 * f.values.numel() for f in factors)
-    held = sum(f.values.nbytes + (0 if f.scale is None else f.scale.nbytes) for f in factors)
+    plain = sum(2 * f.rank * f.width for f in factors)
 
     def said(size: int) -> str:
         return f"{size / 1e6:.3f} MB (+{100 * size / whole:.1f} %)"
 
     return [
         f"- {adapters.report}",
-        f"- of the quantized denoiser's {whole / 1e6:.3f} MB: packed {said(adapters.stored_bytes)} on disk, "
-        f"{said(held)} in memory, where a code takes a byte; as a plain LoRA of 16 bits {said(plain)} "
+        f"- of the quantized denoiser's {whole / 1e6:.3f} MB: packed {said(adapters.stored_bytes)} on disk "
+        f"and in memory; as a plain LoRA of 16 bits {said(plain)} "
         f"on disk and in memory, twice that where a loader widens it to float32",
     ]
 

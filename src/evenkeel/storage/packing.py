@@ -52,6 +52,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits are {size} bytes (uint8), got {tuple(packed.shape)} "
             f"of {packed.dtype}."
         )
+    if 8 % bits == 0:  # whole codes in every byte
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> shifts) & ((1 << bits) - 1)).flatten()[:count]
     rows = torch.nn.functional.pad(packed, (0, -size % bits)).reshape(-1, bits)
     words = torch.nn.functional.pad(rows, (0, 8 - bits)).view(torch.int64)
     codes = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)) & ((1 << bits) - 1)

@@ -156,7 +156,9 @@ def shape_of(layer: Any) -> tuple[int, int] | None:
 class _Addition:
     """A forward hook: the layer's output plus ``up^T (down x)``, computed in the input's dtype.
 
-    Factors stay codes (of 8 bits in memory) with their scales; their values are made when they are used.
+    Factors stay packed in memory as in their file; their values are made when they are used. Where no
+    gradient is asked for, the output is added to in place: another tensor of its size costs more than the
+    products.
     """
 
     def __init__(self, adapter: LayerAdapter, layer: Any) -> None:
@@ -169,7 +171,12 @@ class _Addition:
         x = input_of(arguments, named)
         down, up = (f.dense(x.dtype) for f in self._factors(x.device))
         if not self.convolution:
-            return output + F.linear(F.linear(x, down), up.T).to(output.dtype)
+            inner = F.linear(x, down)
+            own = output is not x and not output.requires_grad and output.is_contiguous()
+            if not own or inner.requires_grad or output.dtype != x.dtype:
+                return output + F.linear(inner, up.T).to(output.dtype)
+            output.view(-1, output.shape[-1]).addmm_(inner.flatten(0, -2), up)
+            return output
         kernel = sizes(layer.kernel_size)
         mode = str(layer.padding_mode)
         padded = F.pad(x, border(layer, kernel), mode="constant" if mode == "zeros" else mode)
