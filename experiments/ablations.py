@@ -260,14 +260,14 @@ def kurtosis() -> None:
 def lambdas() -> None:
     """TAC Fig. 6: the sweep of lambda_1, with a threshold of 0.5."""
     from evenkeel import fit_tac
+    from evenkeel.corrections.reconstruction import Reconstruction
 
     pipe, quantized = twins()
     asked = {"prompts": sample_prompts(32, 0), "batch_size": 32, "progress": False, **SAMPLING}
     arms = [Arm(QUANTIZED, quantized)]
     for value in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
-        rule = fit_tac(
-            pipe, quantized=quantized, input_bias=False, lambda_1=value, threshold=0.5, **asked
-        )
+        how = Reconstruction(lambda_1=value, threshold=0.5)
+        rule = fit_tac(pipe, quantized=quantized, input_bias=False, reconstruction=how, **asked)
         arms.append(Arm(f"lambda_1={value}", quantized, rule))
     _finish_images("lambdas", arms, 200)
 
@@ -286,7 +286,7 @@ def components() -> None:
     known = record().evidence
     made = {
         "tac-ner": fit_tac(pipe, quantized=quantized, input_bias=False, **asked),
-        "tac-ibc": fit_tac(pipe, quantized=quantized, reconstruct=False, **asked),
+        "tac-ibc": fit_tac(pipe, quantized=quantized, reconstruction=None, **asked),
         "tac": both,
         "tac, first step": TAC(both.alpha, both.sigma, gain, bias, source=both.source),
         "cnc": CNC(known),

@@ -123,7 +123,7 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
     made = available(record.evidence, {})[0]
     made["tac"] = timed("tac", lambda: fit_tac(pipe, **asked))
     made["tac-ner"] = timed("tac-ner", lambda: fit_tac(pipe, input_bias=False, **asked))
-    made["tac-ibc"] = timed("tac-ibc", lambda: fit_tac(pipe, reconstruct=False, **asked))
+    made["tac-ibc"] = timed("tac-ibc", lambda: fit_tac(pipe, reconstruction=None, **asked))
     made["tac-unconditional"] = timed(
         "tac-unconditional", lambda: fit_tac(pipe, reconstruct_unconditional=True, **asked)
     )

@@ -144,7 +144,7 @@ class Fits:
             self.pipe,
             quantized=self.quantized,
             batch_size=32,
-            reconstruct=False,
+            reconstruction=None,
             correction=correction,
             progress=False,
             **common,

@@ -148,6 +148,21 @@ def test_signed_and_magnitude_masks_differ() -> None:
     assert bool((both > signed + 0.05).all())
 
 
+def test_a_ratio_of_root_mean_squares_does_not_shrink_where_outputs_have_drifted_apart() -> None:
+    e, other = torch.randn(2, 4, 2, 2000, generator=torch.Generator().manual_seed(0)).unbind()
+    q = 0.8 * (0.6 * e + 0.8 * other)  # of correlation 0.6, four fifths as large
+    shrunk, kept = (reconstruction_gain(e, q, estimator=s) for s in ("least-squares", "rms"))
+    assert bool((shrunk < 0.9).all()) and bool(((kept - 1.25).abs() < 0.1).all())
+
+
+def test_the_printed_form_has_no_limits() -> None:
+    far = torch.tensor([0.1, 3.0])
+    assert torch.equal(Reconstruction.published().limited(far), far)
+    assert Reconstruction().limited(far).tolist() == [0.5, 1.5]
+    with pytest.raises(CalibrationError, match="rms"):
+        Reconstruction(lambda_1=0.1, threshold=1.0, estimator="rms")
+
+
 def test_sums_of_batches_are_sums_of_all() -> None:
     e, q = outputs(0, 6)
     rule = Reconstruction(lambda_1=0.3, threshold=0.5)
@@ -385,18 +400,20 @@ def test_all_prompts_count_alike_whatever_the_batch() -> None:
 def test_a_known_gain_is_found_and_undone() -> None:
     tiny = pixart()
     quantized = twin(tiny.model, lambda m: m / 1.1)
-    tac = fitted(tiny, quantized, lambda_2=0.0, input_bias=False)
+    tac = fitted(tiny, quantized, reconstruction=Reconstruction(lambda_2=0.0), input_bias=False)
     assert tac.gain is not None and tac.bias is None and tac.name == "tac-ner"
     assert torch.allclose(tac.gain, torch.full_like(tac.gain, 1.1), atol=1e-5)
     assert errors_with(tiny, quantized, tac)[1].size[-1] < 1e-4
-    held = fitted(tiny, quantized, lambda_2=100.0, input_bias=False).gain
+    held = fitted(
+        tiny, quantized, reconstruction=Reconstruction(lambda_2=100.0), input_bias=False
+    ).gain
     assert held is not None and bool((held < 1.01).all())
 
 
 def test_gain_is_applied_as_far_as_it_is_limited() -> None:
     tiny = pixart()
     quantized = twin(tiny.model, lambda m: 0.4 * m)
-    tac = fitted(tiny, quantized, lambda_2=0.0)
+    tac = fitted(tiny, quantized, reconstruction=Reconstruction(lambda_2=0.0))
     assert tac.gain is not None and torch.allclose(tac.gain[0], torch.full_like(tac.gain[0], 2.5))
     seen = errors_with(tiny, quantized, tac)[1]
     assert max(seen.mean) < 1e-6 * seen.scale  # B was measured below K = 1.5
@@ -415,7 +432,8 @@ def test_bias_per_channel_is_the_channels_mean(name: str) -> None:
     tiny = ALL[name]()
     quantized = twin(tiny.model, bent)
     per_element, per_channel = (
-        fitted(tiny, quantized, reconstruct=False, input_bias_per_channel=p) for p in (False, True)
+        fitted(tiny, quantized, reconstruction=None, input_bias_per_channel=p)
+        for p in (False, True)
     )
     assert per_channel.gain is None and per_channel.name == "tac-ibc"
     a, b = per_element.bias, per_channel.bias
@@ -434,7 +452,13 @@ def test_bias_per_channel_is_the_channels_mean(name: str) -> None:
 def test_the_unconditional_branch_alone(name: str, expected: int) -> None:
     tiny = ALL[name]()
     quantized = twin(tiny.model, lambda m: m / 1.1)
-    tac = fitted(tiny, quantized, reconstruct_unconditional=True, lambda_2=0.0, batch_size=2)
+    tac = fitted(
+        tiny,
+        quantized,
+        reconstruct_unconditional=True,
+        reconstruction=Reconstruction(lambda_2=0.0),
+        batch_size=2,
+    )
     assert tac.branch == expected
     assert tac.gain is not None and torch.allclose(tac.gain[0], torch.full_like(tac.gain[0], 1.1))
     assert tac.options["branch"] == expected
@@ -453,11 +477,16 @@ def test_the_unconditional_edit_arrives_with_its_share() -> None:
         half = len(m) // 2
         return torch.cat([m[:half] / 1.1, m[half:]])
 
-    tac = fitted(tiny, twin(tiny.model, first_half), reconstruct_unconditional=True, lambda_2=0.0)
+    tac = fitted(
+        tiny,
+        twin(tiny.model, first_half),
+        reconstruct_unconditional=True,
+        reconstruction=Reconstruction(lambda_2=0.0),
+    )
     assert tac.gain is not None and tac.bias is not None
     assert torch.allclose(tac.gain, torch.full_like(tac.gain, 1.1), atol=1e-4)
     assert float(tac.bias.abs().max()) < 1e-4
-    after = fitted(tiny, twin(tiny.model, first_half), lambda_2=0.0)
+    after = fitted(tiny, twin(tiny.model, first_half), reconstruction=Reconstruction(lambda_2=0.0))
     assert after.bias is not None and float(after.bias.abs().max()) > 1e-2
 
 
@@ -501,9 +530,8 @@ def test_open_loop_is_the_first_step_of_the_closed_one() -> None:
     [
         ({"prompts": []}, "non-empty"),
         ({"batch_size": 0}, "batch_size"),
-        ({"lambda_1": 0.5}, "threshold"),
-        ({"reconstruct": False, "input_bias": False}, "at least one part"),
-        ({"reconstruct": False, "reconstruct_unconditional": True}, "at least one part"),
+        ({"reconstruction": None, "input_bias": False}, "at least one part"),
+        ({"reconstruction": None, "reconstruct_unconditional": True}, "at least one part"),
     ],
 )
 def test_requests_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -359,7 +359,30 @@ def test_a_pilot_without_any_error_does_not_erase_the_error_of_later_prompts() -
     )
 
 
-def test_trimming_needs_the_histogram_and_channels() -> None:
+@pytest.mark.parametrize("spread", [1.5, 4.0])
+def test_one_trim_for_the_heap_of_all_channels_equals_a_two_pass_fit(spread: float) -> None:
+    e, d = heavy_tailed()
+    d = d + torch.tensor([0.0, 0.5, -2.0])[:, None]  # the heap's mean and spread are no channel's
+    e = e + torch.tensor([3.0, 0.0, -1.0])[:, None]
+    found = ErrorHistogram.of(framed(e, d), e, d).trimmed_covariances(spread, per_channel=False)
+    for step in range(2):
+        a, b = e[:, step].flatten(), d[:, step].flatten()
+        kept = (b - b.mean()).abs() <= spread * b.std(correction=0)
+        ee, ed, dd, share = (float(t[step, 0]) for t in found)
+        wanted = kept_covariances(a, b, kept)
+        assert (ee, dd) == pytest.approx(wanted[::2], rel=0.05)
+        assert ed == pytest.approx(wanted[1], abs=0.05 * (wanted[0] * wanted[2]) ** 0.5)
+        assert share == pytest.approx(float(kept.double().mean()), abs=0.03)
+    everything = ErrorHistogram.of(framed(e, d), e, d).trimmed_covariances(
+        float("inf"), per_channel=False
+    )
+    a, b = e[:, 0].flatten(), d[:, 0].flatten()
+    assert [float(t[0, 0]) for t in everything[:3]] == pytest.approx(
+        kept_covariances(a, b, ...), rel=1e-4
+    )
+
+
+def test_trimming_needs_the_histogram() -> None:
     e, d, x = triple(14, 2, 2, 3, 40)
     moments = PairedMoments.of(e, d, x)
     levels = np.array([0.5, 0.9]), np.array([0.8, 0.4])
@@ -367,8 +390,8 @@ def test_trimming_needs_the_histogram_and_channels() -> None:
     with pytest.raises(CalibrationError, match="histograms=True"):
         bare.variance(per_channel=True, kind="conditional", trim=4.0, on="output")
     full = Evidence("epsilon", *levels, moments, ErrorHistogram.of(framed(e, d), e, d))
-    with pytest.raises(CalibrationError, match="per channel"):
-        full.variance(per_channel=False, kind="conditional", trim=4.0, on="output")
+    heap = full.variance(per_channel=False, kind="total", trim=1.5, on="output")
+    assert (heap < full.by_step.dd).all()
     trimmed = full.variance(per_channel=True, kind="total", trim=1.5, on="output")
     assert (trimmed < full.by_channel.dd).all()
 

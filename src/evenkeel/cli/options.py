@@ -100,7 +100,7 @@ def corrections(
         EvenkeelError: an unknown name, or a name that the files do not allow.
 
     """
-    from evenkeel.corrections.catalogue import ALL, FILE, available, root_of
+    from evenkeel.corrections.catalogue import ALL, FILE, FORMS, available, root_of
     from evenkeel.errors import EvenkeelError
     from evenkeel.record import Record, load
 
@@ -114,12 +114,17 @@ def corrections(
     record = records[0] if records else None
     if record is not None:
         measured = {**record.closed_loop.corrections, **measured}
-    made, reasons = available(None if record is None else record.evidence, measured)
+    formed = any(name in FORMS for name in names or ())
+    evidence = None if record is None else record.evidence
+    made, reasons = available(evidence, measured, forms=formed)
     if names is None:
         return made, reasons, record
     for name in names:
-        if name not in ALL:
-            raise EvenkeelError(f"no correction called {name}; there is {', '.join(ALL)}.")
+        if name not in ALL and name not in FORMS:
+            raise EvenkeelError(
+                f"no correction called {name}; there is {', '.join(ALL)}, and in their authors' form "
+                f"{', '.join(FORMS)}."
+            )
         if name not in made:
             maker = "calibrate"
             if root_of(name) == FILE:

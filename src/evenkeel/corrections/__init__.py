@@ -8,6 +8,7 @@ from evenkeel.corrections.base import Correction as Correction
 from evenkeel.corrections.base import FromEvidence as FromEvidence
 from evenkeel.corrections.base import Identity as Identity
 from evenkeel.corrections.catalogue import ALL as ALL
+from evenkeel.corrections.catalogue import FORMS as FORMS
 from evenkeel.corrections.catalogue import applicable as applicable
 from evenkeel.corrections.cnc import CNC as CNC
 from evenkeel.corrections.composite import Composite as Composite

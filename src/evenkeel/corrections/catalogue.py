@@ -56,7 +56,7 @@ class Entry:
     version: int = 1
 
 
-# With the papers' defaults where a paper has them.
+# Our defaults: the papers' where these do no harm; each docstring says where not.
 ALL: dict[str, Entry] = {
     "q-drift": Entry(EVIDENCE, QDrift),
     "exact-drift": Entry(EVIDENCE, ExactDrift),
@@ -83,15 +83,33 @@ ALL: dict[str, Entry] = {
     "adapters": Entry(FILE, RecoveryAdapters.from_tables),
 }
 
+# As the papers print them and as their code computes them, where either differs from our defaults.
+FORMS: dict[str, Entry] = {
+    "q-drift:published": Entry(EVIDENCE, QDrift.published),
+    "q-drift:released": Entry(EVIDENCE, QDrift.released),
+    "d2-dpm:published": Entry(EVIDENCE, D2DPM.published),
+    "d2-dpm:released": Entry(EVIDENCE, D2DPM.released),
+    "s-d2-dpm:published": Entry(EVIDENCE, lambda e: D2DPM.published(e, stochastic=True)),
+    "s-d2-dpm:released": Entry(EVIDENCE, lambda e: D2DPM.released(e, stochastic=True)),
+    "ptqd:published": Entry(EVIDENCE, PTQD.published),
+    "ptqd:released": Entry(EVIDENCE, PTQD.released),
+    "cnc:published": Entry(EVIDENCE, CNC.published),
+    "dcnc:published": Entry(EVIDENCE, DCNC.published),
+    "dns:published": Entry(EVIDENCE, DNS.published),
+    "dcnc+dns:published": Entry(
+        EVIDENCE, lambda e: Composite((DCNC.published(e), DNS.published(e)))
+    ),
+}
+
 
 def root_of(name: str) -> str:
     """``EVIDENCE``, ``CLOSED_LOOP`` or ``FILE``: what an entry is made from in the end."""
-    source = ALL[name].source
+    source = (ALL | FORMS)[name].source
     return root_of(source) if source in ALL else source
 
 
 def available(
-    evidence: Evidence | None, measured: Mapping[str, Correction]
+    evidence: Evidence | None, measured: Mapping[str, Correction], *, forms: bool = False
 ) -> tuple[dict[str, Correction], dict[str, str]]:
     """All corrections that can be made of this, and for the others the reason why not.
 
@@ -99,13 +117,14 @@ def available(
         evidence: of a record; None leaves out what needs a record.
         measured: by name, those that were read from tables; without one of a file, what needs a file
             is left out.
+        forms: those of ``FORMS``, too.
 
     """
     roots = {root_of(name) for name in measured}
     roots |= {EVIDENCE, CLOSED_LOOP} if evidence is not None else set()
     made: dict[str, Correction] = {}
     reasons: dict[str, str] = {}
-    for name, entry in ALL.items():
+    for name, entry in (ALL | FORMS if forms else ALL).items():
         if name in measured:
             made[name] = measured[name]
         elif root_of(name) in roots:

@@ -11,6 +11,7 @@ from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, Space, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan, plain_plan
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class CNC(FromEvidence):
     intercept: Literal["own", "none"] = "own"
     space: Space = "output"
     min_explained: float = 0.1
+
+    @classmethod
+    def published(cls, evidence: Evidence) -> CNC:
+        """The paper's form: the intercept is dropped, no step left out."""
+        return cls(evidence, intercept="none", min_explained=0.0)
 
     def plan(self, law: StepLaw, *, allow_range: bool = False) -> SamplerPlan:
         """The edit of every output; see the class."""

@@ -9,6 +9,7 @@ from evenkeel.corrections.base import FromEvidence
 from evenkeel.corrections.linear_error import LinearError, Space, guarded_edit
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class D2DPM(FromEvidence):
     space: Space = "output"
     min_explained: float = 0.1
     seed: int = 0
+
+    @classmethod
+    def published(cls, evidence: Evidence, *, stochastic: bool = False) -> D2DPM:
+        """The paper's form: all pairs, the direction term from the smaller noise, no step left out."""
+        return cls(evidence, stochastic, absorption="released", min_explained=0.0)
+
+    @classmethod
+    def released(cls, evidence: Evidence, *, stochastic: bool = False) -> D2DPM:
+        """The same from pairs within 4 standard deviations of D; needs a record with histograms."""
+        return replace(cls.published(evidence, stochastic=stochastic), trim=4.0)
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from evenkeel.corrections.dns import robust_scale
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
 from evenkeel.statistics.residual import Estimator, ResidualShape
 
 
@@ -80,6 +81,11 @@ class DCNC(FromEvidence):
     def __post_init__(self) -> None:
         if not self.strength >= 0:
             raise CalibrationError(f"strength (W_u) must be at least 0, got {self.strength}.")
+
+    @classmethod
+    def published(cls, evidence: Evidence) -> DCNC:
+        """The paper's form: W_u = 0.2, IQR, the intercept dropped, no step left out."""
+        return cls(evidence, intercept="none", min_explained=0.0)
 
     def uniform_std(self) -> Tensor:
         """(T, C) or (T, 1) standard deviation of u for residuals that are not divided by 1 + k."""

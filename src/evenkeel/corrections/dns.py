@@ -106,6 +106,13 @@ class DNS(DriftRule):
     units: Literal["epsilon", "published"] = "epsilon"
     min_explained: float = 0.1
 
+    @classmethod
+    def published(cls, evidence: Evidence) -> DNS:
+        """The paper's form: IQR, its units, injected noise divided by C2, no step left out."""
+        return cls(
+            evidence, estimator="iqr", noise="published", units="published", min_explained=0.0
+        )
+
     def plan(
         self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
     ) -> SamplerPlan:

@@ -66,6 +66,7 @@ class DriftOptions:
     cap: bool = True
     correct_final_step: bool = False
     min_explained: float = 0.1
+    given_output: bool = False  # condition V on the raw output, whichever way the step is stretched
 
 
 class DriftRule(FromEvidence):
@@ -109,7 +110,7 @@ def plan_drift(
         noise_rule: factor on the injected noise of one step and channel; None keeps it.
 
     """
-    on = "output" if options.along_output else "epsilon"
+    on = "output" if options.along_output or options.given_output else "epsilon"
     second = evidence.by_channel if options.per_channel else evidence.by_step
     if edit is None:
         variance = evidence.variance(

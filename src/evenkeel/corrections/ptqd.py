@@ -55,6 +55,11 @@ class PTQD(FromEvidence):
     min_explained: float = 0.1
 
     @classmethod
+    def published(cls, evidence: Evidence) -> PTQD:
+        """The paper's form: k of either sign, the residual's mean per channel, no step left out."""
+        return cls(evidence, absorption="released", min_explained=0.0)
+
+    @classmethod
     def released(cls, evidence: Evidence) -> PTQD:
         """As the authors' code computes it."""
         return cls(evidence, "mean", True, "within", "released", 0.0)

@@ -7,13 +7,14 @@ deterministic sampler that drift points along the step itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from evenkeel.corrections.drift import DriftOptions, DriftRule, DriftStep, plan_drift
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import CalibrationError
 from evenkeel.sampling.step_law import StepLaw
+from evenkeel.statistics.evidence import Evidence
 
 # Samplers for which the paper writes V |ds| / (2 sigma) (Eq. 22) instead of the exact integral.
 _LEFT_POINT = (
@@ -25,7 +26,7 @@ _LEFT_POINT = (
 
 @dataclass(frozen=True)
 class QDrift(DriftRule):
-    """Q-Drift for any linear sampler, from calibration evidence.
+    """Q-Drift for any linear sampler, from calibration evidence; ``QDrift.published`` is the paper's form.
 
     With y = x / alpha, levels s = sigma / alpha and ``Var(dy) = sum_j (w[k,j] / alpha_next)^2 V_j``
     over the model outputs that step k uses (Eqs. 36-38, read from the step law, so every order and
@@ -48,6 +49,9 @@ class QDrift(DriftRule):
         trim: drop pairs beyond so many standard deviations of D (released code: 4); None keeps all.
         along: ``"paper"`` scales flow-matching Euler along its output v and all others along the noise;
             ``"epsilon"`` and ``"output"`` force one of the two.
+        given: V = Var(D | p) with p the noise form of the output where the step is stretched along the
+            noise (``"direction"``), or always the raw ``"output"``, as the released code has it; they
+            differ for networks that predict v or flow.
         denominator: ``"auto"`` as above, or ``"left"`` / ``"interval"`` for every sampler.
         final_step: ``"identity"``, or ``"paper"`` to scale the last step as published.
         cap: limit c to ``s_next / |ds|``; ``final_step="paper"`` needs False.
@@ -69,6 +73,7 @@ class QDrift(DriftRule):
     conditional: bool = True
     trim: float | None = None
     along: Literal["paper", "epsilon", "output"] = "paper"
+    given: Literal["direction", "output"] = "direction"
     denominator: Literal["auto", "left", "interval"] = "auto"
     final_step: Literal["identity", "paper"] = "identity"
     cap: bool = True
@@ -81,6 +86,19 @@ class QDrift(DriftRule):
                 "the cap c <= s_next / |ds| is 0 on the last step, so final_step='paper' would do "
                 "nothing; pass cap=False with it."
             )
+
+    @classmethod
+    def published(cls, evidence: Evidence) -> QDrift:
+        """The paper's form: V per channel, the last step too, no cap, no step left out."""
+        return cls(evidence, given="output", final_step="paper", cap=False, min_explained=0.0)
+
+    @classmethod
+    def released(cls, evidence: Evidence) -> QDrift:
+        """The code's second version: one V per step, of pairs within 4 standard deviations of D.
+
+        Needs a record with histograms.
+        """
+        return replace(cls.published(evidence), per_channel=False, trim=4.0)
 
     def plan(
         self, law: StepLaw, *, allow_range: bool = False, edit: OutputEdit | None = None
@@ -104,5 +122,6 @@ class QDrift(DriftRule):
             self.cap,
             self.final_step == "paper",
             self.min_explained,
+            self.given == "output",
         )
         return plan_drift(law, self.evidence, options, rule, allow_range=allow_range, edit=edit)

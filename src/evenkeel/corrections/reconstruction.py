@@ -17,7 +17,7 @@ class GainSums:
     """Sums of Eq. 19 over the masked elements of any number of samples; (C,) or (1,) float64.
 
     Attributes:
-        qe, qq: sum of q e, of q^2.
+        qe, qq, ee: sum of q e, of q^2, of e^2.
         ratio, ratio_squared: sum of q / e, of (q / e)^2; zero where they are not needed.
         count: masked elements.
         samples: how many were summed.
@@ -27,6 +27,7 @@ class GainSums:
 
     qe: Tensor
     qq: Tensor
+    ee: Tensor
     ratio: Tensor
     ratio_squared: Tensor
     count: Tensor
@@ -37,6 +38,7 @@ class GainSums:
         return GainSums(
             self.qe + other.qe,
             self.qq + other.qq,
+            self.ee + other.ee,
             self.ratio + other.ratio,
             self.ratio_squared + other.ratio_squared,
             self.count + other.count,
@@ -67,10 +69,14 @@ class Reconstruction:
         form: ``"consistent"`` as above; ``"published"`` keeps the factor N = C H W that Eqs. 13 to 19
             print in front of the relative sums, where Eq. 12 had divided by it: any ``lambda_1`` then
             counts N times as much. Its ``n`` is N per sample, masked or not.
+        estimator: ``"least-squares"`` as above. Where the two trajectories have drifted apart it shrinks
+            the output, because q e falls with their correlation; ``"rms"``, ours, is the ratio of root
+            mean squares, sqrt(sum e^2 / sum q^2), which does not.
+        lowest, highest: limits of K as it is applied; the paper has none (None).
 
     Raises:
-        CalibrationError: a value out of range, or ``lambda_1`` without a threshold: the mean of
-            (q / e)^2 is infinite where e may be 0.
+        CalibrationError: a value out of range, ``lambda_1`` with ``"rms"``, or ``lambda_1`` without a
+            threshold: the mean of (q / e)^2 is infinite where e may be 0.
 
     """
 
@@ -80,6 +86,18 @@ class Reconstruction:
     mask: Literal["magnitude", "signed"] = "magnitude"
     per_channel: bool = True
     form: Literal["consistent", "published"] = "consistent"
+    estimator: Literal["least-squares", "rms"] = "least-squares"
+    lowest: float | None = 0.5
+    highest: float | None = 1.5
+
+    @classmethod
+    def published(
+        cls, *, lambda_1: float = 0.0, lambda_2: float = 1e-3, threshold: float = 0.0
+    ) -> Reconstruction:
+        """As Eqs. 11 to 19 print it, K without limits; the paper gives no values for the three."""
+        return cls(
+            lambda_1, lambda_2, threshold, "signed", True, "published", lowest=None, highest=None
+        )
 
     def __post_init__(self) -> None:
         values = {"lambda_2": self.lambda_2, "threshold": self.threshold}
@@ -95,6 +113,13 @@ class Reconstruction:
             raise CalibrationError(
                 f"expected mask 'magnitude' or 'signed' and form 'consistent' or 'published'; got "
                 f"{self.mask!r} and {self.form!r}."
+            )
+        if self.estimator not in ("least-squares", "rms") or (
+            self.estimator == "rms" and self.lambda_1
+        ):
+            raise CalibrationError(
+                f"expected estimator 'least-squares', or 'rms' with lambda_1=0 (a ratio of sums knows no "
+                f"relative error); got {self.estimator!r} and lambda_1={self.lambda_1}."
             )
         if self.lambda_1 > 0 and self.threshold == 0:
             raise CalibrationError(
@@ -125,7 +150,14 @@ class Reconstruction:
         ratio = torch.zeros_like(q)
         if self.lambda_1 > 0:
             ratio = torch.where(chosen, q / torch.where(chosen, e, torch.ones_like(e)), ratio)
-        values = (masked * e, masked * masked, ratio, ratio * ratio, chosen.to(q.dtype))
+        values = (
+            masked * e,
+            masked * masked,
+            e * e * chosen,
+            ratio,
+            ratio * ratio,
+            chosen.to(q.dtype),
+        )
         rows = torch.stack([v.transpose(0, 1).flatten(1) for v in values])
         sums = sum_pair(rows if self.per_channel else rows.flatten(1)[:, None])
         samples, elements = len(e), e[0].numel()
@@ -135,13 +167,16 @@ class Reconstruction:
                 raise CalibrationError(
                     "the outputs hold values that are not finite (NaN or infinity)."
                 )
-            qe, qq, ratio, squared, count = sums.sum(0)
-            return GainSums(qe, qq, ratio, squared, count, samples, elements)
+            qe, qq, ee, ratio, squared, count = sums.sum(0)
+            return GainSums(qe, qq, ee, ratio, squared, count, samples, elements)
 
         return Pending((sums, (e.isfinite() & q.isfinite()).all()), finish)
 
     def gain(self, sums: GainSums) -> Tensor:
         """K, (C,) or (1,) float64; 1 where no element was summed."""
+        if self.estimator == "rms":
+            some = sums.qq > 0
+            return torch.where(some, sums.ee / torch.where(some, sums.qq, 1.0), 1.0).sqrt()
         published = self.form == "published"
         n = torch.full_like(sums.count, sums.size * sums.samples) if published else sums.count
         relative = self.lambda_1 * (sums.size if published else 1)
@@ -150,6 +185,12 @@ class Reconstruction:
         nothing = below == 0
         one = torch.ones_like(below)
         return torch.where(nothing, one, above / torch.where(nothing, one, below))
+
+    def limited(self, gain: Tensor) -> Tensor:
+        """K as it is applied: beyond the limits the two outputs have little to do with each other."""
+        if self.lowest is None and self.highest is None:
+            return gain
+        return gain.clamp(self.lowest, self.highest)
 
 
 def reconstruction_gain(e: Tensor, q: Tensor, **options: Any) -> Tensor:

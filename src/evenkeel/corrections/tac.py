@@ -23,13 +23,6 @@ from evenkeel.statistics.evidence import (
 )
 from evenkeel.statistics.provenance import Provenance
 
-LIMITS = (0.5, 1.5)  # of K: beyond them the two outputs have little to do with each other
-
-
-def limited(gain: Tensor) -> Tensor:
-    """K as it is applied: within ``LIMITS``."""
-    return gain.clamp(*LIMITS)
-
 
 @dataclass(frozen=True)
 class TAC(Correction):
@@ -42,8 +35,8 @@ class TAC(Correction):
 
     K acts on what the network predicts (the paper: noise). B is measured in closed loop, per element
     of the latent as published or one value per channel where a mean over few prompts is noise; it
-    moves every image by the same amount. K is carried to other schedules over log-SNR and limited to
-    0.5 .. 1.5; a mean state belongs to one noise level and one solver, so B is not. Intermediate
+    moves every image by the same amount. K is carried to other schedules over log-SNR and limited as
+    ``reconstruction`` says; a mean state belongs to one noise level and one solver, so B is not. Intermediate
     stages of two-stage solvers get K and no B (Alg. 2).
 
     Eq. 22 sums S + 1 terms over S samples; the mean is meant and used. Eq. 24 scales K with B inside
@@ -109,7 +102,7 @@ class TAC(Correction):
         qe = ee + ed + mean_q * pooled.mean_e
         qq = ee + 2 * ed + dd + mean_q**2
         none, one = torch.zeros_like(qe), torch.ones_like(qe)
-        gain = rule.gain(GainSums(qe, qq, none, none, one, 1, 1))
+        gain = rule.gain(GainSums(qe, qq, ee, none, none, one, 1, 1))
         return cls(
             evidence.alpha,
             evidence.sigma,
@@ -196,12 +189,13 @@ class TAC(Correction):
             gain, outside = self._gain_at(law, self.gain)
             if outside.any() and not allow_range:
                 raise _outside(law, outside, self)
+            rule = self.reconstruction or Reconstruction()
             for k in range(law.steps):
                 if outside[k]:
                     notes[k] = "outside the fitted noise levels"
-                elif bool((limited(gain[k]) != gain[k]).any()):
-                    notes[k] = f"K limited to {LIMITS[0]} .. {LIMITS[1]}"
-            parts["edit"] = OutputEdit.of(limited(gain), branch=self.branch)
+                elif bool((rule.limited(gain[k]) != gain[k]).any()):
+                    notes[k] = f"K limited to {rule.lowest} .. {rule.highest}"
+            parts["edit"] = OutputEdit.of(rule.limited(gain), branch=self.branch)
         return plain_plan(law, notes, **parts)
 
     def _gain_at(self, law: StepLaw, gain: Tensor) -> tuple[Tensor, Array]:

@@ -146,10 +146,12 @@ class Evidence:
         return to_eps, torch.tensor([[f.from_sample] for f in forms], dtype=torch.float64)
 
     def trimmed(self, trim: float, per_channel: bool) -> SecondOrder:
-        """Covariances of the pairs within ``trim`` standard deviations of D, per step and channel.
+        """Covariances of the pairs within ``trim`` standard deviations of D, (T, C) or (T, 1).
+
+        Per step and channel, or per step with the pairs of all channels in one heap.
 
         Raises:
-            CalibrationError: no histogram, or not per channel.
+            CalibrationError: no histogram.
 
         """
         if self.histogram is None:
@@ -157,12 +159,8 @@ class Evidence:
                 f"trimming at {trim} standard deviations needs the error histograms, which this "
                 f"record does not hold: calibrate with histograms=True, or pass trim=None."
             )
-        if not per_channel:
-            raise CalibrationError(
-                "trimmed statistics are kept per channel; pass per_channel=True, or trim=None."
-            )
-        ee, ed, dd, _ = self.histogram.trimmed_covariances(trim)
-        whole = self.by_channel
+        ee, ed, dd, _ = self.histogram.trimmed_covariances(trim, per_channel=per_channel)
+        whole = self.by_channel if per_channel else self.by_step
         return replace(whole, ee=ee, ed=ed, dd=dd)
 
     def at(self, law: StepLaw, values: Tensor, *, log: bool) -> tuple[Tensor, np.ndarray]:

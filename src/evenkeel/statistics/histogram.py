@@ -98,21 +98,28 @@ class ErrorHistogram:
             )
         return ErrorHistogram(self.frame, self.sums + other.sums)
 
-    def trimmed_covariances(self, spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def trimmed_covariances(
+        self, spread: float, *, per_channel: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(S_ee, S_eD, S_DD, kept share) over pairs with ``|D - mean| <= spread * std``.
 
         The mean and standard deviation are those of all pairs, as in Q-Drift's released fit (one
         round, on D only, unbiased); a bin counts as kept when its centre does, so the edge is exact
-        to one bin, 0.19 standard deviations of the pilot.
+        to one bin, 0.19 standard deviations of the pilot. (steps, channels) each, or (steps, 1) with the
+        pairs of all channels in one heap.
         """
+        unit_e, unit_d = _unit(self.frame.std_e), _unit(self.frame.std_d)
         sums = self.sums.double() / UNIT
+        width = 2 * REACH / BINS
+        centres = -REACH + width * (torch.arange(BINS + 2, dtype=torch.float64) + 0.5)
+        centres[BINS], centres[BINS + 1] = torch.inf, -torch.inf
+        if not per_channel:
+            sums, centres = self._heap(sums, centres)
+            unit_e = unit_d = torch.ones(len(sums), 1, dtype=torch.float64)
         n, z, z2 = sums[..., 0], sums[..., 1], sums[..., 2]
         total = n.sum(-1, keepdim=True).clamp_min(1)
         mean = z.sum(-1, keepdim=True) / total
         std = (z2.sum(-1, keepdim=True) / total - mean**2).clamp_min(0).sqrt()
-        width = 2 * REACH / BINS
-        centres = -REACH + width * (torch.arange(BINS + 2, dtype=torch.float64) + 0.5)
-        centres[BINS], centres[BINS + 1] = torch.inf, -torch.inf
         kept = ((centres - mean).abs() <= spread * std) | (std == 0)
         part = (sums * kept[..., None]).sum(-2)
         m = part[..., 0].clamp_min(2)
@@ -120,11 +127,32 @@ class ErrorHistogram:
         def covariance(ab: Tensor, a: Tensor, b: Tensor) -> Tensor:
             return (ab - a * b / m) / (m - 1)
 
-        unit_e, unit_d = _unit(self.frame.std_e), _unit(self.frame.std_d)
         ee = covariance(part[..., 4], part[..., 3], part[..., 3]) * unit_e**2
         ed = covariance(part[..., 5], part[..., 3], part[..., 1]) * unit_e * unit_d
         dd = covariance(part[..., 2], part[..., 1], part[..., 1]) * unit_d**2
         return ee, ed, dd, part[..., 0] / total[..., 0]
+
+    def _heap(self, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """Bins of all channels side by side, (steps, 1, bins, 6) and (steps, 1, bins), in units of D and e.
+
+        Measured from the mean of the pilot's means, so that nothing large cancels.
+        """
+        frame = self.frame
+        unit_e, unit_d = _unit(frame.std_e)[..., None], _unit(frame.std_d)[..., None]
+        off_e, off_d = (m - m.mean(-1, keepdim=True) for m in (frame.mean_e, frame.mean_d))
+        off_e, off_d = off_e[..., None], off_d[..., None]
+        n, z, z2, w, w2, wz = sums.unbind(-1)
+        moved = (
+            n,
+            off_d * n + unit_d * z,
+            off_d**2 * n + 2 * off_d * unit_d * z + unit_d**2 * z2,
+            off_e * n + unit_e * w,
+            off_e**2 * n + 2 * off_e * unit_e * w + unit_e**2 * w2,
+            off_e * off_d * n + off_e * unit_d * z + off_d * unit_e * w + unit_e * unit_d * wz,
+        )
+        return torch.stack(moved, -1).flatten(1, 2)[:, None], (off_d + unit_d * centres).flatten(1)[
+            :, None
+        ]
 
 
 def framed(values: Tensor, mean: Tensor, unit: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evenkeel.corrections.base import Correction
 from evenkeel.corrections.plan import OutputEdit
 from evenkeel.corrections.reconstruction import GainSums, Reconstruction
-from evenkeel.corrections.tac import TAC, limited
+from evenkeel.corrections.tac import TAC
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.closed_loop.loop import Answers, Pair, Rule, run_closed_loop
 from evenkeel.fitting.lockstep.joined import gains_of_all
@@ -35,15 +35,10 @@ def fit_tac(
     guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 8,
-    reconstruct: bool = True,
+    reconstruction: Reconstruction | None = Reconstruction(),  # noqa: B008 - frozen
     input_bias: bool = True,
     input_bias_per_channel: bool = False,
     reconstruct_unconditional: bool = False,
-    lambda_1: float = 0.0,
-    lambda_2: float = 1e-3,
-    threshold: float = 0.0,
-    mask: Literal["magnitude", "signed"] = "magnitude",
-    form: Literal["consistent", "published"] = "consistent",
     correction: Correction | None = None,
     call: dict[str, Any] | None = None,
     progress: bool = True,
@@ -64,17 +59,12 @@ def fit_tac(
         guidance_scale: as passed to the pipeline; None uses the pipeline's default.
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call; the result is that of all prompts together.
-        reconstruct: fit K (NER).
+        reconstruction: how K is found (NER), ``Reconstruction.published()`` as printed; None fits none.
         input_bias: fit B (IBC).
         input_bias_per_channel: one B per channel instead of one per element; of fewer than about a
             hundred prompts the latter adds more noise than it takes away.
         reconstruct_unconditional: K acts on the unconditional branch, before guidance, as published
             for text-to-image models.
-        lambda_1: weight of the relative error, see ``Reconstruction``.
-        lambda_2: weight of (K - 1)^2.
-        threshold: only elements beyond this many times the mean |e| count for K.
-        mask: of |e|, or of e itself as printed.
-        form: weigh the relative error as Eq. 12 means or as Eqs. 13 to 19 print.
         correction: applied below it, such as a ``Readout``.
         call: further arguments of the pipeline call.
         progress: show a bar.
@@ -94,16 +84,13 @@ def fit_tac(
         call=call,
         quantized=quantized,
     )
-    if not (reconstruct or input_bias) or (reconstruct_unconditional and not reconstruct):
+    if reconstruction is None and (reconstruct_unconditional or not input_bias):
         raise CalibrationError(
-            f"reconstruct={reconstruct}, input_bias={input_bias}, "
+            f"reconstruction=None, input_bias={input_bias}, "
             f"reconstruct_unconditional={reconstruct_unconditional}: at least one part must be "
-            f"fitted, and the unconditional branch only with reconstruct=True."
+            f"fitted, and the unconditional branch only with a reconstruction."
         )
-    how = Reconstruction(lambda_1, lambda_2, threshold, mask, form=form)
-    rule = TACFit(
-        how if reconstruct else None, input_bias, input_bias_per_channel, reconstruct_unconditional
-    )
+    rule = TACFit(reconstruction, input_bias, input_bias_per_channel, reconstruct_unconditional)
     return rule.fitted(run, correction=correction, progress=progress)
 
 
@@ -211,7 +198,7 @@ class TACFit(Rule):
     def _fitted(self, how: Reconstruction, sums: list[GainSums]) -> Tensor:
         """K over all batches, as it is applied."""
         self.gains.append(how.gain(gains_of_all(processes(), reduce(add, sums))))
-        return limited(self.gains[-1])
+        return how.limited(self.gains[-1])
 
     def _unconditional(
         self, step: int, pairs: list[Pair], shares: list[Tensor | None]

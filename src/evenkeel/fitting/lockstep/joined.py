@@ -43,10 +43,10 @@ def gains_of_all(us: Processes, own: GainSums) -> GainSums:
     """The sums of every process's outputs."""
     if us.count == 1:
         return own
-    parts = torch.stack([own.qe, own.qq, own.ratio, own.ratio_squared, own.count])
+    parts = torch.stack([own.qe, own.qq, own.ee, own.ratio, own.ratio_squared, own.count])
     samples = int(us.summed(torch.tensor(own.samples)))
-    qe, qq, ratio, ratio_squared, count = us.summed(parts)
-    return GainSums(qe, qq, ratio, ratio_squared, count, samples, own.size)
+    qe, qq, ee, ratio, ratio_squared, count = us.summed(parts)
+    return GainSums(qe, qq, ee, ratio, ratio_squared, count, samples, own.size)
 
 
 def moments_of_all(
