@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import diffusers as d
@@ -170,6 +171,67 @@ def sampled(case: Case, probe_at: set[int]) -> tuple[torch.Tensor, int]:
             probes += torch.equal(torch.get_rng_state(), before)
         x = scheduler.step(0.3 * x, t, x, return_dict=False, **case.step)[0]
     return x, probes
+
+
+def test_probing_disturbs_no_other_thread() -> None:
+    scheduler = BY_NAME["euler-ancestral"].ready()
+    expected = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    probing, done, drawn = threading.Event(), threading.Event(), []
+
+    class Waiting(type(scheduler)):  # type: ignore[misc]
+        """While it is probed, it lets the other thread draw."""
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            probing.set()
+            done.wait(5)
+            return super().step(*args, **kwargs)
+
+    def draw() -> None:
+        probing.wait(5)
+        try:
+            generator = torch.Generator().manual_seed(1)
+            drawn.append(torch.randn((4, 4), generator=generator))
+            drawn.append(torch.randn_like(expected).shape)
+        finally:
+            done.set()
+
+    scheduler.__class__ = Waiting
+    other = threading.Thread(target=draw)
+    other.start()
+    law = probe_scheduler(scheduler)
+    other.join()
+    assert torch.equal(drawn[0], expected) and drawn[1] == (4, 4)
+    assert law.is_stochastic
+
+
+def test_a_subclass_is_recognised_by_what_it_derives_from() -> None:
+    class Ours(d.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+        """Another name, the same arithmetic."""
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **kwargs)
+
+    config = {"shift": 3.0}
+    ours, theirs = Ours(**config), d.FlowMatchEulerDiscreteScheduler(**config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(5)
+    found, wanted = probe_scheduler(ours), probe_scheduler(theirs)
+    assert found.prediction == wanted.prediction == "flow_prediction"
+    np.testing.assert_array_equal(found.output_weights, wanted.output_weights)
+
+
+def test_a_step_wrapped_on_the_instance_is_not_taken_while_probing() -> None:
+    scheduler = BY_NAME["euler-epsilon"].ready()
+    inner, taken = scheduler.step, []
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        return inner(*args, **kwargs)
+
+    scheduler.step = step
+    law = probe_scheduler(scheduler)
+    assert law.steps == len(scheduler.timesteps) and taken == []
+    assert scheduler.step_index is None
 
 
 @pytest.mark.parametrize("name", ["euler-epsilon", "flow-euler-shift3", "ddim-epsilon"])

@@ -78,7 +78,8 @@ def find_layout(pipeline: Any, latent: Tensor) -> LatentLayout:
         patch = shape[2] // channels if packed and channels else 1
         return LatentLayout(3, 2, shape[2] // patch, patch)
     if latent.dim() == 5:
-        axis = 2 if name.startswith(_FRAMES_FIRST) else 1
+        kinds = [kind.__name__ for kind in type(pipeline).__mro__]
+        axis = 2 if any(kind.startswith(_FRAMES_FIRST) for kind in kinds) else 1
         if channels is not None and shape[axis] != channels and shape[3 - axis] == channels:
             axis = 3 - axis
         return LatentLayout(5, axis, shape[axis], 1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from evenkeel.errors import UnsupportedSampler
 from evenkeel.sampling.step_law import Array, StepLaw, read_step_law
@@ -53,12 +52,12 @@ def probe_scheduler(
     if steps is None or timesteps is None or len(timesteps) == 0:
         raise UnsupportedSampler(f"{name} has no timesteps yet; call set_timesteps first.")
     timesteps = timesteps[begin:]
-    if name == "SCMScheduler":  # its last timestep is only the end of the last step
+    if "SCMScheduler" in _kinds(scheduler):  # its last timestep is only the end of the last step
         timesteps = timesteps[:-1]
     _refuse_unshifted_times(scheduler)
     alpha, sigma = level_at(scheduler, begin)
     run = _ProbeRun(scheduler, timesteps, begin, dict(step_kwargs or {}))
-    with _noise_replaced(type(scheduler), run.next_noise):
+    with _NoiseFrom(run.next_noise):
         law = read_step_law(
             run,
             sampler=name,
@@ -67,7 +66,7 @@ def probe_scheduler(
             alpha_start=alpha,
             sigma_start=sigma,
         )
-    if name == "SASolverScheduler" and law.is_stochastic:
+    if "SASolverScheduler" in _kinds(scheduler) and law.is_stochastic:
         # Its corrector adds the previous step's noise again: the law has no single weight per draw.
         raise UnsupportedSampler(
             "SASolverScheduler with tau > 0 remembers earlier noise and has no step law of our form; "
@@ -79,7 +78,7 @@ def probe_scheduler(
 def _refuse_unshifted_times(scheduler: Any) -> None:
     """Flow matching shifts the sigmas that it makes of explicit timesteps, but not the timesteps."""
     name, sigmas = type(scheduler).__name__, getattr(scheduler, "sigmas", None)
-    if not name.startswith("FlowMatch") or sigmas is None:
+    if sigmas is None or not any(k.startswith("FlowMatch") for k in _kinds(scheduler)):
         return
     if scheduler.config.get("time_shift_type") == "linear":
         return  # CogView4 and GLM-Image: their networks are trained on the unshifted times
@@ -97,10 +96,9 @@ def _refuse_unshifted_times(scheduler: Any) -> None:
 
 def prediction_type(scheduler: Any) -> str:
     """What the scheduler takes its model output for: epsilon, v_prediction, sample, flow_prediction."""
-    name = type(scheduler).__name__
-    if name.startswith(("FlowMatch", "LTXEuler", "FlowMap")):
+    if _is_flow(scheduler):
         return "flow_prediction"
-    if name == "IPNDMScheduler":
+    if "IPNDMScheduler" in _kinds(scheduler):
         return "v_prediction"  # fixed in its step: eps = beta x + alpha output
     declared = str(scheduler.config.get("prediction_type", "epsilon"))
     return {"original_sample": "sample"}.get(declared, declared)
@@ -113,25 +111,25 @@ def level_at(scheduler: Any, index: int) -> tuple[float, float]:
     sigma that are levels themselves (flow matching: alpha = 1 - sigma; Euler and relatives keep
     x / alpha, so alpha = 1), and cumulative products (DDIM, DDPM, PNDM, LCM, TCD).
     """
-    name = type(scheduler).__name__
-    if "EDM" in name or name == "CMStochasticIterativeScheduler":
+    name, kinds = type(scheduler).__name__, _kinds(scheduler)
+    if any("EDM" in kind or kind == "CMStochasticIterativeScheduler" for kind in kinds):
         raise UnsupportedSampler(
             f"{name} preconditions the model output with its input (EDM); its output is none of "
             f"epsilon, v_prediction, sample or flow_prediction. Use Euler or DPM-Solver on the same "
             f"model."
         )
-    sigmas = getattr(scheduler, "sigmas", None)
-    if name.startswith(("FlowMatch", "LTXEuler", "FlowMap")) and sigmas is not None:
+    sigmas, ipndm = getattr(scheduler, "sigmas", None), "IPNDMScheduler" in kinds
+    if _is_flow(scheduler) and sigmas is not None:
         sigma = float(sigmas[index])
         return 1.0 - sigma, sigma
     if sigmas is not None and hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma_t = scheduler._sigma_to_alpha_sigma_t(sigmas[index].double())
         return float(alpha), float(sigma_t)
-    if sigmas is not None and hasattr(scheduler, "init_noise_sigma") and name != "IPNDMScheduler":
-        if name in ("TCDScheduler", "LCMScheduler"):
+    if sigmas is not None and hasattr(scheduler, "init_noise_sigma") and not ipndm:
+        if kinds & {"TCDScheduler", "LCMScheduler"}:
             return _cumulative(scheduler, index)
         return 1.0, float(sigmas[index])
-    if name == "IPNDMScheduler":
+    if ipndm:
         return float(scheduler.alphas[index]), float(scheduler.betas[index])
     return _cumulative(scheduler, index)
 
@@ -188,7 +186,12 @@ def fresh_copy(scheduler: Any, begin: int = 0) -> Any:
     """A deep copy as it was right after ``set_timesteps``, about to make step ``begin``."""
     base = getattr(type(scheduler), "_evenkeel_base", type(scheduler))
     twin = object.__new__(base)
-    kept = {k: v for k, v in scheduler.__dict__.items() if not k.startswith("_evenkeel")}
+    # Methods that were wrapped on the instance are bound to it: calling them would step the original.
+    kept = {
+        k: v
+        for k, v in scheduler.__dict__.items()
+        if not k.startswith("_evenkeel") and not (callable(v) and hasattr(base, k))
+    }
     twin.__dict__.update(copy.deepcopy(kept))
     for name, value in list(twin.__dict__.items()):  # probing is scalar work: keep it off the GPU
         if isinstance(value, Tensor):
@@ -199,40 +202,32 @@ def fresh_copy(scheduler: Any, begin: int = 0) -> Any:
     return twin
 
 
-@contextmanager
-def _noise_replaced(
-    scheduler_class: type, stream: Callable[[tuple[int, ...]], Tensor]
-) -> Iterator[None]:
-    """Inside, whatever the scheduler's modules draw comes from ``stream``.
+class _NoiseFrom(TorchFunctionMode):
+    """Inside, whatever this thread draws from the normal distribution comes from ``stream``.
 
-    The scheduler modules import ``randn_tensor`` by name, so it is replaced there; some call
-    ``torch.randn`` and ``torch.randn_like`` directly.
+    Schedulers draw with ``torch.randn``, ``torch.randn_like``, or ``randn_tensor``, which calls the first. A
+    mode is seen by the thread that enters it and by no other, and it ends with its block.
     """
-    modules = {
-        sys.modules[c.__module__]
-        for c in scheduler_class.__mro__
-        if c.__module__.startswith("diffusers.schedulers")
-    }
-    saved: list[tuple[Any, str, Any]] = [
-        (m, "randn_tensor", m.randn_tensor) for m in modules if hasattr(m, "randn_tensor")
-    ]
-    saved += [(torch, n, getattr(torch, n)) for n in ("randn", "randn_like")]
 
-    def fake_tensor(shape: Any, *_: Any, **kwargs: Any) -> Tensor:
-        return stream(tuple(shape)).to(kwargs.get("dtype") or torch.float32)
+    def __init__(self, stream: Callable[[tuple[int, ...]], Tensor]) -> None:
+        super().__init__()
+        self._stream = stream
 
-    def fake_randn(*shape: Any, **kwargs: Any) -> Tensor:
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return fake_tensor(sizes, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn_like:
+            like = kwargs.get("input", args[0] if args else None)
+            return self._stream(tuple(like.shape)).to(kwargs.get("dtype") or like.dtype)
+        if func is torch.randn:
+            sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            return self._stream(tuple(sizes)).to(kwargs.get("dtype") or torch.float32)
+        return func(*args, **kwargs)
 
-    def fake_like(x: Tensor, **_: Any) -> Tensor:
-        return stream(tuple(x.shape)).to(x.dtype)
 
-    fakes = {"randn_tensor": fake_tensor, "randn": fake_randn, "randn_like": fake_like}
-    try:
-        for owner, name, _ in saved:
-            setattr(owner, name, fakes[name])
-        yield
-    finally:
-        for owner, name, original in saved:
-            setattr(owner, name, original)
+def _kinds(scheduler: Any) -> set[str]:
+    """Names of its class and of those it derives from: a subclass does what its base does."""
+    return {kind.__name__ for kind in type(scheduler).__mro__}
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return any(k.startswith(("FlowMatch", "LTXEuler", "FlowMap")) for k in _kinds(scheduler))
