@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import QuantizationError
+from evenkeel.fitting.mixed_order.calibration import mixed_order_set
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.pipeline.prompts import Prompt
@@ -20,6 +21,7 @@ from evenkeel.hosts.run import Run
 from evenkeel.quantizers.methods.base import Quantizer, quantized_on
 from evenkeel.quantizers.saved.folder import save_quantized
 from evenkeel.quantizers.saved.report import QuantizationReport
+from evenkeel.quantizers.workspace.alignment import MixedOrder
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
 
@@ -43,7 +45,8 @@ def quantize(
     """A quantized copy of a pipeline's denoiser, and a report on every layer.
 
     The pipeline runs in full precision on a few prompts; some of the denoiser's calls, evenly spaced
-    over the steps, are what the method calibrates on. The pipeline is not changed. In memory are the
+    over the steps, are what the method calibrates on (with ``alignment="mixed-order"`` of two orders of
+    its sampler). The pipeline is not changed. In memory are the
     pipeline, the copy, and what passes through one block at a time.
 
     Args:
@@ -87,6 +90,7 @@ def quantize(
             seed=seed,
             call=call,
             progress=progress,
+            pairs=getattr(method, "pairs", None),
         )
     folder = None if out is None else Path(out)
     with tqdm(desc=str(method), unit="block", disable=not progress, leave=False) as bar:
@@ -122,6 +126,7 @@ def calibration_set(
     seed: int = 0,
     call: dict[str, Any] | None = None,
     progress: bool = True,
+    pairs: MixedOrder | None = None,
 ) -> CalibrationSet:
     """Denoiser calls of a full-precision run, evenly spaced over its steps.
 
@@ -139,6 +144,8 @@ def calibration_set(
         seed: of the first prompt's noise.
         call: further arguments of the pipeline call.
         progress: show a bar.
+        pairs: calls of two orders of the sampler instead, each with its teacher
+            (:func:`evenkeel.fitting.mixed_order.calibration.mixed_order_set`).
 
     Raises:
         QuantizationError: the pipeline never calls its denoiser, or a call holds NaN.
@@ -158,6 +165,8 @@ def calibration_set(
         batch_size=batch_size,
         call=call,
     )
+    if pairs is not None:
+        return mixed_order_set(run, pairs, calibration_steps, progress=progress)
     chosen: list[Any] = []
     with run.undisturbed():
         for batch in tqdm(

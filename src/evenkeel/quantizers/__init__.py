@@ -18,6 +18,7 @@ from evenkeel.quantizers.methods.mixdq import MixDQ
 from evenkeel.quantizers.methods.ptq4dit import PTQ4DiT
 from evenkeel.quantizers.methods.q_diffusion import QDiffusion
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
+from evenkeel.quantizers.methods.sa_ptq import SAPTQ
 from evenkeel.quantizers.methods.spec import QuantizerSpec
 from evenkeel.quantizers.methods.svdquant import SVDQuant
 from evenkeel.quantizers.methods.vidit_q import ViDiTQ
@@ -28,6 +29,7 @@ from evenkeel.quantizers.saved.report import LayerReport, QuantizationReport
 __all__ = [
     "DEFAULT_SKIP",
     "METHODS",
+    "SAPTQ",
     "LayerReport",
     "Method",
     "MixDQ",

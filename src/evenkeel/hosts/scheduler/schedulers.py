@@ -41,7 +41,7 @@ def change_scheduler(pipeline: Any, name: str, **changes: Any) -> None:
         scheduler = getattr(diffusers, name).from_config(present.config, **changes)
     except ImportError as e:
         raise UnsupportedSampler(f"{name} needs a package that is not installed: {e}") from e
-    if _is_flow(scheduler) != _is_flow(present):
+    if is_flow(scheduler) != is_flow(present):
         raise UnsupportedSampler(
             f"{name} and {type(present).__name__}, with which {type(pipeline).__name__} came, do not "
             f"follow the same path: one of both is for flow matching. Choose a scheduler of its kind."
@@ -49,7 +49,8 @@ def change_scheduler(pipeline: Any, name: str, **changes: Any) -> None:
     pipeline.scheduler = scheduler
 
 
-def _is_flow(scheduler: Any) -> bool:
+def is_flow(scheduler: Any) -> bool:
+    """Whether it follows straight lines between noise and data (flow matching)."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return True
     # Configurations keep entries that only the scheduler before knew what to do with.

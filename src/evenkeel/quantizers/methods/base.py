@@ -11,6 +11,7 @@ from torch import nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.saved.report import QuantizationReport
+from evenkeel.quantizers.workspace.alignment import MixedOrder
 from evenkeel.quantizers.workspace.workspace import Progress, Workspace
 from evenkeel.threads import sensible_threads
 
@@ -94,6 +95,11 @@ class Method:
     def calibrated(self) -> bool:
         """False if the method needs no denoiser calls to calibrate on."""
         return True
+
+    @property
+    def pairs(self) -> MixedOrder | None:
+        """How the calls that it calibrates on are paired with teachers; None where they are not."""
+        return None
 
     @classmethod
     def of_bits(cls, text: str, **options: Any) -> Self:

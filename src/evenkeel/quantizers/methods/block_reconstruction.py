@@ -2,7 +2,8 @@
 
 BRECQ (arXiv:2102.05426) with AdaRound (arXiv:2004.10568) inside, as Q-Diffusion and PTQ4DiT use it:
 inputs come from the copy quantized so far, targets from the full-precision denoiser, so a block
-also learns to undo some of what the blocks before it did.
+also learns to undo some of what the blocks before it did. Where the calibration set has teachers, targets
+come from their calls, inputs from the students'.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class BlockTrial:
     def __init__(
         self, workspace: Workspace, unit: Unit, plans: Mapping[str, WeightPlan], seed: int = 0
     ) -> None:
-        targets = [call.output for call in workspace.block_calls(unit.name, "original")]
+        targets = workspace.block_targets(unit.name)
         part = workspace.quantized.get_submodule(unit.name)
         self.examples = Examples(workspace.block_calls(unit.name, "quantized"), targets, part)
         self._generator = torch.Generator().manual_seed(seed + zlib.crc32(unit.name.encode()))

@@ -14,7 +14,8 @@ from torch import Tensor
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.patterns import first_match
 from evenkeel.quantizers.layers.static_ranges import searched
-from evenkeel.quantizers.methods.base import Method, check_bits
+from evenkeel.quantizers.methods.aligned import Aligned
+from evenkeel.quantizers.methods.base import check_bits
 from evenkeel.quantizers.methods.block_reconstruction import (
     BlockTrial,
     Learning,
@@ -44,7 +45,7 @@ EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class PTQ4DiT(Method):
+class PTQ4DiT(Aligned):
     """Post-training quantization of Wu et al., NeurIPS 2024 (arXiv:2405.16005), for transformers.
 
     Channels that are large in the input are shrunk and the weight's columns grow by as much, so that
@@ -75,6 +76,7 @@ class PTQ4DiT(Method):
         regularization: weight of the AdaRound regularizer.
         skip: name patterns of layers that stay in full precision.
         seed: of the minibatches.
+        alignment, teacher, pair_at, counted: see :class:`evenkeel.quantizers.methods.aligned.Aligned`.
 
     Raises:
         QuantizationError: a field out of range.
@@ -98,6 +100,7 @@ class PTQ4DiT(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits, 3)
         if self.weight_bits == 16:

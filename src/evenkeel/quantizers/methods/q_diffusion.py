@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,8 @@ from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.concatenations import skip_concatenations, split_scales
 from evenkeel.quantizers.layers.input_quantizers import StaticInput
 from evenkeel.quantizers.layers.static_ranges import RunningRange, searched
-from evenkeel.quantizers.methods.base import Method, check_bits
+from evenkeel.quantizers.methods.aligned import Aligned
+from evenkeel.quantizers.methods.base import check_bits
 from evenkeel.quantizers.methods.block_reconstruction import BlockTrial, Learning, WeightPlan
 from evenkeel.quantizers.numbers.formats import Integer
 from evenkeel.quantizers.numbers.grids import Grid
@@ -20,7 +22,7 @@ from evenkeel.quantizers.workspace.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class QDiffusion(Method):
+class QDiffusion(Aligned):
     """Post-training quantization of Li et al., ICCV 2023 (arXiv:2302.04304).
 
     Weights: integers with zero point, one scale per output channel, AdaRound block by block against
@@ -58,6 +60,7 @@ class QDiffusion(Method):
         split: ``concatenations``, ``shortcuts`` or ``none``.
         skip: name patterns of layers that stay in full precision.
         seed: of the minibatches.
+        alignment, teacher, pair_at, counted: see :class:`evenkeel.quantizers.methods.aligned.Aligned`.
 
     Raises:
         QuantizationError: a field out of range.
@@ -85,6 +88,7 @@ class QDiffusion(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits, 3)
         if self.weight_bits == 16:
@@ -103,20 +107,32 @@ class QDiffusion(Method):
     @property
     def grid(self) -> Grid:
         """Of a weight that is not split."""
+        return self.grid_of(self.weight_bits)
+
+    def grid_of(self, bits: int) -> Grid:
+        """The same with other bits."""
         exponent = self.exponent if self.weight_range == "mse" else 2.0
-        integer = Integer(self.weight_bits, signed=False)
+        integer = Integer(bits, signed=False)
         return Grid(integer, zero_point=True, range=self.weight_range, exponent=exponent)
+
+    def bits_of(self, name: str, layers: Sequence[str]) -> tuple[int, int]:
+        """Of one layer's weight and input; ``layers`` are all that are quantized, in module order."""
+        return self.weight_bits, self.activation_bits
 
     def quantize(self, workspace: Workspace) -> None:
         """Block by block in the order of the calls."""
         workspace.keep_matching(self.skip)
-        splits = self._splits(workspace.original)
-        for unit in workspace.work(workspace.units(workspace.open)):
-            plans = {n: self._plan(workspace.layers[n], splits.get(n)) for n in unit.layers}
+        splits, names = self._splits(workspace.original), workspace.open
+        for unit in workspace.work(workspace.units(names)):
+            bits = {n: self.bits_of(n, names) for n in unit.layers}
+            plans = {
+                n: self._plan(workspace.layers[n], bits[n][0], splits.get(n)) for n in unit.layers
+            }
             trial = BlockTrial(workspace, unit, plans, self.seed)
             found = trial.learn_rounding(self._rounding)
             if self.activation_bits != 16:
-                trial.round_inputs(self._ranges(trial, {n: splits.get(n) for n in unit.layers}))
+                inputs = {n: (bits[n][1], splits.get(n)) for n in unit.layers}
+                trial.round_inputs(self._ranges(trial, inputs))
                 trial.learn_inputs(self._scaling)
             nearest = found is not None and found.kept == "nearest"
             notes = {n: _note(splits.get(n), nearest) for n in unit.layers}
@@ -146,22 +162,23 @@ class QDiffusion(Method):
         shortcut = self.split == "shortcuts"
         return {n: at for n, at in found.items() if not shortcut or n.endswith(".conv_shortcut")}
 
-    def _plan(self, layer: nn.Module, split: int | None) -> WeightPlan:
-        weight = layer.get_parameter("weight").detach()
+    def _plan(self, layer: nn.Module, bits: int, split: int | None) -> WeightPlan:
+        weight, grid = layer.get_parameter("weight").detach(), self.grid_of(bits)
         if split is None:
-            return WeightPlan(self.grid, fit(last(weight, self.grid), self.grid))
-        return WeightPlan(*split_scales(weight, self.grid, split))
+            return WeightPlan(grid, fit(last(weight, grid), grid))
+        return WeightPlan(*split_scales(weight, grid, split))
 
-    def _ranges(self, trial: BlockTrial, splits: dict[str, int | None]) -> dict[str, StaticInput]:
-        bits = self.activation_bits
+    def _ranges(
+        self, trial: BlockTrial, layers: dict[str, tuple[int, int | None]]
+    ) -> dict[str, StaticInput]:
         if self.activation_range == "mse":
             return {
-                n: searched(x, bits, "mse", exponent=self.exponent, split=splits[n])
+                n: searched(x, layers[n][0], "mse", exponent=self.exponent, split=layers[n][1])
                 for n, x in trial.inputs().items()
             }
-        ranges = {n: RunningRange(0.95, at) for n, at in splits.items()}
+        ranges = {n: RunningRange(0.95, at) for n, (_, at) in layers.items()}
         trial.observe(lambda name, x, _: ranges[name].add(trial.rows_of(name, x)))
-        return {n: found.quantizer(bits) for n, found in ranges.items()}
+        return {n: found.quantizer(layers[n][0]) for n, found in ranges.items()}
 
 
 def _note(split: int | None, nearest: bool) -> str:

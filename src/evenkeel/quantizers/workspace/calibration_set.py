@@ -32,22 +32,32 @@ class DenoiserCall:
 class CalibrationSet:
     """Denoiser calls in the order they were made.
 
+    Attributes:
+        calls: of the quantized denoiser; and of the full-precision one, where there are no ``teachers``.
+        teachers: for each of the calls the one whose outputs it should reproduce (mixed-order alignment);
+            empty where that is the call itself.
+
     Raises:
-        QuantizationError: it is empty, or holds NaN or infinity.
+        QuantizationError: it is empty, holds NaN or infinity, or not every call has a teacher.
 
     """
 
     calls: tuple[DenoiserCall, ...]
+    teachers: tuple[DenoiserCall, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.calls:
             raise QuantizationError("a calibration set holds at least one denoiser call; got none.")
-        for index, call in enumerate(self.calls):
+        if self.teachers and len(self.teachers) != len(self.calls):
+            raise QuantizationError(
+                f"{len(self.calls)} calls have {len(self.teachers)} teachers; each has one, or none has."
+            )
+        for index, call in enumerate(self.calls + self.teachers):
             for tensor in tensors_in((call.arguments, dict(call.keywords))):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise QuantizationError(
-                        f"call {index} of {len(self.calls)} of the calibration set holds NaN or "
-                        "infinity: the full-precision pipeline overflows. Run it in float32 or "
+                        f"call {index % len(self.calls)} of {len(self.calls)} of the calibration set "
+                        "holds NaN or infinity: the full-precision pipeline overflows. Run it in float32 or "
                         "bfloat16."
                     )
 
@@ -58,7 +68,7 @@ class CalibrationSet:
     def digest(self) -> str:
         """Of everything in it; two sets with the same digest calibrate the same."""
         found = hashlib.sha256()
-        for call in self.calls:
+        for call in self.calls + self.teachers:
             for tensor in tensors_in((call.arguments, dict(call.keywords))):
                 found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                 flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

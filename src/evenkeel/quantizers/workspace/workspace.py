@@ -27,7 +27,7 @@ from evenkeel.quantizers.saved.report import (
     kept_layer,
     report_of,
 )
-from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, mapped
+from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, DenoiserCall, mapped
 
 Side = Literal["original", "quantized"]
 Progress = Callable[[int, int, str], None]
@@ -263,11 +263,19 @@ class Workspace:
         self.visit(names, see, side)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
+    def block_targets(self, name: str) -> list[Any]:
+        """What the block should put out at each of its calls: the original's, on the teachers' calls."""
+        calls = self.calls.teachers or self.calls.calls
+        return [call.output for call in self._block_calls(name, "original", calls)]
+
     def block_calls(self, name: str, side: Side = "original") -> list[BlockCall]:
         """Every call of a block (or layer) over the calibration set, with what came out.
 
         The tensors are all kept: this is the largest part of a method's memory.
         """
+        return self._block_calls(name, side, self.calls.calls)
+
+    def _block_calls(self, name: str, side: Side, calls: Sequence[DenoiserCall]) -> list[BlockCall]:
         net = self.original if side == "original" else self.quantized
         found: list[BlockCall] = []
 
@@ -283,7 +291,7 @@ class Workspace:
             part.register_forward_hook(_stop_after(times)),
         ]
         try:
-            for call in self.calls.calls:
+            for call in calls:
                 self._make(call, net)
         finally:
             for hook in hooks:
