@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.mixed_order.calibration import mixed_order_set
+from evenkeel.fitting.training.train_quantized import train_quantized
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers.methods.base import Quantizer, quantized_on
+from evenkeel.quantizers.methods.merged_training import TrainedMethod
 from evenkeel.quantizers.saved.folder import save_quantized
 from evenkeel.quantizers.saved.report import QuantizationReport
 from evenkeel.quantizers.workspace.alignment import MixedOrder
@@ -73,6 +75,26 @@ def quantize(
 
     """
     denoiser = denoiser_of(pipeline)
+    folder = None if out is None else Path(out)
+    if isinstance(method, TrainedMethod):
+        if not prompts or num_inference_steps is None:
+            raise QuantizationError(
+                f"{method} trains on runs of the pipeline: give prompts and num_inference_steps."
+            )
+        run = Run(
+            pipeline,
+            prompts,
+            num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+            call=call,
+        )
+        kept_in = None if folder is None else folder / PARTIAL
+        quantized, report, _ = train_quantized(run, method, folder=kept_in, progress=progress)
+        if folder is not None:
+            _save(quantized, folder)
+        return quantized, report
     calls = None
     if method.calibrated:
         if not prompts or num_inference_steps is None:
@@ -92,7 +114,6 @@ def quantize(
             progress=progress,
             pairs=getattr(method, "pairs", None),
         )
-    folder = None if out is None else Path(out)
     with tqdm(desc=str(method), unit="block", disable=not progress, leave=False) as bar:
 
         def show(done: int, total: int, name: str) -> None:
@@ -108,11 +129,16 @@ def quantize(
         )
         quantized, report = quantized_on(workspace, method)
     if folder is not None:
-        save_quantized(quantized, folder)
-        for file in (folder / PARTIAL).iterdir():
-            file.unlink()
-        (folder / PARTIAL).rmdir()
+        _save(quantized, folder)
     return quantized, report
+
+
+def _save(quantized: nn.Module, folder: Path) -> None:
+    """The result, and nothing more of what was kept meanwhile."""
+    save_quantized(quantized, folder)
+    for file in (folder / PARTIAL).iterdir():
+        file.unlink()
+    (folder / PARTIAL).rmdir()
 
 
 def calibration_set(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,3 +75,19 @@ class Trajectories(Protocol):
         back for each call, so that a run can go on from the state that the student leads to; a plain
         ``for`` sends None, and runs that the full-precision denoiser advances do not look at it.
         """
+
+
+def calls_of(trajectories: Trajectories, epoch: int) -> Iterator[tuple[AlignedCall, list[Tensor]]]:
+    """The calls of an epoch; whoever trains puts the student's output into the list beside each."""
+    run = trajectories.epoch(epoch)
+    try:
+        call = next(run, None)
+        while call is not None:
+            answer: list[Tensor] = []
+            yield call, answer
+            try:
+                call = run.send(answer[0] if answer else None)
+            except StopIteration:
+                call = None
+    finally:
+        run.close()

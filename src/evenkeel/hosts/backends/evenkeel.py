@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from evenkeel.hosts.backends.base import Backend, comes_from, joined
+from evenkeel.hosts.backends.base import Backend, comes_from, joined, written
+
+_TIMED = "evenkeel.quantizers.layers.timed_inputs"
 
 
 class Evenkeel(Backend):
@@ -24,3 +26,7 @@ class Evenkeel(Backend):
             r=getattr(layer, "rank", 0) or None,
             a=activation if activation != 16 else None,
         )
+
+    def settings(self, module: Any) -> str:
+        """Of inputs with scales for each sampling step, the timesteps that these belong to."""
+        return written(getattr(module, "levels", "")) if comes_from(module, _TIMED) else ""

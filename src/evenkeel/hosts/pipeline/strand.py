@@ -40,6 +40,11 @@ class Finished:
 class Strand:
     """One call that can be paused from inside.
 
+    Args:
+        body: called with the strand.
+        trims: give memory that was freed back to the system at each pause; not where the strand itself
+            computes little, as taking it back from the system is slow.
+
     >>> def body(strand):
     ...     return strand.pause("question") + 1
     >>> strand = Strand(body)
@@ -50,8 +55,8 @@ class Strand:
 
     """
 
-    def __init__(self, body: Callable[[Strand], Any]) -> None:
-        self._body = body
+    def __init__(self, body: Callable[[Strand], Any], *, trims: bool = True) -> None:
+        self._body, self._trims = body, trims
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._given: Any = None
         self._shown: Any = None
@@ -75,7 +80,8 @@ class Strand:
         else:
             self._go.release()
         self._back.acquire()
-        _trim()(0)
+        if self._trims:
+            _trim()(0)
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.layers.timed_inputs import TimedInput
 from evenkeel.quantizers.numbers.formats import Format, Integer, format_named, wide
 
 
@@ -194,7 +195,7 @@ class StaticInput(nn.Module):
         return f"{self.format.name}, static" + (f", split={self.split}" if self.split else "")
 
 
-Input = DynamicInput | StaticInput
+Input = DynamicInput | StaticInput | TimedInput
 
 
 def fake_quantize(x: Tensor, bits: int, group: int | None) -> Tensor:
@@ -236,7 +237,7 @@ def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input
 
     Args:
         found: what ``as_dict`` gave.
-        tensors: by name, ``scale`` and ``zero`` of a static one.
+        tensors: by name, ``scale`` and ``zero`` of a static or timed one.
 
     Raises:
         QuantizationError: no such kind, or fields or tensors that are missing or unknown.
@@ -254,11 +255,15 @@ def input_from(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Input
             return DynamicInput(format_named(fields.pop("format")), **fields)
         if kind == "static":
             return StaticInput(scale=tensors["scale"], zero=tensors["zero"], **fields)
+        if kind == "timed":
+            return TimedInput(scale=tensors["scale"], zero=tensors["zero"], **fields)
     except (KeyError, TypeError) as error:
         raise QuantizationError(
             f"{dict(found)} does not describe the rounding of an input: {error}."
         ) from error
-    raise QuantizationError(f"an input is rounded by a kind 'dynamic' or 'static', found {kind!r}.")
+    raise QuantizationError(
+        f"an input is rounded by a kind 'dynamic', 'static' or 'timed', found {kind!r}."
+    )
 
 
 def _grouped(x: Tensor, group: int | None) -> Tensor:

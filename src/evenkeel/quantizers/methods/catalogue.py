@@ -7,17 +7,29 @@ from typing import Any
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.methods.base import Method
+from evenkeel.quantizers.methods.efficientdm import EfficientDM
 from evenkeel.quantizers.methods.mixdq import MixDQ
 from evenkeel.quantizers.methods.ptq4dit import PTQ4DiT
 from evenkeel.quantizers.methods.q_diffusion import QDiffusion
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.sa_ptq import SAPTQ
+from evenkeel.quantizers.methods.sa_qlora import SAQLoRA
 from evenkeel.quantizers.methods.svdquant import SVDQuant
 from evenkeel.quantizers.methods.vidit_q import ViDiTQ
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
-    for kind in (RoundToNearest, SVDQuant, MixDQ, ViDiTQ, QDiffusion, PTQ4DiT, SAPTQ)
+    for kind in (
+        RoundToNearest,
+        SVDQuant,
+        MixDQ,
+        ViDiTQ,
+        QDiffusion,
+        PTQ4DiT,
+        SAPTQ,
+        EfficientDM,
+        SAQLoRA,
+    )
 }
 
 

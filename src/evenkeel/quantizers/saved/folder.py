@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
 from evenkeel.quantizers.layers.replacing import swap
+from evenkeel.quantizers.layers.timed_inputs import TimedInput
+from evenkeel.quantizers.layers.told_timestep import tell
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
 from evenkeel.storage import Kind, Number, check_json, read_folder, write_folder
@@ -107,6 +109,8 @@ def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
         for layer in report.quantized:
             _put(module, layer.name, found["layers"], tensors)
         _fill(module, tensors)
+        if any(isinstance(part, TimedInput) for part in module.modules()):
+            tell(module)
     module.eval().requires_grad_(False)
     attach(report, module)
     return module, report

@@ -1,0 +1,51 @@
+"""SA-QLoRA: EfficientDM's layers, trained on pairs of calls of a lower- and a higher-order sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from evenkeel.errors import QuantizationError
+from evenkeel.quantizers.methods.merged_training import TrainedMethod
+
+
+@dataclass(frozen=True)
+class SAQLoRA(TrainedMethod):
+    """A reconstruction of "Sampling-Aware Quantization", CVPR 2026 (arXiv:2505.02242), W4A8 and W4A4.
+
+    Its authors have released no code, and formulas and words of the paper pair the two samplers in opposite
+    directions; rank, rates, batch and the list of step counts are in no source, and are EfficientDM's here.
+    Loss: L_MOTA + ``cosine`` L_COS (Eqs 19, 20), on pairs from full-precision runs of first and second order
+    from one noise. See :class:`TrainedMethod` for the layers and all settings.
+
+    Attributes:
+        teacher: ``printed`` (the formulas: the student at the midpoint learns full precision at the
+            interval's start), ``midpoint`` (the words: the student at the start learns the midpoint), or
+            ``same-state`` (both at the same state, on the calls of both runs: the control).
+        pair_at: at which end of the interval the first-order run is read.
+        steps: counts to train with one after another, progressively; () is (2 M, M) where M steps are
+            deployed.
+
+    >>> SAQLoRA().schedule(20), SAQLoRA(steps=(100, 50, 20)).schedule(20)
+    ((40, 20), (100, 50, 20))
+
+    """
+
+    name: ClassVar[str] = "sa-qlora"
+
+    cosine: float = 1.0
+    teacher: Literal["printed", "midpoint", "same-state"] = "printed"
+    pair_at: Literal["start", "end"] = "start"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher not in ("printed", "midpoint", "same-state"):
+            raise QuantizationError(
+                f"teacher is 'printed', 'midpoint' or 'same-state', got {self.teacher!r}."
+            )
+        if self.pair_at not in ("start", "end"):
+            raise QuantizationError(f"pair_at is 'start' or 'end', got {self.pair_at!r}.")
+
+    def schedule(self, deployed: int) -> tuple[int, ...]:
+        """See :class:`TrainedMethod`."""
+        return self.steps or (2 * deployed, deployed)
