@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import diffusers as d
@@ -17,6 +18,7 @@ from evenkeel.errors import CalibrationError, QuantizationError, UnsupportedSamp
 from evenkeel.fitting.mixed_order.calibration import mixed_order_set
 from evenkeel.fitting.mixed_order.evaluations import MixedOrderRuns, mixed_order_runs
 from evenkeel.fitting.mixed_order.solvers import solver_pair
+from evenkeel.fitting.mixed_order.trajectories import trajectories
 from evenkeel.fitting.quantize import quantize
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
@@ -376,3 +378,36 @@ def test_sa_ptq_keeps_both_ends_at_8_bits_and_says_what_is_wrong() -> None:
     for options, said in wrong:
         with pytest.raises(QuantizationError, match=said):
             SAPTQ(**options)
+
+
+# ---------------------------------------------------------------- calls to train on
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_training_gets_the_same_pairs(dit: Any, teacher: Any) -> None:
+    (source,) = trajectories(run_of(dit), MixedOrder(teacher), [M])
+    found = list(source.epoch(1))
+    assert len(found) == source.calls == M
+    again = list(source.epoch(1))
+    for call, other in zip(found, again, strict=True):
+        assert torch.equal(call.student.arguments[0], other.student.arguments[0])
+        assert call.shares == (GUIDANCE, 1 - GUIDANCE)  # DiT has the conditional branch first
+        assert call.target.shape == call.student.arguments[0].shape  # no learned variance
+    other = next(iter(source.epoch(2)))
+    assert not torch.equal(other.student.arguments[0], found[0].student.arguments[0])
+    off = [
+        float((call.student.make(dit.transformer).sample[:, :4] - call.target).abs().max())
+        for call in found
+    ]
+    # Nothing is left to learn where full precision stands at its own state, and something elsewhere.
+    assert (max(off) == 0) == (min(off) == 0) == (teacher == "same-state")
+    times = [float(call.student.keywords["timestep"][0]) for call in found]
+    assert set(times) <= set(source.levels)
+    assert len(source.levels) == (2 * M if teacher == "same-state" else M)
+    json.dumps(source.identity)
+
+
+def test_a_list_of_step_counts_is_one_source_for_each(dit: Any) -> None:
+    found = trajectories(run_of(dit), MixedOrder(counted="evaluations"), [8, 4])
+    assert [source.calls for source in found] == [4, 2]
+    assert found[0].identity != found[1].identity
