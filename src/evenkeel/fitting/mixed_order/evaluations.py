@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evenkeel.errors import CalibrationError, UnsupportedPipeline
+from evenkeel.errors import CalibrationError
 from evenkeel.fitting.mixed_order.solvers import Solver, SolverPair, solver_pair
-from evenkeel.hosts.actuators.told_level import TIME_NAMES, argument_of
 from evenkeel.hosts.pipeline.denoiser_calls import Call, answer_of
 from evenkeel.hosts.pipeline.pipelines import quiet, uncompiled
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, install
-from evenkeel.quantizers.workspace.calibration_set import DenoiserCall, mapped
+from evenkeel.quantizers.workspace.calibration_set import mapped
 
 
 @dataclass(frozen=True)
@@ -107,23 +106,6 @@ def evaluations(run: Run, batch: Batch, solver: Solver) -> list[Evaluation]:
             f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to pair."
         )
     return watcher.seen
-
-
-def told(denoiser: nn.Module, call: Call | DenoiserCall) -> float:
-    """The timestep that the denoiser was told, in its own unit.
-
-    Raises:
-        UnsupportedPipeline: it was told none, or one that differs from row to row.
-
-    """
-    found = argument_of(denoiser, call.arguments, dict(call.keywords), TIME_NAMES)
-    values = torch.as_tensor(found).double().flatten()
-    if len(values) == 0 or bool((values != values[0]).any()):
-        raise UnsupportedPipeline(
-            f"expected one timestep for all rows of a denoiser call, found {values.tolist()[:4]}; "
-            "orders cannot be paired."
-        )
-    return float(values[0])
 
 
 class _Watcher(Interceptor):

@@ -15,11 +15,11 @@ from evenkeel.fitting.mixed_order.evaluations import (
     Evaluation,
     MixedOrderRuns,
     mixed_order_runs,
-    told,
 )
 from evenkeel.fitting.training.aligned_call import AlignedCall
+from evenkeel.fitting.training.same_state import drawn_batch, told_time
 from evenkeel.hosts.pipeline.denoiser_calls import guidance_of
-from evenkeel.hosts.run import Batch, Run
+from evenkeel.hosts.run import Run
 from evenkeel.quantizers.workspace.alignment import MixedOrder
 from evenkeel.quantizers.workspace.calibration_set import DenoiserCall
 
@@ -60,7 +60,9 @@ class MixedOrderTrajectories:
         runs = self._probe
         turns = [self.alignment.paired(runs.first, runs.middle, turn) for turn in range(2)]
         calls = [c for pairs in turns for student, _ in pairs for c in student.calls]
-        found = dict.fromkeys(told(self.run.denoiser, call) for call in calls)
+        found = dict.fromkeys(
+            told_time(self.run.denoiser, call.arguments, call.keywords) for call in calls
+        )
         return tuple(sorted(found, reverse=True))
 
     @property
@@ -88,7 +90,7 @@ class MixedOrderTrajectories:
 
     def _runs(self, index: int | None) -> MixedOrderRuns:
         run = self.run
-        batch = run.batches()[0].alone if index is None else _drawn(run, index)
+        batch = run.batches()[0].alone if index is None else drawn_batch(run, index)
         with run.undisturbed():
             return mixed_order_runs(run, batch, self._intervals)
 
@@ -124,14 +126,3 @@ def _plain(output: Tensor, sample: Tensor) -> Tensor:
     """The prediction without a learned variance."""
     learned = output.dim() > 2 and output.shape[1] == 2 * sample.shape[1]
     return output[:, : sample.shape[1]] if learned else output
-
-
-def _drawn(run: Run, index: int) -> Batch:
-    """Prompts and noise of one epoch: from the run's seed and ``index`` alone.
-
-    The seeds lie beyond those that people give to images, so that what is held out is never trained on.
-    """
-    generator = torch.Generator().manual_seed((run.seed << 20) + index)
-    which = torch.randint(len(run.prompts), (run.batch_size,), generator=generator).tolist()
-    seed = ((run.seed + 1) << 32) + index * run.batch_size
-    return Batch(run.prompts.take(which), 0, seed)

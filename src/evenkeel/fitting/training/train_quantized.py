@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.adapters.pairs import part
+from evenkeel.fitting.mixed_order import trajectories as mixed_order
 from evenkeel.fitting.training.aligned_call import Trajectories, calls_of
 from evenkeel.fitting.training.held_out import HeldOut
 from evenkeel.fitting.training.losses import Loss
@@ -94,12 +95,11 @@ def trajectories_of(run: Run, method: TrainedMethod) -> list[Trajectories]:
     """The method's own, one for each number of steps that it trains with."""
     whole = part(run, list(range(len(run.prompts))), method.seed)
     whole.batch_size = method.batch_size
-    if isinstance(method, SAQLoRA) and method.teacher != "same-state":
-        raise QuantizationError(
-            f"teacher={method.teacher!r} needs pairs of two samplers: give trajectories."
-        )
+    counts = method.schedule(run.num_inference_steps)
+    if isinstance(method, SAQLoRA):
+        return [*mixed_order.trajectories(whole, method.pairs, counts)]
     found: list[Trajectories] = []
-    for steps in method.schedule(run.num_inference_steps):
+    for steps in counts:
         shown = part(whole, list(range(len(run.prompts))), method.seed)
         shown.num_inference_steps = steps
         advance = method.advance if isinstance(method, EfficientDM) else "full-precision"

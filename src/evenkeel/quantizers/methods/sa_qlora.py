@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.methods.merged_training import TrainedMethod
+from evenkeel.quantizers.workspace.alignment import Counted, MixedOrder, PairAt, Teacher
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class SAQLoRA(TrainedMethod):
             interval's start), ``midpoint`` (the words: the student at the start learns the midpoint), or
             ``same-state`` (both at the same state, on the calls of both runs: the control).
         pair_at: at which end of the interval the first-order run is read.
+        counted: whether numbers of steps count ``intervals``, or the ``evaluations`` of the second-order
+            solver, which are twice as many.
         steps: counts to train with one after another, progressively; () is (2 M, M) where M steps are
             deployed.
 
@@ -34,17 +36,18 @@ class SAQLoRA(TrainedMethod):
     name: ClassVar[str] = "sa-qlora"
 
     cosine: float = 1.0
-    teacher: Literal["printed", "midpoint", "same-state"] = "printed"
-    pair_at: Literal["start", "end"] = "start"
+    teacher: Teacher = "printed"
+    pair_at: PairAt = "start"
+    counted: Counted = "intervals"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher not in ("printed", "midpoint", "same-state"):
-            raise QuantizationError(
-                f"teacher is 'printed', 'midpoint' or 'same-state', got {self.teacher!r}."
-            )
-        if self.pair_at not in ("start", "end"):
-            raise QuantizationError(f"pair_at is 'start' or 'end', got {self.pair_at!r}.")
+        _ = self.pairs
+
+    @property
+    def pairs(self) -> MixedOrder:
+        """Who learns from whom."""
+        return MixedOrder(self.teacher, self.pair_at, self.counted)
 
     def schedule(self, deployed: int) -> tuple[int, ...]:
         """See :class:`TrainedMethod`."""
