@@ -1,0 +1,348 @@
+"""Sampling-aware quantization, reconstructed, against the control that its paper lacks.
+
+Frozen: each twin with its original's steps and guidance; 32 prompts (seed 0) to train and calibrate on,
+images of others (seed 1), the same noise in every arm. "20 steps" are 20 intervals: 20 evaluations of
+DPM-Solver-1 and 40 of DPM-Solver-2; the other reading has a cell of its own. In a cell all trained arms make
+as many optimizer steps; their start is `quantized`, the same layers before training. `same-state` is
+ordinary distillation on calls of both solvers, as many of them. Every arm is kept by held-out final samples
+of the solver that it is for, never by its loss. Intervals are paired, of 95 %; distances are to the
+full-precision images of the same solver.
+
+Every cell is a file in experiments/sampling_aware/, every trained denoiser a folder in --work; the command
+resumes, and measures again what is trained already.
+
+    python experiments/sampling_aware.py [CELL ...] [--steps N] [--iterations N] [--images N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampling_aware_table import table
+from torch import nn
+
+import evenkeel
+from evenkeel import zoo
+from evenkeel.comparing.comparison import Arm, Comparison, compare, standard_arms
+from evenkeel.corrections.base import Correction
+from evenkeel.corrections.ptqd import PTQD
+from evenkeel.fitting.mixed_order.evaluations import mixed_order_runs
+from evenkeel.fitting.quantize import quantize
+from evenkeel.hosts.run import Run
+from evenkeel.metrics import frechet_difference, mean_difference, per_image_psnr
+from evenkeel.quantizers import METHODS, load_quantized
+from evenkeel.storage import write_atomically
+from evenkeel.zoo.pictures import KINDS
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "sampling_aware"
+PROMPTS = 32
+DEPLOYED = 0  # stands for the cell's own number of steps
+START, ADAPTERS = "quantized", "ours, closed form"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one arm is made: a method of the catalogue, its options, and the solver that it is for."""
+
+    method: str
+    options: Mapping[str, Any]
+    order: int = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A twin, bits, and arms; ``share`` is this cell's part of the optimizer steps.
+
+    ``steps``: of the original; ``counted``: what they count. ``rivals``: to whom the other arms' paired
+    differences are taken, besides those to the start.
+    """
+
+    twin: str
+    bits: str
+    ways: tuple[str, ...]
+    steps: int = 20
+    counted: str = "intervals"
+    share: float = 1.0
+    seed: int = 0
+    solvers: tuple[str, ...] = ("dpm-solver-2", "dpm-solver-1")
+    rivals: tuple[str, ...] = ("efficientdm", "same-state")
+
+
+def trained(method: str, order: int = 2, **options: Any) -> Way:
+    return Way(method, options, order)
+
+
+TEACHER = {
+    "sa-qlora": trained("sa-qlora"),
+    "same-state": trained("sa-qlora", teacher="same-state"),
+    "midpoint": trained("sa-qlora", 1, teacher="midpoint"),
+}
+WAYS = {
+    START: trained("efficientdm", optimizer_steps=0),
+    "efficientdm": trained("efficientdm"),
+    **TEACHER,
+    "sa-qlora, no cosine": trained("sa-qlora", cosine=0.0),
+    "same-state, no cosine": trained("sa-qlora", teacher="same-state", cosine=0.0),
+    "sa-qlora, at the end": trained("sa-qlora", pair_at="end"),
+    "sa-qlora, list of one": trained("sa-qlora", steps=(DEPLOYED,)),
+    "sa-qlora, 100 50 20": trained("sa-qlora", steps=(100, 50, 20)),
+    "efficientdm, original weight": trained("efficientdm", base="original"),
+    "ours, closed loop": trained("efficientdm", steps=(DEPLOYED,), advance="student"),
+    "q-diffusion": Way("q-diffusion", {}),
+    "brecq": Way("sa-ptq", {"alignment": "none"}),
+    "ptqd": Way("sa-ptq", {"alignment": "none"}),  # the same denoiser, corrected
+    "sa-ptq": Way("sa-ptq", {}),
+    "sa-ptq, same-state": Way("sa-ptq", {"teacher": "same-state"}),
+    "sa-ptq, midpoint": Way("sa-ptq", {"teacher": "midpoint"}, 1),
+}
+MAIN = (START, "efficientdm", *TEACHER)
+PTQ = (START, "q-diffusion", "brecq", "ptqd", "sa-ptq", "sa-ptq, same-state", "sa-ptq, midpoint")
+PARTS = ("no cosine", "at the end", "list of one", "100 50 20")
+CELLS = {
+    "ldm-4-w4a4": Cell("ldm-4", "w4a4", (*MAIN, "ours, closed loop", ADAPTERS)),
+    "ldm-4-w4a8": Cell("ldm-4", "w4a8", MAIN, share=0.5),
+    "ldm-4-w8a8": Cell("ldm-4", "w8a8", PTQ, rivals=("ptqd", "sa-ptq, same-state")),
+    "ldm-4-w4a4-parts": Cell(
+        "ldm-4", "w4a4",
+        (*MAIN, *(f"sa-qlora, {p}" for p in PARTS), "same-state, no cosine", "efficientdm, original weight"),
+        share=0.5, rivals=("sa-qlora", "same-state"),
+    ),
+    "sd-v1.4-w4a4": Cell("sd-v1.4", "w4a4", MAIN[:-1], 50, share=0.5, solvers=("plms",)),
+    "ldm-8-w4a4": Cell("ldm-8", "w4a4", MAIN, 50, share=0.5),
+    "ldm-4-w4a4-evaluations": Cell("ldm-4", "w4a4", MAIN, counted="evaluations", share=0.5),
+    "ldm-8-w8a8": Cell("ldm-8", "w8a8", PTQ, 50, rivals=("ptqd", "sa-ptq, same-state")),
+    **{f"ldm-4-w4a4-seed-{s}": Cell("ldm-4", "w4a4", MAIN, seed=s) for s in (1, 2)},
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """One cell while it is measured."""
+
+    name: str
+    cell: Cell
+    options: argparse.Namespace
+
+    @property
+    def twin(self) -> Any:
+        """Of the zoo."""
+        return zoo.twin(self.cell.twin)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of every trained arm."""
+        return max(1, round(self.options.steps * self.cell.share))
+
+    @property
+    def folder(self) -> Path:
+        """Of models and images."""
+        work: Path = self.options.work
+        return work / f"{self.name}-{self.optimizer_steps}-{self.options.iterations}"
+
+    def solver(self, order: int) -> str:
+        """The cell's sampler of that order, or its only one."""
+        return self.cell.solvers[min(2 - order, len(self.cell.solvers) - 1)]
+
+    def steps(self, solver: str) -> int:
+        """As the pipeline counts them: a second-order step has two evaluations."""
+        intervals = self.cell.steps // (2 if self.cell.counted == "evaluations" else 1)
+        return 2 * intervals if solver == "dpm-solver-2" else intervals
+
+    def run(self, solver: str, quantized: nn.Module | None = None) -> Run:
+        """The prompts of training, with this solver as deployed."""
+        prompts = KINDS[self.twin.pictures].prompts(PROMPTS, 0)
+        return Run(
+            zoo.load(self.cell.twin, solver), prompts, self.steps(solver),
+            guidance_scale=self.twin.guidance_scale, batch_size=8, quantized=quantized,
+        )  # fmt: skip
+
+    def made(self, name: str) -> nn.Module:
+        """The denoiser of an arm: trained, or found in its folder."""
+        way = WAYS[name]
+        solver = self.solver(way.order)
+        place = self.folder / _slug("brecq" if name == "ptqd" else name) / "model"
+        if not (place / "quantized.json").is_file():
+            run = self.run(solver)
+            quantize(
+                run.pipeline,
+                self.method(way, solver),
+                prompts=run.prompts.values,
+                num_inference_steps=run.num_inference_steps,
+                guidance_scale=run.guidance_scale,
+                batch_size=run.batch_size,
+                out=place,
+            )
+        quantized, report = load_quantized(place)
+        print(name, report, flush=True)
+        return quantized
+
+    def method(self, way: Way, solver: str) -> Any:
+        """With this cell's bits, seed and length of training."""
+        given = {"seed": self.cell.seed, **way.options}
+        if way.method in ("sa-ptq", "q-diffusion"):
+            given |= {"iterations": self.options.iterations, "rounding_rate": self.rounding_rate}
+            if way.method == "q-diffusion":
+                given["activation_iterations"] = self.options.iterations // 4
+        else:
+            given = {"optimizer_steps": self.optimizer_steps, **given}
+            if "steps" in given:
+                given["steps"] = tuple(
+                    self.cell.steps if n == DEPLOYED else n for n in given["steps"]
+                )
+        aligned = way.method == "sa-qlora" or (
+            way.method == "sa-ptq" and given.get("alignment") != "none"
+        )
+        if solver == "dpm-solver-2":  # whose number of steps counts evaluations, two in an interval
+            if aligned:
+                given["counted"] = "evaluations"
+            if "steps" in given:
+                given["steps"] = tuple(
+                    self.steps(solver) * n // self.cell.steps for n in given["steps"]
+                )
+        return METHODS[way.method].of_bits(self.cell.bits, **given)
+
+    @property
+    def rounding_rate(self) -> float:
+        """What a rounding can reach is rate times iterations: that of 10,000 at 1e-3."""
+        return max(1e-3, 10.0 / max(self.options.iterations, 1))
+
+    def ptqd(self, quantized: nn.Module, solver: str) -> Correction:
+        """Made for one solver."""
+        run = self.run(solver)
+        record = evenkeel.calibrate(
+            run.pipeline, quantized=quantized, prompts=run.prompts.values,
+            num_inference_steps=run.num_inference_steps, guidance_scale=run.guidance_scale,
+        )  # fmt: skip
+        return PTQD(record.evidence)
+
+    def adapters(self, quantized: nn.Module, solver: str) -> Any:
+        """Closed form beside the start; made for one solver."""
+        run = self.run(solver)
+        found, report = evenkeel.fit_adapters(
+            run.pipeline, quantized=quantized, prompts=run.prompts.values,
+            num_inference_steps=run.num_inference_steps, guidance_scale=run.guidance_scale,
+            budget=self.options.budget,
+        )  # fmt: skip
+        print(report.text(), flush=True)
+        return found
+
+    def arms(self, solver: str, denoisers: Mapping[str, nn.Module]) -> list[Arm]:
+        """Full precision, the start, and the others in the cell's order."""
+        pipe = self.run(solver).pipeline
+        arms = standard_arms(pipe, denoisers[START], {})
+        for name in self.cell.ways[1:]:
+            if name == ADAPTERS:
+                found = self.adapters(denoisers[START], solver)
+                if found.layers:
+                    arms.append(Arm(name, denoisers[START], found))
+            else:
+                correction = self.ptqd(denoisers[name], solver) if name == "ptqd" else None
+                arms.append(Arm(name, denoisers[name], correction))
+        return arms
+
+    def measured(self) -> dict[str, Any]:
+        """Every arm with every solver of the cell."""
+        denoisers = {n: self.made(n) for n in self.cell.ways if n != ADAPTERS}
+        kind = KINDS[self.twin.pictures]
+        evaluator = kind.evaluator(zoo.path_of(self.cell.twin))
+        solvers = {}
+        for solver in self.cell.solvers:
+            run, arms = self.run(solver), self.arms(solver, denoisers)
+            comparison = compare(
+                run.pipeline,
+                arms,
+                prompts=kind.prompts(self.options.images, 1),
+                num_inference_steps=run.num_inference_steps,
+                evaluator=evaluator,
+                folder=self.folder / "images" / solver,
+                guidance_scale=run.guidance_scale,
+                batch_size=50,
+            )
+            solvers[solver] = {
+                "steps": run.num_inference_steps,
+                "arms": [arm.as_dict() for arm in comparison.arms],
+                "differences": differences(comparison, evaluator, self.cell.rivals),
+            }
+        return {
+            "twin": self.cell.twin,
+            "bits": self.cell.bits,
+            "seed": self.cell.seed,
+            "counted": self.cell.counted,
+            "optimizer_steps": self.optimizer_steps,
+            "iterations": self.options.iterations,
+            "images": self.options.images,
+            "floor": self.floor(),
+            "solvers": solvers,
+        }
+
+    def floor(self) -> dict[str, float]:
+        """What full precision itself pays for the alignment, over the size of its output."""
+        run = self.run(self.solver(2))
+        intervals = self.steps(self.solver(1))
+        with run.undisturbed():
+            runs = mixed_order_runs(run, run.batches()[0], intervals)
+        size = torch.stack([e.output.double().square().mean() for e in runs.first])
+        relative = runs.floor / size
+        return {"mean": float(relative.mean()), "last": float(relative[-1])}
+
+
+def differences(
+    comparison: Comparison, evaluator: Any, rivals: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """Every arm minus each rival, paired: PSNR in dB, and distance to full precision."""
+    images = {n: x.float() / 255 for n, x in comparison.images.items()}
+    names = list(images)
+    full = images[names[0]]
+    with torch.no_grad():
+        features = {
+            n: torch.cat([evaluator.features(p) for p in x.split(256)]) for n, x in images.items()
+        }
+    psnr = {n: per_image_psnr(x, full) for n, x in images.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for rival in (r for r in rivals if r in names):
+        for name in names[1:]:
+            if name == rival:
+                continue
+            distance = frechet_difference(
+                features[name], features[rival], features[names[0]], paired_reference=True
+            )
+            found.setdefault(name, {})[rival] = {
+                "psnr": mean_difference(psnr[name], psnr[rival]).as_dict(),
+                "frechet": distance.as_dict(),
+            }
+    return found
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cells", nargs="*", default=list(CELLS), metavar="CELL")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of the main cell")
+    parser.add_argument("--iterations", type=int, default=1000, help="of AdaRound, per block")
+    parser.add_argument("--images", type=int, default=200, help="per arm")
+    parser.add_argument("--budget", type=float, default=0.11, help="bytes of ours beside the start")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments/sampling_aware"))
+    options = parser.parse_args()
+    for name in options.cells:
+        job, place = Job(name, CELLS[name], options), RESULTS / f"{name}.json"
+        asked = {
+            "optimizer_steps": job.optimizer_steps, "iterations": options.iterations, "images": options.images
+        }  # fmt: skip
+        known = json.loads(place.read_text()) if place.exists() else {}
+        if any(known.get(k) != v for k, v in asked.items()):
+            write_atomically(place, json.dumps(job.measured(), separators=(",", ":")) + "\n")
+        write_atomically(HERE / "SAMPLING_AWARE.md", table(RESULTS, list(CELLS), __doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""SAMPLING_AWARE.md: the paper's numbers beside ours, claim by claim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one arm is better than another; FID of both in the paper, where it prints them."""
+
+    cell: str
+    solver: str
+    better: str
+    worse: str
+    said: str
+    paper: tuple[float, float] | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """Change of FID that the paper reports."""
+        return None if self.paper is None else self.paper[0] / self.paper[1] - 1
+
+
+SECOND = "dpm-solver-2"
+CLAIMS = (
+    Claim("ldm-4-w4a4", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: W4A4", (13.73, 17.28)),
+    Claim("ldm-4-w4a8", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: W4A8", (8.55, 9.91)),
+    Claim("ldm-4-w8a8", SECOND, "sa-ptq", "ptqd", "SA-PTQ: W8A8", (10.16, 10.76)),
+    Claim("ldm-4-w8a8", SECOND, "sa-ptq", "brecq", "the pairs alone (FID -4.1)"),
+    Claim("ldm-4-w4a4-parts", SECOND, "sa-qlora", "sa-qlora, no cosine", "L_COS (FID -.95)"),
+    Claim("ldm-8-w4a4", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: LDM-8, W4A4 (FID -5.53)"),
+    Claim("ldm-4-w4a4", SECOND, "sa-qlora", "same-state", "against the control: W4A4"),
+    Claim("ldm-4-w4a8", SECOND, "sa-qlora", "same-state", "against the control: W4A8"),
+    Claim("ldm-4-w4a4", "dpm-solver-1", "midpoint", "same-state", "against the control: order 1"),
+    Claim("ldm-4-w8a8", SECOND, "sa-ptq", "sa-ptq, same-state", "against the control: W8A8"),
+    Claim("sd-v1.4-w4a4", "plms", "sa-qlora", "same-state", "against the control: PLMS"),
+    Claim("ldm-8-w4a4", SECOND, "sa-qlora", "same-state", "against the control: LDM-8"),
+)
+
+
+def verdict(change: dict[str, float], claimed: float | None) -> str:
+    """Of a relative change of the distance (negative is better) with its interval.
+
+    Reproduced or opposite where the interval leaves out zero. Else null where it also leaves out the claimed
+    change, or is within a tenth where none is printed; underpowered otherwise.
+
+    >>> verdict({"value": -0.2, "low": -0.3, "high": -0.1}, -0.2)
+    'reproduced'
+    >>> verdict({"value": -0.1, "low": -0.3, "high": 0.1}, -0.2)
+    'underpowered'
+    >>> verdict({"value": -0.01, "low": -0.05, "high": 0.03}, -0.2)
+    'null'
+
+    """
+    if change["high"] < 0:
+        return "reproduced"
+    if change["low"] > 0:
+        return "opposite"
+    outside = change["low"] > claimed if claimed is not None else change["low"] > -0.1
+    return "null" if outside else "underpowered"
+
+
+def change_of(cell: dict[str, Any], claim: Claim) -> dict[str, float] | None:
+    """Relative change of the distance from ``worse`` to ``better``, of the paired difference."""
+    found = cell["solvers"].get(claim.solver)
+    arms = {} if found is None else {a["name"]: a for a in found["arms"]}
+    if claim.better not in arms or claim.worse not in arms:
+        return None
+    size = arms[claim.worse]["frechet_full_precision"]["value"]
+    there = found["differences"].get(claim.better, {}).get(claim.worse)
+    sign = 1.0
+    if there is None:  # measured from the other end
+        there, sign = found["differences"].get(claim.worse, {}).get(claim.better), -1.0
+    if there is None:
+        return None
+    low, high = sorted(sign * there["frechet"][k] / size for k in ("low", "high"))
+    return {"value": sign * there["frechet"]["value"] / size, "low": low, "high": high}
+
+
+def table(results: Path, order: Sequence[str], said: str) -> str:
+    """The whole page."""
+    known = {c: results / f"{c}.json" for c in order}
+    cells = {c: json.loads(p.read_text()) for c, p in known.items() if p.exists()}
+    lines = ["# Sampling-aware quantization", "", *said.strip().splitlines()[2:], ""]
+    missing = [c for c in order if c not in cells]
+    if missing:
+        lines += [f"Not run yet: {', '.join(missing)}.", ""]
+    lines += [
+        "## Claims",
+        "",
+        "Relative change of the distance (the paper: of FID); negative is better. It has no control.",
+        "",
+        "| claim | better | than | paper | ours [95 %] | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in CLAIMS:
+        found = change_of(cells[claim.cell], claim) if claim.cell in cells else None
+        if found is None:
+            continue
+        paper = "-" if claim.relative is None else f"{100 * claim.relative:+.0f} %"
+        said_of = verdict(found, claim.relative)
+        row = (claim.said, claim.better, claim.worse, paper, _percent(found), said_of)
+        lines.append(f"| {' | '.join(row)} |")
+    for name, cell in cells.items():
+        lines += ["", f"## {name}", "", _about(cell), "", *_arms(cell)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _arms(cell: dict[str, Any]) -> list[str]:
+    differences = [d for s in cell["solvers"].values() for d in s["differences"].values()]
+    rivals = sorted({rival for d in differences for rival in d})
+    heads = ["solver", "arm", "FD to full precision", "PSNR, dB"]
+    heads += [f"to {r}, dB [95 %]" for r in ("the start", *rivals)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for solver, found in cell["solvers"].items():
+        for arm in found["arms"][1:]:
+            lines.append(_row(f"{solver}, {found['steps']}", arm, found["differences"], rivals))
+    return lines
+
+
+def _row(solver: str, arm: dict[str, Any], differences: Any, rivals: Sequence[str]) -> str:
+    fd, psnr = arm["frechet_full_precision"], arm["psnr"]
+    start = arm.get("difference_to_quantized", {}).get("psnr")
+    others = [differences.get(arm["name"], {}).get(r, {}).get("psnr") for r in rivals]
+    cells = [solver, arm["name"], f"{fd['value']:.3f} ± {fd['stderr']:.3f}", f"{psnr['value']:.2f}"]
+    return "| " + " | ".join([*cells, *(_decibels(d) for d in (start, *others))]) + " |"
+
+
+def _about(cell: dict[str, Any]) -> str:
+    off, last = (f"{100 * cell['floor'][k]:.2f} %" for k in ("mean", "last"))
+    return (
+        f"{cell['twin']}, {cell['bits']}, {cell['optimizer_steps']} optimizer steps, "
+        f"{cell['iterations']} iterations of AdaRound, {cell['images']} images, training seed "
+        f"{cell['seed']}, steps count {cell['counted']}. Full precision itself is off by {off} of its "
+        f"output's square between paired points ({last} in the last interval)."
+    )
+
+
+def _decibels(found: dict[str, float] | None) -> str:
+    return (
+        ""
+        if found is None
+        else f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    )
+
+
+def _percent(found: dict[str, float]) -> str:
+    value, low, high = (100 * found[k] for k in ("value", "low", "high"))
+    return f"{value:+.0f} % [{low:+.0f}, {high:+.0f}]"
