@@ -43,6 +43,10 @@ from evenkeel.storage.files import read_json as read_json
 from evenkeel.storage.files import read_tensors as read_tensors
 from evenkeel.storage.files import write_json as write_json
 from evenkeel.storage.files import write_tensors as write_tensors
+from evenkeel.storage.lock import alone as alone
 from evenkeel.storage.manifest import claim as claim
+from evenkeel.storage.manifest import listed as listed
 from evenkeel.storage.manifest import read_folder as read_folder
 from evenkeel.storage.manifest import write_folder as write_folder
+from evenkeel.storage.outputs import FileOutput as FileOutput
+from evenkeel.storage.outputs import FolderOutput as FolderOutput

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ def write_atomically(path: Path, content: Content) -> Path:
     """Write beside the place (under a name of this process's own), then move there.
 
     Missing folders are made; text is written as UTF-8; a function writes to the path that it is given.
-    A file that was there keeps its permissions. Nothing is left behind when writing fails.
+    A file that was there keeps its permissions. Nothing is left behind when writing fails, and what a
+    killed writer of this file left is removed.
 
     >>> import tempfile
     >>> place = Path(tempfile.mkdtemp()) / "new" / "file.txt"
@@ -23,6 +25,7 @@ def write_atomically(path: Path, content: Content) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    _sweep(path)
     try:
         partial.touch()  # with the permissions that this process gives to new files
         mode = (path if path.exists() else partial).stat().st_mode
@@ -32,6 +35,28 @@ def write_atomically(path: Path, content: Content) -> Path:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.chmod(mode & 0o777)
         os.replace(partial, path)
+    except OSError as e:
+        if e.filename is None and e.errno is not None:  # a full disk says only that it is full
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of this file left that were killed."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        pid = left.name[len(path.name) + 1 : -len(".partial")]
+        if pid.isdecimal() and int(pid) != os.getpid() and not _lives(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

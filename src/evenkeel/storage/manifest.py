@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from evenkeel.storage.atomic import Content, write_atomically
 from evenkeel.storage.checks import check_json
 from evenkeel.storage.digests import file_digest, json_safe, json_text
 from evenkeel.storage.files import Kind, read_json, write_json
+from evenkeel.storage.lock import alone
 
 FILES = "files"
 _NEW = ".new"
@@ -35,11 +37,12 @@ def write_folder(
         folder: made if missing; other files in it are left alone.
         kind: of the manifest.
         header: of the manifest.
-        files: name -> content, or a function that writes to the path that it is given.
+        files: name, or path below the folder, -> content, or a function that writes to the path that it
+            is given.
         manifest: its name, ``<kind>.json`` if not given.
 
     Raises:
-        StorageError: the place is a file, or the header does not fit the kind.
+        StorageError: the place is a file, the header does not fit the kind, or somebody else writes there.
 
     """
     place = Path(folder)
@@ -47,20 +50,28 @@ def write_folder(
         raise kind.error(f"{place} is a file; give a folder to write the {kind.name} into.")
     for name in files:
         _refuse_path(kind, place, name)
-    _settle(place, kind, manifest)
-    beside = {name: place / (name + _NEW) for name in files}
-    digests: dict[str, str] = {}
-    try:
-        for name, content in files.items():
-            digests[name] = file_digest(write_atomically(beside[name], content))
-        write_json(_list(place, kind, manifest), _with_files(kind), {**header, FILES: digests})
-    except BaseException:
-        if _listed(place, kind, manifest) != digests:  # else the interrupt came after the decision
-            for path in beside.values():
-                path.unlink(missing_ok=True)
-        raise
-    for name, path in beside.items():
-        os.replace(path, place / name)
+    with alone(place):
+        _settle(place, kind, manifest)
+        before = listed(place, kind, manifest) or {}
+        beside = {name: place / (name + _NEW) for name in files}
+        digests: dict[str, str] = {}
+        try:
+            for name, content in files.items():
+                digests[name] = file_digest(write_atomically(beside[name], content))
+            write_json(_list(place, kind, manifest), _with_files(kind), {**header, FILES: digests})
+        except BaseException:
+            if (
+                listed(place, kind, manifest) != digests
+            ):  # else the interrupt came after the decision
+                for path in beside.values():
+                    path.unlink(missing_ok=True)
+            raise
+        for name, path in beside.items():
+            os.replace(path, place / name)
+        for name in before.keys() - digests.keys():  # of the old set, which is gone
+            with suppress(OSError, StorageError):
+                _refuse_path(kind, place, name)
+                (place / name).unlink()
     return place
 
 
@@ -124,15 +135,25 @@ def _brief(text: str | None) -> str:
 
 def _settle(place: Path, kind: Kind, manifest: str | None) -> None:
     """Move what an interrupted writer left beside its place, where the manifest counts on it."""
-    if any(place.glob(f"*{_NEW}")):
+    if any((place / (name + _NEW)).exists() for name in listed(place, kind, manifest) or ()):
         with suppress(StorageError):
             for name, path in read_folder(place, kind, manifest)[1].items():
                 os.replace(path, place / name)
 
 
-def _listed(place: Path, kind: Kind, manifest: str | None) -> Any:
-    with suppress(StorageError):
-        return read_json(_list(place, kind, manifest), _with_files(kind))[FILES]
+def listed(
+    place: str | os.PathLike[str], kind: Kind, manifest: str | None = None
+) -> dict[str, str] | None:
+    """Name -> digest of the files of a folder, as its manifest says; None where there is none.
+
+    Manifests of other versions count: what they list is this library's, too.
+    """
+    try:
+        found = json.loads(_list(Path(place), kind, manifest).read_bytes())
+        if found["format"] == kind.format:
+            return {str(name): str(digest) for name, digest in found[FILES].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
     return None
 
 
@@ -145,9 +166,12 @@ def _with_files(kind: Kind) -> Kind:
 
 
 def _refuse_path(kind: Kind, place: Path, name: str) -> None:
-    """A name may not lead out of the folder."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    """A name may not lead out of the folder, not even over a link in it."""
+    parts = name.split("/")
+    if Path(*parts).parts != tuple(parts) or {"", ".", ".."} & {*parts} or "\0" in name:
         raise kind.error(f"{place}: {name!r} is not the name of a file in this folder.")
+    if len(parts) > 1 and not (place / name).parent.resolve().is_relative_to(place.resolve()):
+        raise kind.error(f"{place}: {name!r} leads out of this folder.")
 
 
 def _genuine(kind: Kind, place: Path, name: str, said: str) -> Path:
