@@ -1,4 +1,8 @@
-"""The command ``evenkeel``: parse, call one function, print. Nothing heavy is imported for --help."""
+"""The command ``evenkeel``: parse, call one function, print. Nothing heavy is imported for --help.
+
+Exit codes: 0 done; 1 it could not be done, and standard error says why in one line; 2 the command
+line itself is wrong; 130 stopped by Ctrl-C or SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,65 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
 from evenkeel.cli import exporting, fitting, generating, planning, quantizing, restoring, zoo
+from evenkeel.cli.outputs import try_outputs
 from evenkeel.cli.several import launched, several_processes
+from evenkeel.cli.stopping import Stopping
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for an error of the user's, 130 for Ctrl-C."""
-    options = build_parser().parse_args(argv)
-    try:
-        with several_processes(options) if launched() else nullcontext(), ExitStack() as closing:
-            options.closing = closing  # what a command enters and leaves only when it ends
-            return int(options.run(options) or 0)
-    except KeyboardInterrupt:
-        print("interrupted; finished batches are kept where a folder was given", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return EXIT_ERROR
-    except Exception as e:
-        from evenkeel.errors import EvenkeelError
+    """Run one command; returns the exit code."""
+    options = argparse.Namespace(command="", stage="starting", kept="nothing was written")
+    with Stopping() as stopping:
+        try:
+            build_parser().parse_args(argv, options)
+            with (
+                several_processes(options) if launched() else nullcontext(),
+                ExitStack() as closing,
+            ):
+                options.closing = closing  # what a command enters and leaves only when it ends
+                if options.command != "demo":  # which first says how long it takes
+                    try_outputs(options)
+                return int(options.run(options) or 0)
+        except BrokenPipeError:
+            _forget_stdout()
+            return EXIT_ERROR
+        except (KeyboardInterrupt, Exception) as e:
+            if stopping.asked or isinstance(e, KeyboardInterrupt):
+                print(f"interrupted; {options.kept}", file=sys.stderr)
+                return EXIT_INTERRUPTED
+            _say(options, e)
+            return EXIT_ERROR
 
-        if not isinstance(e, (EvenkeelError, OSError)):
-            raise
-        if getattr(e, "told", True):  # of several processes that fail, the first one says why
-            print(f"evenkeel {options.command}: {e}", file=sys.stderr)
-        return EXIT_ERROR
+
+def _say(options: argparse.Namespace, e: Exception) -> None:
+    """One line of what went wrong; of several processes that fail, the first one says why."""
+    from evenkeel.errors import EvenkeelError
+
+    if getattr(options, "traceback", False):
+        import traceback
+
+        traceback.print_exception(e)
+    if not getattr(e, "told", True):
+        return
+    what = str(e)
+    if not isinstance(e, (EvenkeelError, OSError)):
+        said = str(e).strip().splitlines() or ["no reason given"]
+        what = (
+            f"{options.stage} failed: {type(e).__name__}: {said[0][:300]} (--traceback shows all)"
+        )
+    print(f"evenkeel {options.command}: {' '.join(what.split())}", file=sys.stderr)
+
+
+def _forget_stdout() -> None:
+    """Nobody reads it: what is left in it must not be complained about when Python ends."""
+    import os
+
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # not a file of the system
+        return
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evenkeel",
         description="Quantized diffusion models that sample as if they had never been quantized.",
+        epilog="Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"evenkeel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

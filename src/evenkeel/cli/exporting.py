@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command
+from evenkeel.cli.options import command, say
+from evenkeel.cli.outputs import lora, output
 
 _LAYOUTS = ("peft", "kohya", "comfyui")
 
@@ -32,9 +32,7 @@ def add_export(commands: Any) -> None:
         help="names of diffusers and peft, of kohya's scripts, or of ComfyUI's models, with q, k and v in "
         "one where these have one (default: peft)",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file"
-    )
+    output(parser, lora, required=True, metavar="FILE", help="a .safetensors file")
 
 
 def _run_export(options: argparse.Namespace) -> None:
@@ -60,10 +58,10 @@ def _run_export(options: argparse.Namespace) -> None:
         "bytes": size,
         "left_out": left,
     }
-    if options.json:
-        print(json.dumps(said))
-        return
-    print(f"{options.out}: {len(adapters[0].layers)} layers, {size / 1e6:.3f} MB")
+    lines = [f"{options.out}: {len(adapters[0].layers)} layers, {size / 1e6:.3f} MB"]
     if left:
-        print(f"not in it, as no LoRA can hold it: {', '.join(left)}")
-    print("load it beside the quantized layers; merged into them it loses most of what it brings")
+        lines.append(f"not in it, as no LoRA can hold it: {', '.join(left)}")
+    lines.append(
+        "load it beside the quantized layers; merged into them it loses most of what it brings"
+    )
+    say(options, said, "\n".join(lines))

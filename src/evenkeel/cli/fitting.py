@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import DTYPES, command, loaded, positive, sampling, several
+from evenkeel.cli.options import (
+    DTYPES,
+    command,
+    loaded,
+    not_negative,
+    positive,
+    sampling,
+    say,
+    several,
+)
+from evenkeel.cli.outputs import denoiser, output, readout, record
 
 
 def _prompts(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,7 @@ def add_calibrate(commands: Any) -> None:
         "Run full-precision and quantized denoiser on the same states and keep statistics.",
     )
     _prompts(parser)
-    parser.add_argument("--out", type=Path, default=Path("record.safetensors"), help="the record")
+    output(parser, record, default=Path("record.safetensors"), help="the record")
     parser.add_argument(
         "--trajectory", choices=("full-precision", "quantized"), default="full-precision"
     )
@@ -52,7 +61,7 @@ def add_calibrate(commands: Any) -> None:
     )
     parser.add_argument(
         "--check",
-        type=int,
+        type=not_negative,
         default=32,
         metavar="N",
         help="prompts of the marginal check at the end; 0 leaves it out",
@@ -68,6 +77,8 @@ def _run_calibrate(options: argparse.Namespace) -> None:
     from evenkeel.reports.verdicts import check_text
 
     pipeline, asked = _asked(options)
+    if options.resume is not None:
+        options.kept = f"finished batches are kept in {options.resume}; the same command continues"
     record = calibrate(
         pipeline,
         trajectory=options.trajectory,
@@ -79,16 +90,13 @@ def _run_calibrate(options: argparse.Namespace) -> None:
     if not processes().main:
         return
     record.save(options.out)
+    options.kept = f"the record is written, {options.out}; only the check of it is missing"
     description = describe(record)
     check = _checked(options, pipeline, record, asked) if options.check else None
-    if options.json:
-        found = {"record": str(options.out), **description}
-        print(json.dumps(found | ({} if check is None else {"check": check.as_dict()})))
-        return
-    print(text(description))
-    if check is not None:
-        print(f"\n{check_text(check)}")
-    print(f"\nrecord: {options.out} ({options.out.stat().st_size / 1e3:.0f} kB)")
+    found = {"record": str(options.out), **description}
+    parts = [text(description), *([] if check is None else [check_text(check)])]
+    parts.append(f"record: {options.out} ({options.out.stat().st_size / 1e3:.0f} kB)")
+    say(options, found | ({} if check is None else {"check": check.as_dict()}), "\n\n".join(parts))
 
 
 def _checked(options: argparse.Namespace, pipeline: Any, record: Any, asked: dict[str, Any]) -> Any:
@@ -121,7 +129,7 @@ def add_readout(commands: Any) -> None:
         "Refit the output head of the quantized denoiser per step, in closed form.",
     )
     _prompts(parser)
-    parser.add_argument("--out", type=Path, default=Path("readout.safetensors"), help="the file")
+    output(parser, readout, default=Path("readout.safetensors"), help="the file")
     parser.add_argument(
         "--form",
         choices=("per-step", "shared", "hierarchical"),
@@ -137,7 +145,7 @@ def _run_readout(options: argparse.Namespace) -> None:
     from evenkeel.record import save
 
     pipeline, asked = _asked(options)
-    readout = fit_readout(
+    found = fit_readout(
         pipeline,
         form=options.form,
         head=options.head,
@@ -145,12 +153,10 @@ def _run_readout(options: argparse.Namespace) -> None:
     )
     if not processes().main:
         return
-    save(readout, options.out)
-    if options.json:
-        print(json.dumps({"record": str(options.out), **readout.description()}))
-    else:
-        print(readout)
-        print(f"\nreadout: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+    save(found, options.out)
+    size = f"{options.out.stat().st_size / 1e6:.2f} MB"
+    said = {"record": str(options.out), **found.description()}
+    say(options, said, f"{found}\n\nreadout: {options.out} ({size})")
 
 
 def add_refit(commands: Any) -> None:
@@ -162,7 +168,7 @@ def add_refit(commands: Any) -> None:
         "Refit the low-rank branches, weight scales and biases of the quantized layers, in closed form.",
     )
     _prompts(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+    output(parser, denoiser, required=True, help="folder for the denoiser")
 
 
 def _run_refit(options: argparse.Namespace) -> None:
@@ -178,11 +184,8 @@ def _run_refit(options: argparse.Namespace) -> None:
     if not processes().main:
         return
     save_denoiser(refitted, options.out)
-    if options.json:
-        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
-    else:
-        print(report.text())
-        print(f"\nquantized denoiser: {options.out}")
+    found = {"quantized": str(options.out), **report.as_dict()}
+    say(options, found, f"{report.text()}\n\nquantized denoiser: {options.out}")
 
 
 def add_fold(commands: Any) -> None:
@@ -196,7 +199,7 @@ def add_fold(commands: Any) -> None:
     parser.add_argument("pipeline", help="as for evenkeel readout")
     parser.add_argument("--quantized", required=True, metavar="Q", help="as for evenkeel readout")
     parser.add_argument("--record", type=Path, required=True, help="from evenkeel readout")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+    output(parser, denoiser, required=True, help="folder for the denoiser")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
@@ -219,7 +222,7 @@ def _run_fold(options: argparse.Namespace) -> None:
     fold(quantized, heads.table, heads.layer)
     save_denoiser(quantized, options.out)
     found = {"quantized": str(options.out), "head": heads.layer}
-    print(json.dumps(found) if options.json else f"quantized denoiser: {options.out}")
+    say(options, found, f"quantized denoiser: {options.out}")
 
 
 def add_inspect(commands: Any) -> None:
@@ -235,6 +238,6 @@ def _run_inspect(options: argparse.Namespace) -> None:
     found = load(options.record)
     if isinstance(found, Record):
         description = describe(found)
-        print(json.dumps(description) if options.json else text(description))
+        say(options, description, text(description))
     else:
-        print(json.dumps(found.description()) if options.json else found.report)
+        say(options, found.description(), str(found.report))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from evenkeel.cli.options import (
     loaded,
     positive,
     sampling,
+    say,
     several,
 )
+from evenkeel.cli.outputs import comparison, demonstration, output, pictures, try_outputs
 
 
 def add_demo(commands: Any) -> None:
@@ -29,14 +30,17 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--images", type=positive, default=256, help="per arm")
     parser.add_argument("--calibration-prompts", type=positive, default=32)
     parser.add_argument("--quantizer", default="w3a16-g32", help="specification")
-    parser.add_argument(
-        "--out", type=Path, default=Path("evenkeel-demo"), help="folder for the results"
-    )
+    output(parser, demonstration, default=Path("evenkeel-demo"), help="folder for the results")
 
 
 def _run_demo(options: argparse.Namespace) -> None:
+    enough_images(options.images)
     if not options.json:
         print(_duration(options.images, options.calibration_prompts), flush=True)
+    try_outputs(options)
+    options.kept = (
+        f"finished images are kept in {options.out / 'images'}; the same command continues"
+    )
     from evenkeel.cli.demo import demo
     from evenkeel.threads import sensible_threads
 
@@ -48,13 +52,25 @@ def _run_demo(options: argparse.Namespace) -> None:
             out=options.out,
             progress=not options.json,
         )
-    if options.json:
-        print(json.dumps(results))
-        return
     from evenkeel.reports import text_table
 
-    print(text_table(results))
-    print(f"\nreport: {options.out / 'report.html'}")
+    say(options, results, f"{text_table(results)}\n\nreport: {options.out / 'report.html'}")
+
+
+def enough_images(images: int | None) -> None:
+    """Refuse so few that no distance between two sets of them exists.
+
+    Raises:
+        EvenkeelError: fewer than three.
+
+    """
+    from evenkeel.errors import EvenkeelError
+
+    if images is not None and images < 3:
+        raise EvenkeelError(
+            f"{images} images are too few to measure a distance with its interval: expected at least 3, "
+            f"better some hundred."
+        )
 
 
 def _duration(images: int, prompts: int) -> str:
@@ -78,49 +94,41 @@ def add_sample(commands: Any) -> None:
         help="by name, as evenkeel compare lists them: q-drift, dns, tac, readout...; none without",
     )
     parser.add_argument("--images", type=positive, help="how many prompts to use")
-    parser.add_argument("--out", type=Path, required=True, help="folder for PNG files")
+    output(parser, pictures, required=True, help="folder for PNG files")
 
 
 def _run_sample(options: argparse.Namespace) -> None:
-    from functools import partial
-
     import torch
-    from PIL import Image
     from tqdm.auto import tqdm
 
+    from evenkeel.cli.pictures import write_pictures
     from evenkeel.cli.sources import load_prompts
-    from evenkeel.comparing.generation import Arm, generate
+    from evenkeel.comparing.generation import Arm, generate, remove_kept
     from evenkeel.errors import EvenkeelError
     from evenkeel.hosts.processes import processes
     from evenkeel.hosts.run import Run
-    from evenkeel.storage import write_atomically
 
     if (options.correction is None) != (not options.record):
         raise EvenkeelError("--correction and --record belong together: give both, or neither.")
-    pipeline, quantized, settings = loaded(options)
-    prompts = load_prompts(options.prompts, pipeline, options.images, options.seed)
     chosen = None
     if options.correction is not None:
         chosen = corrections(options.record, [options.correction])[0][options.correction]
+    pipeline, quantized, settings = loaded(options)
+    prompts = load_prompts(options.prompts, pipeline, options.images, options.seed)
     arm = Arm("sample", quantized, chosen, tuple(options.allow))
-    us = processes()
+    us, kept = processes(), options.out / "unfinished"
+    options.kept = f"finished batches are kept in {kept}; the same command continues"
     with tqdm(desc="sample", unit="batch", disable=options.json or not us.main) as bar:
         run = Run(pipeline, prompts, seed=options.seed, batch_size=options.batch_size, **settings)
-        images, seconds = generate(run, arm, on_batch=bar.update)
+        images, seconds = generate(run, arm, kept, bar.update)
     if not us.main:
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i, image in enumerate(images):
-        files.append(options.out / f"{i:05d}.png")
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        write_atomically(files[-1], partial(picture.save, format="PNG"))
-    write_atomically(options.out / "prompts.txt", "\n".join(map(str, prompts)) + "\n")
+    described = {"pipeline": options.pipeline, "quantized": options.quantized, **settings}
+    files = write_pictures(options.out, images, prompts, described)
+    remove_kept(kept)
     each = float(torch.tensor(seconds).mean())
-    if options.json:
-        print(json.dumps({"images": [str(f) for f in files], "seconds_per_image": each}))
-    else:
-        print(f"{len(files)} images in {options.out}, {each:.3f} s each")
+    found = {"images": [str(f) for f in files], "seconds_per_image": each}
+    say(options, found, f"{len(files)} images in {options.out}, {each:.3f} s each")
 
 
 def add_compare(commands: Any) -> None:
@@ -136,7 +144,7 @@ def add_compare(commands: Any) -> None:
     correcting(parser)
     parser.add_argument("--corrections", default="all", help="comma-separated, or all")
     parser.add_argument("--images", type=positive, help="prompts per arm (default: all, or 32)")
-    parser.add_argument("--out", type=Path, default=Path("evenkeel-compare"), help="folder")
+    output(parser, comparison, default=Path("evenkeel-compare"), help="folder")
 
 
 def _run_compare(options: argparse.Namespace) -> None:
@@ -153,6 +161,8 @@ def _run_compare(options: argparse.Namespace) -> None:
         raise EvenkeelError(
             "compare needs --record FILE, made by evenkeel calibrate or evenkeel readout."
         )
+    if options.pipeline.startswith("zoo:"):  # others come without an evaluator
+        enough_images(options.images)
     names = None if options.corrections == "all" else options.corrections.split(",")
     chosen, reasons, record = corrections(options.record, names)
     pipeline, quantized, settings = loaded(options)
@@ -160,7 +170,10 @@ def _run_compare(options: argparse.Namespace) -> None:
     law = Run(pipeline, prompts, **settings).law(quantized)
     chosen, others = applicable(chosen, law, allow_range="range" in options.allow)
     reasons |= others
-    comparison = compare(
+    options.kept = (
+        f"finished batches are kept in {options.out / 'images'}; the same command continues"
+    )
+    measured = compare(
         pipeline,
         standard_arms(pipeline, quantized, chosen, allow=tuple(options.allow)),
         prompts=prompts,
@@ -184,6 +197,6 @@ def _run_compare(options: argparse.Namespace) -> None:
         **settings,
     }
     results = save_results(
-        options.out, comparison, described, record, [*map(str, prompts)], not_applicable=reasons
+        options.out, measured, described, record, [*map(str, prompts)], not_applicable=reasons
     )
-    print(json.dumps(results) if options.json else text_table(results))
+    say(options, results, text_table(results))

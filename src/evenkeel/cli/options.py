@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,23 @@ def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentP
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, nothing else"
+        "--json",
+        action="store_true",
+        help="one JSON object on stdout, nothing else; numbers that are not finite are null",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="where it went wrong, not only what"
     )
     return parser
+
+
+def say(options: argparse.Namespace, found: Any, text: str) -> None:
+    """The result, for a program or for people."""
+    if options.json:
+        from evenkeel.storage import valid_json
+
+        text = valid_json(found)
+    print(text)
 
 
 def several(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +44,46 @@ def several(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(several=True)
 
 
+def _whole(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text) if len(text) < 30 else None
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {low} to {high}, got {text[:30]!a}"
+        )
+    return value
+
+
 def positive(text: str) -> int:
-    """A number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    """A number of things: at least 1, and not more than a job can have."""
+    return _whole(text, 1, 1_000_000)
+
+
+def steps(text: str) -> int:
+    """A number of inference steps."""
+    return _whole(text, 1, 10_000)
+
+
+def not_negative(text: str) -> int:
+    """A number of things, or none."""
+    return _whole(text, 0, 1_000_000)
+
+
+def seed(text: str) -> int:
+    """Of the first prompt's noise; those of the others follow it, in 64 bits with a sign."""
+    return _whole(text, 0, 2**62)
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:30]!a}")
     return value
 
 
@@ -42,12 +92,12 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
     parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
-    parser.add_argument("--steps", type=positive, help="number of inference steps")
+    parser.add_argument("--steps", type=steps, help="number of inference steps")
     parser.add_argument(
-        "--guidance-scale", type=float, help="default: the twin's or the pipeline's"
+        "--guidance-scale", type=finite, help="default: the twin's or the pipeline's"
     )
     scheduler(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
@@ -157,24 +207,74 @@ def threads_for(options: argparse.Namespace, pipeline: Any) -> None:
     options.closing.enter_context(sensible_threads(denoiser_of(pipeline)))
 
 
-def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
-    from evenkeel.cli.sources import load_denoiser, load_pipeline, parse_call
+def device_of(options: argparse.Namespace) -> str | None:
+    """``--device``, of several processes the own one; None for the CPU.
+
+    Raises:
+        EvenkeelError: no such device here.
+
+    """
+    name = own_device(options.device)
+    if name is None:
+        return None
+    import torch
+
     from evenkeel.errors import EvenkeelError
 
-    steps, guidance = sampling_of(options)
-    if steps is None:
+    try:
+        torch.ones(1, device=torch.device(name)).sum().item()
+    except Exception as e:  # torch has another for each: no such word, no driver, no such number
+        said = (str(e).splitlines() or [repr(e)])[0]
+        raise EvenkeelError(f"--device {name!a} cannot be used here: {said[:200]}") from e
+    return name
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Pipeline, quantized denoiser, and the sampling settings with the twin's defaults filled in."""
+    from evenkeel.cli.sources import load_denoiser
+
+    pipeline, settings = pipeline_and_settings(options)
+    options.stage = "loading the quantized denoiser"
+    quantized = load_denoiser(options.quantized, pipeline)
+    if options.device:
+        quantized.to(pipeline.device)
+    options.stage = f"running {options.command}"
+    return pipeline, quantized, settings
+
+
+def pipeline_and_settings(
+    options: argparse.Namespace, steps_needed: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """Pipeline, and the sampling settings with the twin's defaults filled in, all of them tried.
+
+    Raises:
+        EvenkeelError: an argument that this pipeline, scheduler or machine does not take.
+
+    """
+    from evenkeel.cli.calling import parse_call
+    from evenkeel.cli.sources import load_pipeline
+    from evenkeel.errors import EvenkeelError
+
+    number, guidance = sampling_of(options)
+    if number is None and steps_needed:
         raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
+    device = device_of(options)
+    options.stage = "loading the pipeline"
     pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
     threads_for(options, pipeline)
-    quantized = load_denoiser(options.quantized, pipeline)
-    device = own_device(options.device)
+    options.stage = "looking at the arguments"
+    call = parse_call(options.call, pipeline)
+    if number is not None:
+        try_scheduler(pipeline, number, call)
     if device:
         pipeline.to(device)
-        quantized.to(device)
-    settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "call": parse_call(options.call, pipeline),
-    }
-    return pipeline, quantized, settings
+    options.stage = f"running {options.command}"
+    return pipeline, {"num_inference_steps": number, "guidance_scale": guidance, "call": call}
+
+
+def try_scheduler(pipeline: Any, number: int, call: dict[str, Any]) -> None:
+    """Refuse a scheduler that cannot make so many steps, before anything is made ready for them."""
+    from evenkeel.hosts.scheduler.schedulers import check_usable
+
+    if not {"timesteps", "sigmas"} & call.keys():
+        check_usable(pipeline.scheduler, number)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from evenkeel.cli.options import DTYPES, PIPELINE, command, positive
+from evenkeel.cli.options import DTYPES, PIPELINE, command, finite, positive, say, steps
 
 
 def add_plan(commands: Any) -> None:
@@ -29,8 +28,8 @@ def add_plan(commands: Any) -> None:
         metavar="Q",
         help="quantizer specification (w4a16-g64), or a backend's format (nf4, int8, q4_k, nvfp4...)",
     )
-    parser.add_argument("--steps", "--num-inference-steps", type=positive, help="of a run")
-    parser.add_argument("--guidance-scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--steps", "--num-inference-steps", type=steps, help="of a run")
+    parser.add_argument("--guidance-scale", type=finite, help="default: the pipeline's")
     parser.add_argument("--height", type=positive, help="in pixels")
     parser.add_argument("--width", type=positive, help="in pixels")
     parser.add_argument("--frames", type=positive, help="of a video")
@@ -60,4 +59,4 @@ def _run_plan(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         processes=options.processes,
     )
-    print(json.dumps(found.as_dict()) if options.json else found.text())
+    say(options, found.as_dict(), found.text())

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from evenkeel.cli.options import (
     DTYPES,
     PIPELINE,
     command,
+    finite,
+    pipeline_and_settings,
     positive,
-    sampling_of,
+    say,
     scheduler,
-    threads_for,
+    seed,
+    steps,
 )
+from evenkeel.cli.outputs import denoiser, output
 
 
 def add_quantize(commands: Any) -> None:
@@ -49,12 +51,12 @@ def add_quantize(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="an option of the method, value read as JSON if it is",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the denoiser")
+    output(parser, denoiser, required=True, help="folder for the denoiser")
     parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
     parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
-    parser.add_argument("--steps", type=positive, help="number of inference steps of the pipeline")
+    parser.add_argument("--steps", type=steps, help="number of inference steps of the pipeline")
     parser.add_argument(
-        "--guidance-scale", type=float, help="default: the twin's or the pipeline's"
+        "--guidance-scale", type=finite, help="default: the twin's or the pipeline's"
     )
     parser.add_argument(
         "--calibration-steps",
@@ -63,7 +65,7 @@ def add_quantize(commands: Any) -> None:
         help="denoiser calls to keep of every run (default 8)",
     )
     scheduler(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt's noise")
+    parser.add_argument("--seed", type=seed, default=0, help="of the first prompt's noise")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", help="where to run, for example cuda; default: the CPU")
@@ -89,7 +91,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
         return
     from evenkeel.cli.sources import load_prompts
     from evenkeel.errors import QuantizationError
-    from evenkeel.fitting.quantize import quantize
+    from evenkeel.fitting.quantize import PARTIAL, quantize
     from evenkeel.quantizers.methods.catalogue import method_named
 
     if options.layout is not None:
@@ -97,10 +99,13 @@ def _run_quantize(options: argparse.Namespace) -> None:
     kind = method_named(options.method)
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
-    pipeline, settings = _asked(options)
+    pipeline, settings = _asked(options, method.calibrated)
     prompts = []
     if method.calibrated:
         prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
+    options.kept = (
+        f"finished layers are kept in {options.out / PARTIAL}; the same command continues"
+    )
     _, report = quantize(
         pipeline,
         method,
@@ -108,10 +113,8 @@ def _run_quantize(options: argparse.Namespace) -> None:
         calibration_steps=options.calibration_steps,
         **settings,
     )
-    if options.json:
-        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
-    else:
-        print(f"{report.table()}\n\n{report}\n\nquantized denoiser: {options.out}")
+    found = {"quantized": str(options.out), **report.as_dict()}
+    say(options, found, f"{report.table()}\n\n{report}\n\nquantized denoiser: {options.out}")
 
 
 def _run_budget(options: argparse.Namespace) -> None:
@@ -126,9 +129,7 @@ def _run_budget(options: argparse.Namespace) -> None:
             "--set activation_bits=8."
         )
     method = RoundToNearest.from_dict({**WEIGHT_ONLY.as_dict(), **parse_options(options.set)})
-    if sampling_of(options)[0] is None:
-        raise EvenkeelError("pass --steps, the number of inference steps you deploy with.")
-    pipeline, settings = _asked(options)
+    pipeline, settings = _asked(options, True)
     _, report = quantize_to_budget(
         pipeline,
         options.budget,
@@ -137,40 +138,30 @@ def _run_budget(options: argparse.Namespace) -> None:
         layout=options.layout,
         **settings,
     )
-    if options.json:
-        print(json.dumps({"quantized": str(options.out), **report.as_dict()}))
-    else:
-        print(f"{report.table()}\n\n{report.text()}\n\n{options.out}")
+    found = {"quantized": str(options.out), **report.as_dict()}
+    say(options, found, f"{report.table()}\n\n{report.text()}\n\n{options.out}")
 
 
-def _asked(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _asked(options: argparse.Namespace, steps_needed: bool) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and what every way of quantizing it takes."""
-    from evenkeel.cli.sources import load_pipeline, parse_call
-
-    pipeline = load_pipeline(options.pipeline, options.dtype, options.scheduler)
-    threads_for(options, pipeline)
-    if options.device:
-        pipeline.to(options.device)
-    steps, guidance = sampling_of(options)
-    settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
+    pipeline, settings = pipeline_and_settings(options, steps_needed)
+    return pipeline, {
+        **settings,
         "batch_size": options.batch_size,
         "seed": options.seed,
-        "call": parse_call(options.call, pipeline),
         "out": options.out,
         "progress": not options.json,
     }
-    return pipeline, settings
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """``["rank=16", "rounding=gptq"]`` to keywords.
 
     Raises:
-        EvenkeelError: not NAME=VALUE.
+        EvenkeelError: not NAME=VALUE, or a value nested without end.
 
     """
+    from evenkeel.cli.calling import read_value
     from evenkeel.errors import EvenkeelError
 
     found: dict[str, Any] = {}
@@ -178,8 +169,5 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise EvenkeelError(f"--set {pair!r}: expected NAME=VALUE, for example rank=16.")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+        found[key] = read_value(value)
     return found

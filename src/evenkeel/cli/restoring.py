@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command, loaded, positive, sampling, several
+from evenkeel.cli.options import (
+    command,
+    finite,
+    loaded,
+    not_negative,
+    positive,
+    sampling,
+    say,
+    several,
+)
+from evenkeel.cli.outputs import output, restored
 
 
 def add_restore(commands: Any) -> None:
@@ -32,15 +41,18 @@ def add_restore(commands: Any) -> None:
         help="bytes of the adapters over those of the quantized denoiser, 5%% or 0.05 (default: 5%%)",
     )
     parser.add_argument(
-        "--images", type=int, default=16, help="other images to measure on; 0 measures nothing"
+        "--images",
+        type=not_negative,
+        default=16,
+        help="other images to measure on; 0 measures nothing",
     )
     parser.add_argument("--no-readout", action="store_true", help="adapters alone")
-    parser.add_argument("--out", type=Path, default=Path("restored"), help="folder")
+    output(parser, restored, default=Path("restored"), help="folder")
 
 
 def share(text: str) -> float:
     """``5%`` or ``0.05``."""
-    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    value = finite(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
             f"expected a share above 0 and at most 1 (100%), got {text}"
@@ -84,8 +96,6 @@ def _run_restore(options: argparse.Namespace) -> None:
     written = bool(found.parts) or found.refitted is not None
     if written and processes().main:
         write_restored(options.out, found, described, [*map(str, measured_on)])
-    if options.json:
-        print(json.dumps({"out": str(options.out) if written else None, **found.as_dict()}))
-    else:
-        print(found.sentence)
-        print(f"\n{options.out}" if written else "\nnothing was written")
+    place = f"\n{options.out}" if written else "\nnothing was written"
+    what = {"out": str(options.out) if written else None, **found.as_dict()}
+    say(options, what, f"{found.sentence}\n{place}")

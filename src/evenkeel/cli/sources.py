@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
+from evenkeel.quantizers.saved.foreign_folder import save_foreign
 from evenkeel.quantizers.saved.report import report_on
 from evenkeel.zoo.parts import signed
 from evenkeel.zoo.pictures import KINDS, Pictures
@@ -71,8 +71,7 @@ def save_denoiser(module: nn.Module, folder: Path) -> None:
     if report_on(module) is not None:
         save_quantized(module, folder)
     else:
-        saver: Any = module
-        saver.save_pretrained(folder)
+        save_foreign(module, folder)
 
 
 def load_denoiser(source: str, pipeline: Any) -> nn.Module:
@@ -212,29 +211,6 @@ def _label(line: str, source: str) -> int:
         raise EvenkeelError(
             f"{source} holds {line!r}; this pipeline takes class labels: expected one number per line."
         ) from None
-
-
-def parse_call(pairs: list[str], pipeline: Any) -> dict[str, Any]:
-    """``["height=512", "negative_prompt=blurry"]`` to pipeline arguments, values read as JSON if they are.
-
-    Raises:
-        EvenkeelError: not KEY=VALUE, or an argument that the pipeline does not take.
-
-    """
-    known = call_parameters(pipeline)
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or key not in known:
-            raise EvenkeelError(
-                f"--call {pair!r}: expected NAME=VALUE with a name that {type(pipeline).__name__} takes: "
-                f"{', '.join(k for k in known if k != 'self')}."
-            )
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from evenkeel.cli.options import command
+from evenkeel.cli.options import command, say
 
 
 def add_zoo(commands: Any) -> None:
@@ -28,7 +27,7 @@ def _run_list(options: argparse.Namespace) -> None:
 
     found = [described(twin) for twin in zoo.TWINS.values()]
     if options.json:
-        print(json.dumps({"twins": found}))
+        say(options, {"twins": found}, "")
         return
     rows = [("name", "class", "original", "steps", "guidance", "weights", "on disk", "schedulers")]
     for twin in found:
@@ -55,20 +54,19 @@ def _run_card(options: argparse.Namespace) -> None:
     from evenkeel.zoo.folders import card_of
 
     card = card_of(options.name)
-    if options.json:
-        found = {"name": options.name, "path": str(path_of(options.name)), "card": card}
-        print(json.dumps(found | {"quality": _quality(path_of(options.name))}))
-    else:
-        print(card)
+    found = {"name": options.name, "path": str(path_of(options.name)), "card": card}
+    say(options, found | {"quality": _quality(path_of(options.name))}, card)
 
 
 def _quality(folder: Path) -> Any:
+    from evenkeel.storage import parse_json
+
     file = folder / "quality.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return parse_json(file.read_bytes()) if file.is_file() else None
 
 
 def _run_path(options: argparse.Namespace) -> None:
     from evenkeel.zoo import path_of
 
     place = path_of(options.name)
-    print(json.dumps({"name": options.name, "path": str(place)}) if options.json else place)
+    say(options, {"name": options.name, "path": str(place)}, str(place))

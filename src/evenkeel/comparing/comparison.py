@@ -42,6 +42,7 @@ MEASURES = (
     "ssim",
     "seconds_per_image",
 )
+FEWEST = 3  # images that a distance between sets of them needs, see metrics.inputs
 _MISSING = Estimate(float("nan"), float("nan"), float("nan"), float("nan"), 0)
 
 
@@ -157,6 +158,11 @@ def compare(
         raise MetricError(
             f"Frechet distances depend on the number of images: give as many reference images as "
             f"prompts ({len(prompts)}), got {len(reference_images)}."
+        )
+    if evaluator is not None and len(prompts) < FEWEST:
+        raise MetricError(
+            f"{len(prompts)} images are too few for the distance between two sets of them: expected at "
+            f"least {FEWEST} prompts, better some hundred."
         )
     run = Run(
         pipeline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from evenkeel.errors import MetricError
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
-from evenkeel.storage import Kind, Tensors, check_tensors, read_tensors, write_tensors
+from evenkeel.storage import Kind, Tensors, check_tensors, kind_of, read_tensors, write_tensors
 
 IMAGES = Kind("images", 1, "remove that folder or use another", keys=("made_by", "seconds"))
 _SCHEMA = {"images": Tensors(torch.uint8, ("images", 3, "height", "width"))}
@@ -77,6 +77,17 @@ def generate(
             seconds.append(each)
             on_batch()
     return _brought_together(made, seconds)
+
+
+def remove_kept(folder: str | os.PathLike[str]) -> None:
+    """Remove the batches that `generate` kept here, and the folder itself unless it holds something else."""
+    for path in Path(folder).glob("*/*.safetensors"):
+        if kind_of(path) == IMAGES.name:
+            path.unlink()
+            with suppress(OSError):
+                path.parent.rmdir()
+    with suppress(OSError):
+        Path(folder).rmdir()
 
 
 def _brought_together(made: list[Tensor], seconds: list[float]) -> tuple[Tensor, list[float]]:

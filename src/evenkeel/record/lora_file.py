@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -144,6 +145,15 @@ def _pair(layer: LayerAdapter) -> tuple[Tensor, Tensor]:
         down = down.reshape(len(down), -1, *layer.kernel)
         up = up.reshape(*up.shape, *(1 for _ in layer.kernel))
     return down.contiguous(), up
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether `write_lora` wrote this file, by what it says itself."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return "evenkeel.digest" in (file.metadata() or {})
+    except Exception:  # no file, or whatever a hostile one provokes in the parser
+        return False
 
 
 def _said(adapters: RecoveryAdapters) -> dict[str, str]:

@@ -94,12 +94,13 @@ def write_report(
     Example: ``write_report("report.html", results, {"quantized": pictures}, ["a red kite"])``.
 
     """
-    return write_atomically(Path(path), _document(results, images, prompts))
+    return write_atomically(Path(path), report_html(results, images, prompts))
 
 
-def _document(
+def report_html(
     results: Mapping[str, Any], images: Mapping[str, Tensor], prompts: Sequence[str]
 ) -> str:
+    """The content of that file."""
     names = [arm["name"] for arm in arms_of(results)]
     settings = results.get("settings") or {}
     subtitle = " · ".join(str(settings[k]) for k in ("pipeline", "quantizer") if settings.get(k))

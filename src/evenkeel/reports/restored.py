@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from evenkeel.record.correction_file import RESTORED
 from evenkeel.record.lora_file import FILE, peft_files, write_lora
 from evenkeel.reports.adapter_card import card, hub_id
 from evenkeel.reports.html import write_report
-from evenkeel.storage import json_safe, write_folder
+from evenkeel.storage import json_safe, valid_json, write_folder
 
 SHOWN = 12
 QUANTIZED = "quantized"  # folder of a refitted denoiser
@@ -32,8 +32,7 @@ def write_restored(
 ) -> Path:
     """All files at once, whole or not at all; ``evenkeel.load(folder)`` gives the correction back.
 
-    A refitted denoiser stands beside them in ``quantized``, written afterwards: what belongs to it is
-    refused beside any other.
+    A refitted denoiser stands beside them in ``quantized``.
 
     Args:
         folder: made if missing.
@@ -53,14 +52,18 @@ def write_restored(
     elif found.adapters.layers:
         files |= peft_files(found.adapters, hub_id(settings["pipeline"]))
     files["README.md"] = card(found, settings, loader=loader)
-    files["results.json"] = json.dumps(results, indent=1) + "\n"
+    files["results.json"] = valid_json(results, indent=1) + "\n"
     report = _report(found, settings, prompts)
     if report is not None:
         files["report.html"] = report
-    made = write_folder(folder, RESTORED, {"parts": [part.name for part in found.parts]}, files)
-    if found.refitted is not None:
-        save_quantized(found.refitted, made / QUANTIZED)
-    return made
+    header = {"parts": [part.name for part in found.parts]}
+    place = Path(folder).absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+        if found.refitted is not None:
+            made = save_quantized(found.refitted, beside)
+            files |= {f"{QUANTIZED}/{p.name}": partial(os.replace, p) for p in made.iterdir()}
+        return write_folder(folder, RESTORED, header, files)
 
 
 def _saved(part: Any, path: Path) -> None:

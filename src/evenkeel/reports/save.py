@@ -12,8 +12,11 @@ from evenkeel.comparing.comparison import Comparison
 from evenkeel.errors import MissingExtra
 from evenkeel.record import Record
 from evenkeel.record.describe import describe
-from evenkeel.reports import write_report
-from evenkeel.storage import write_atomically
+from evenkeel.reports.html import report_html
+from evenkeel.storage import Kind, valid_json, write_folder
+from evenkeel.storage.atomic import Content
+
+COMPARISON = Kind("comparison", 1, "compare again", keys=("settings",))
 
 
 def save_results(
@@ -26,7 +29,7 @@ def save_results(
     shown: int = 12,
     not_applicable: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write everything into ``out`` and return the content of ``results.json``.
+    """Write everything into ``out`` as one result and return the content of ``results.json``.
 
     ``settings`` and ``arms`` (name and measures, each with value, stderr, low, high, n), and
     ``calibration`` as ``inspection.describe`` gives it.
@@ -39,10 +42,11 @@ def save_results(
         "not_applicable": not_applicable or {},
     }
     results = json.loads(json.dumps(results, default=str))
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    files: dict[str, Content] = {"results.json": valid_json(results, indent=1) + "\n"}
     grids = {name: images[:shown] for name, images in comparison.images.items()}
     try:
-        write_report(out / "report.html", results, grids, prompts[:shown])
+        files["report.html"] = report_html(results, grids, prompts[:shown])
     except MissingExtra as e:  # the images took hours, the numbers are written
         warnings.warn(f"{out / 'report.html'} was not written: {e}", stacklevel=2)
+    write_folder(out, COMPARISON, {"settings": results["settings"]}, files)
     return results

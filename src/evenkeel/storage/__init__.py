@@ -37,6 +37,8 @@ from evenkeel.storage.checks import check_tensors as check_tensors
 from evenkeel.storage.digests import digest as digest
 from evenkeel.storage.digests import json_safe as json_safe
 from evenkeel.storage.digests import json_text as json_text
+from evenkeel.storage.digests import parse_json as parse_json
+from evenkeel.storage.digests import valid_json as valid_json
 from evenkeel.storage.files import Kind as Kind
 from evenkeel.storage.files import kind_of as kind_of
 from evenkeel.storage.files import read_json as read_json
@@ -50,3 +52,4 @@ from evenkeel.storage.manifest import read_folder as read_folder
 from evenkeel.storage.manifest import write_folder as write_folder
 from evenkeel.storage.outputs import FileOutput as FileOutput
 from evenkeel.storage.outputs import FolderOutput as FolderOutput
+from evenkeel.storage.outputs import check_folder as check_folder

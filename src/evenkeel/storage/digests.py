@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,3 +58,63 @@ def json_safe(values: dict[str, Any]) -> dict[str, Any]:
     """A copy as JSON reads it back; what JSON cannot hold becomes its type's name."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=lambda v: type(v).__name__))
     return plain
+
+
+DEEPEST = 200  # levels of nesting; what this library writes has fewer than twenty
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` that a hostile text cannot take along.
+
+    Raises:
+        ValueError: not JSON, nested too deep, or a number of thousands of digits.
+
+    >>> parse_json("[1, 2]")
+    [1, 2]
+
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level, depth = [found], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (list, dict))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return found
+
+
+_WORDS = {"inf": "infinite", "-inf": "minus infinity", "nan": "not a number"}
+
+
+def valid_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are not finite are null, with the reason beside.
+
+    Of what an object holds, itself or in lists, ``not_finite`` says which were not, and what they were.
+    What JSON cannot hold is its text.
+
+    >>> valid_json({"psnr": math.inf, "n": 2})
+    '{"psnr": null, "n": 2, "not_finite": {"psnr": "infinite"}}'
+
+    """
+    return json.dumps(_finite(value, {}, ""), default=str, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any, reasons: dict[str, str], at: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        reasons[at] = _WORDS[str(float(value))]
+        return None
+    if isinstance(value, Mapping):
+        own: dict[str, str] = {}
+        found = {str(k): _finite(v, own, str(k)) for k, v in value.items()}
+        return found | ({"not_finite": own} if own else {})
+    if isinstance(value, (list, tuple)):
+        return [_finite(v, reasons, f"{at}.{i}" if at else str(i)) for i, v in enumerate(value)]
+    return value

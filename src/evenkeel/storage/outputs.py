@@ -61,12 +61,14 @@ class FolderOutput:
         kind: of the manifest.
         names: patterns of the names of all files that may be written, without the manifest.
         manifest: its name, ``<kind>.json`` if not given.
+        also: further kinds of manifest whose files are ours.
 
     """
 
     kind: Kind
     names: tuple[str, ...]
     manifest: str | None = None
+    also: tuple[Kind, ...] = ()
 
     def check(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Raise unless the files can be written here and destroy nothing of anybody's.
@@ -79,14 +81,10 @@ class FolderOutput:
             StorageError: names the place and what is there.
 
         """
-        place = _possible(path)
-        _refuse_device(place)
-        if place.is_file():
-            raise StorageError(f"{place} is a file; give a folder for the {self.kind.name}.")
+        place = check_folder(path, f"{self.kind.name}.json")
         if not force:
             _refuse_link(place)
             self._refuse_foreign(place)
-        _try(place, self.manifest or f"{self.kind.name}.json")
 
     def _refuse_foreign(self, place: Path) -> None:
         if not place.is_dir():
@@ -94,6 +92,8 @@ class FolderOutput:
         manifest = self.manifest or f"{self.kind.name}.json"
         ours = listed(place, self.kind, self.manifest)
         known = {} if ours is None else {manifest: "", **ours}
+        for kind in self.also:
+            known |= listed(place, kind) or {}
         there = (f.relative_to(place).as_posix() for p in self.names for f in place.glob(p))
         names = {*there, *([manifest] if (place / manifest).exists() else [])}
         foreign = sorted(n for n in names if n not in known)
@@ -102,6 +102,21 @@ class FolderOutput:
                 f"{place} holds {', '.join(foreign[:5])}, which no evenkeel {self.kind.name} lists as its "
                 f"own. {FORCE}."
             )
+
+
+def check_folder(path: str | os.PathLike[str], longest: str = "part-00000.safetensors") -> Path:
+    """Raise unless files with names up to this length can be written into this folder.
+
+    Raises:
+        StorageError: names the place, and what is there.
+
+    """
+    place = _possible(path)
+    _refuse_device(place)
+    if place.is_file():
+        raise StorageError(f"{place} is a file; give a folder.")
+    _try(place, longest)
+    return place
 
 
 def _possible(path: str | os.PathLike[str]) -> Path:

@@ -41,7 +41,7 @@ from evenkeel.quantizers.methods.per_layer import PerLayer
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.saved.folder import save_quantized
 from evenkeel.statistics.student import mean_and_bound
-from evenkeel.storage import write_atomically, write_json
+from evenkeel.storage import write_folder, write_json
 
 WEIGHT_ONLY = RoundToNearest(weight_bits=4, activation_bits=16)
 
@@ -230,8 +230,10 @@ def built(family: Family, denoiser: nn.Module, choices: Mapping[str, str]) -> nn
 def _write(
     place: Path, family: Family, denoiser: nn.Module, found: nn.Module, report: BitsReport
 ) -> None:
+    header = {"report": report.as_dict()}
     if family.file:
-        write_atomically(place / family.file, family.written(denoiser, report.choices))
+        written = family.written(denoiser, report.choices)
+        write_folder(place, KIND, header, {family.file: written}, FILE)
     else:
-        save_quantized(found, place)
-    write_json(place / FILE, KIND, {"report": report.as_dict()})
+        beside = {FILE: lambda path: write_json(path, KIND, header)}
+        save_quantized(found, place, beside)

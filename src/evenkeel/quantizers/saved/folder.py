@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from evenkeel.quantizers.layers.told_timestep import tell
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
 from evenkeel.storage import Kind, Number, check_json, read_folder, write_folder
+from evenkeel.storage.atomic import Content
 from evenkeel.threads import sensible_threads
 
 TENSORS, DESCRIPTION = "quantized.safetensors", "quantized.json"
@@ -39,7 +41,9 @@ _LAYER = {
 _SCHEMA = {"class": str, "config": dict, "layers": {str: _LAYER}, "report": dict}
 
 
-def save_quantized(module: nn.Module, folder: str | Path) -> Path:
+def save_quantized(
+    module: nn.Module, folder: str | Path, beside: Mapping[str, Content] | None = None
+) -> Path:
     """Write every parameter and buffer, the configuration and the report that the module carries.
 
     Quantized weights are written as packed codes with their scales, so the file is about as small as
@@ -52,6 +56,7 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
         module: what ``quantize_module`` or ``quantize`` made of a diffusers model, a copy or a refit of
             it included.
         folder: made if missing; files in it are overwritten.
+        beside: further files of the same result, as ``storage.write_folder`` takes them.
 
     Returns:
         The folder.
@@ -79,8 +84,8 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
     }
     tensors = dense | packed
     header = {"class": class_name, "config": config, "layers": layers, "report": report.as_dict()}
-    files = {TENSORS: partial(save_file, tensors, metadata={"format": "pt"})}
-    return write_folder(folder, KIND, header, files)
+    files: dict[str, Content] = {TENSORS: partial(save_file, tensors, metadata={"format": "pt"})}
+    return write_folder(folder, KIND, header, files | dict(beside or {}))
 
 
 def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
