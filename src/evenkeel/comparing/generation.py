@@ -63,7 +63,7 @@ def generate(
     with sampling_as(run, arm):
         for batch in run.share():
             processes().check()
-            asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.texts}
+            asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.keys}
             name = f"{batch.first:06d}-{len(batch):03d}.safetensors"
             path = None if folder is None else Path(folder) / arm.name / name
             if path is not None and path.exists():
@@ -168,8 +168,7 @@ def _timed(run: Run, batch: Batch) -> tuple[Tensor, float]:
 def identity_of(run: Run, arm: Arm) -> dict[str, Any]:
     """Whatever decides about an arm's images beside prompts and seeds."""
     return {
-        **run.identity,
-        "denoiser": run.fingerprint(arm.denoiser),
+        **run.key(arm.denoiser),
         "correction": digest_of(arm.correction),
         "allow": sorted(arm.allow),
     }

@@ -156,6 +156,8 @@ def restore(
         "call": call,
     }
     run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
+    if len(measured_on):
+        Run(pipeline, measured_on, num_inference_steps, **asked)  # refused now, not after the fit
     refit, refit_gain = _refitted(run, progress) if has_branches(quantized) else (None, None)
     base = quantized if refit is None else refit
     if refit is not None:
@@ -199,7 +201,7 @@ def _as_asked(run: Run) -> dict[str, Any]:
     """A run as the keywords of a fit."""
     return {
         "quantized": run.quantized,
-        "prompts": run.prompts.values,
+        "prompts": run.prompts,
         "num_inference_steps": run.num_inference_steps,
         "guidance_scale": run.guidance_scale,
         "seed": run.seed,

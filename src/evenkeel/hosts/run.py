@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError, UnsupportedSampler
+from evenkeel.hosts.pipeline.components import component_keys, network_settings
+from evenkeel.hosts.pipeline.contents import described, unknown
 from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipeline.pipelines import (
@@ -68,6 +70,18 @@ class Batch:
         return Batch(self.prompts[:1], self.first, self.seed)
 
 
+# Arguments of a call that a run decides about, and where they are said.
+_OWN = {
+    "prompt": "prompts=",
+    "class_labels": "prompts=",
+    "batch_size": "prompts=",
+    "generator": "seed=",
+    "guidance_scale": "guidance_scale=",
+    "num_inference_steps": "num_inference_steps=",
+    "return_dict": "evenkeel",
+}
+
+
 class Run:
     """A pipeline, what it is asked for, and what follows from both.
 
@@ -76,24 +90,29 @@ class Run:
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
-        prompts: texts, or class labels for class-conditional pipelines.
+        prompts: texts, or class labels for class-conditional pipelines; ``Prompts.of`` with what else comes
+            per prompt (embeddings, images, negative prompts, latents).
         num_inference_steps: as passed to the pipeline.
         guidance_scale: as passed to the pipeline; None uses the pipeline's default.
         seed: of the first prompt's initial noise; prompt i starts from ``seed + i``.
         batch_size: prompts per pipeline call.
-        call: further arguments of the pipeline call, such as ``{"height": 512}``.
+        call: further arguments of the pipeline call, such as ``{"height": 512}``. Those that diffusers
+            takes per prompt (``prompt_embeds``, ``image``, ``negative_prompt``...) go with the prompts
+            where they have an entry for each.
         quantized: the denoiser's quantized twin, where there is one.
         layout: where the latent's channels are; found by itself for known pipelines.
         side_by_side: keep both denoisers where they are; False lets them take turns on the device.
 
     Attributes:
+        prompts, call: what comes per prompt, and what all prompts share.
         name, denoiser: of the pipeline's own, full-precision denoiser.
         given_layout: the layout, where it was given or has been found.
         (others): as given, the guidance scale resolved.
 
     Raises:
         CalibrationError: no prompts, a single text in place of a list, an empty batch, or the
-            pipeline's own denoiser in place of its quantized copy.
+            pipeline's own denoiser in place of its quantized copy; an argument in ``call`` that has
+            another number of entries than prompts, or that is one of these here.
         UnsupportedPipeline: no denoiser, or two.
 
     """
@@ -101,7 +120,7 @@ class Run:
     def __init__(
         self,
         pipeline: Any,
-        prompts: Sequence[Prompt] | Prompts,
+        prompts: Sequence[Prompt],
         num_inference_steps: int,
         *,
         guidance_scale: float | None = None,
@@ -118,7 +137,8 @@ class Run:
             )
         if batch_size < 1:
             raise CalibrationError(f"batch_size must be at least 1, got {batch_size}.")
-        self.pipeline, self.prompts = pipeline, Prompts.of(prompts)
+        self.pipeline = pipeline
+        self.prompts, self.call = self._inputs(Prompts.of(prompts), dict(call or {}))
         self.name = denoiser_name(pipeline)
         self.denoiser: nn.Module = getattr(pipeline, self.name)
         if quantized is self.denoiser:
@@ -131,10 +151,26 @@ class Run:
         self.guidance_scale = (
             default_guidance(pipeline) if guidance_scale is None else guidance_scale
         )
-        self.seed, self.batch_size, self.call = seed, batch_size, dict(call or {})
+        self.seed, self.batch_size = seed, batch_size
         self.side_by_side = side_by_side
         self.given_layout = layout
         self._fingerprints: dict[nn.Module, str] = {}
+
+    def _inputs(self, prompts: Prompts, call: dict[str, Any]) -> tuple[Prompts, dict[str, Any]]:
+        """What comes per prompt, and the arguments that all prompts share."""
+        for name, instead in _OWN.items():
+            if name in call and not (name == "prompt" and call[name] is None):
+                raise CalibrationError(
+                    f"call[{name!r}] is for {instead} to say; leave it out of call."
+                )
+        placeholders = "prompt" in call
+        call.pop("prompt", None)
+        found, rest = prompts.with_call(call, self.pipeline)
+        if placeholders and not found.embedded:
+            raise CalibrationError(
+                "call['prompt'] is None and there are no prompt_embeds to take its place."
+            )
+        return found, rest
 
     # ---- what it is made of
 
@@ -193,9 +229,41 @@ class Run:
             "scheduler": list(self.scheduler),
             "steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
-            "call": json_safe(self.call),
+            "call": json_safe(described(self.call)),
             "layout": None if self.given_layout is None else self.given_layout.as_dict(),
         }
+
+    def key(self, *denoisers: nn.Module) -> dict[str, Any]:
+        """Everything that decides about what is made, for whoever keeps it and asks again: as JSON.
+
+        That is ``identity``, these denoisers, and every other component of the pipeline by its content.
+
+        Raises:
+            CalibrationError: an argument of the call whose content nobody can tell.
+
+        """
+        hidden = [*unknown(self.call, "call"), *unknown(self._shown, "prompts")]
+        if hidden:
+            raise CalibrationError(
+                f"{', '.join(hidden)}: whether it is the same next time cannot be told, so that nothing can "
+                f"be kept and used again. Leave it out, or keep nothing (no folder, no resume)."
+            )
+        return {
+            **self.identity,
+            "components": self._components,
+            "denoisers": [self.fingerprint(m) for m in denoisers],
+            "settings": [network_settings(m) for m in denoisers],
+            "device": torch.device(getattr(self.pipeline, "_execution_device", "cpu")).type,
+            "versions": _versions("diffusers", "torch", "transformers"),
+        }
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        return {name: column.value for name, column in self.prompts.columns.items()}
+
+    @cached_property
+    def _components(self) -> dict[str, str]:
+        return component_keys(self.pipeline, without=self.name)
 
     def provenance(
         self, law: StepLaw, x: Tensor, *, trajectory: str = "corrected", correction: str = ""
@@ -221,16 +289,13 @@ class Run:
             timesteps=law.timesteps.tolist(),
             alpha=law.alpha[:-1].tolist(),
             sigma=law.sigma[:-1].tolist(),
-            call=json_safe(self.call),
+            call=json_safe(described(self.call)),
             trajectory=trajectory,
             layout=layout.as_dict(),
             latent_shape=list(x.shape[2:]),
             dtype=str(x.dtype).removeprefix("torch."),
             elements=x[0, 0].numel() // layout.channels,
-            versions={
-                name: importlib.metadata.version(name)
-                for name in ("evenkeel", "diffusers", "torch", "transformers")
-            },
+            versions=_versions("evenkeel", "diffusers", "torch", "transformers"),
             correction=correction,
         )
 
@@ -277,7 +342,7 @@ class Run:
             **self.identity,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "prompts": self.prompts.texts,
+            "prompts": self.prompts.keys,
             "denoisers": [m and self.fingerprint(m) for m in denoisers],
         }
         us.agree(what, asked | settings)
@@ -344,3 +409,7 @@ class Run:
                 f"corrected."
             )
         return tape.law
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from evenkeel.errors import CalibrationError
 from evenkeel.hosts.run import Run
 
 HELD_OUT = 8  # pairs that confirm, at least
@@ -33,8 +34,18 @@ class Pairs:
 
     @classmethod
     def of(cls, run: Run, *, choosing: bool = True) -> Pairs:
-        """Split the prompts of a run."""
+        """Split the prompts of a run.
+
+        Raises:
+            CalibrationError: the noise of too few prompts is given, so that none is left for the others.
+
+        """
         n = len(run.prompts)
+        if n < ENOUGH and "latents" in run.prompts.columns:
+            raise CalibrationError(
+                f"latents give the noise of {n} prompts, and none is left to hold out: pass at least "
+                f"{ENOUGH} prompts, or leave latents out."
+            )
         fit = choose = confirm = range(n)
         if n >= ENOUGH:
             quarter = n // 4

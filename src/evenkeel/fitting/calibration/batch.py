@@ -76,7 +76,7 @@ class SideBySide:
             provenance=self._run.provenance(
                 tape.law, x, trajectory=self._trajectory, correction=text_of(self._correction)
             ),
-            prompt_keys=torch.stack([prompt_key(text) for text in batch.prompts.texts]),
+            prompt_keys=torch.stack([prompt_key(text) for text in batch.prompts.keys]),
             seeds=torch.tensor(batch.seeds),
             moments=moments,
             gram=kept.gram,

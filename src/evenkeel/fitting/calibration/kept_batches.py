@@ -53,13 +53,12 @@ class Parts:
                 )
             return cls(None)
         asked = {
-            **run.identity,
+            **run.key(*run.pair),
             "correction": digest_of(correction),
             "trajectory": trajectory,
             "histograms": histograms,
-            "twins": run.twins,
             "prompts": [
-                [b.seed, *(bytes(prompt_key(text).tolist()).hex() for text in b.prompts.texts)]
+                [b.seed, *(bytes(prompt_key(text).tolist()).hex() for text in b.prompts.keys)]
                 for b in run.batches()
             ],
         }

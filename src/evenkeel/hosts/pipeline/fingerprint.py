@@ -30,7 +30,11 @@ def fingerprint(module: nn.Module) -> str:
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile wraps it; the network is the same
     digest = hashlib.sha256(type(module).__name__.encode())
-    config = {k: v for k, v in dict(getattr(module, "config", {})).items() if k[:1] != "_"}
+    known = getattr(module, "config", {})
+    known = (
+        known.to_dict() if hasattr(known, "to_dict") else dict(known)
+    )  # transformers' or diffusers'
+    config = {k: v for k, v in known.items() if k[:1] != "_"}
     # Its layers tell better: a network quantized in memory has none, the same one loaded does.
     config.pop("quantization_config", None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

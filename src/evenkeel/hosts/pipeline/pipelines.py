@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from evenkeel.errors import UnsupportedPipeline
+from evenkeel.errors import EvenkeelError, UnsupportedPipeline
 from evenkeel.hosts.pipeline.prompts import Prompt as Prompt
 from evenkeel.hosts.pipeline.prompts import Prompts
 
@@ -174,7 +174,7 @@ def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
 
 def run_pipeline(
     pipeline: Any,
-    prompts: Sequence[Prompt] | Prompts,
+    prompts: Sequence[Prompt],
     seeds: Sequence[int],
     *,
     num_inference_steps: int,
@@ -204,9 +204,29 @@ def run_pipeline(
         )
     given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     pixels = getattr(pipeline, "vae", None) is None
-    with torch.no_grad(), _NumpyOfBfloat16() if pixels else nullcontext():
+    with (
+        torch.no_grad(),
+        _NumpyOfBfloat16() if pixels else nullcontext(),
+        _encoders_missed(pipeline),
+    ):
         out = pipeline(**given, return_dict=False)
     return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def _encoders_missed(pipeline: Any) -> Iterator[None]:
+    """What fails inside for want of text encoders that were taken out is said as that."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as e:
+        parts = getattr(pipeline, "components", {})
+        gone = [k for k, v in parts.items() if v is None and k.startswith("text_encoder")]
+        if isinstance(e, EvenkeelError) or not gone:
+            raise
+        raise UnsupportedPipeline(
+            f"{type(pipeline).__name__} has no {', '.join(gone)} and failed: {e}. Pass prompt_embeds and "
+            f"whatever comes with them (pooled and negative ones, masks), or load the encoders."
+        ) from e
 
 
 def default_guidance(pipeline: Any) -> float | None:
