@@ -91,7 +91,9 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     """What every command that samples takes."""
     parser.add_argument("pipeline", help=PIPELINE)
     parser.add_argument("--quantized", required=True, metavar="Q", help=_QUANTIZED)
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="text, CSV, TSV, JSON or tensors; - for stdin"
+    )
     parser.add_argument("--steps", type=steps, help="number of inference steps")
     parser.add_argument(
         "--guidance-scale", type=finite, help="default: the twin's or the pipeline's"

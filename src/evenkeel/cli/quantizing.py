@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from evenkeel.cli.options import (
@@ -52,7 +53,9 @@ def add_quantize(commands: Any) -> None:
         help="an option of the method, value read as JSON if it is",
     )
     output(parser, denoiser, required=True, help="folder for the denoiser")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt per line, - for stdin")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="text, CSV, TSV, JSON or tensors; - for stdin"
+    )
     parser.add_argument("--count", type=positive, help="use so many prompts (default: all, or 32)")
     parser.add_argument("--steps", type=steps, help="number of inference steps of the pipeline")
     parser.add_argument(
@@ -92,6 +95,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import load_prompts
     from evenkeel.errors import QuantizationError
     from evenkeel.fitting.quantize import PARTIAL, quantize
+    from evenkeel.hosts.pipeline.prompts import Prompt
     from evenkeel.quantizers.methods.catalogue import method_named
 
     if options.layout is not None:
@@ -100,7 +104,7 @@ def _run_quantize(options: argparse.Namespace) -> None:
     chosen = parse_options(options.set)
     method = kind.of_bits(options.bits, **chosen) if options.bits else kind.from_dict(chosen)
     pipeline, settings = _asked(options, method.calibrated)
-    prompts = []
+    prompts: Sequence[Prompt] = []
     if method.calibrated:
         prompts = load_prompts(options.prompts, pipeline, options.count, options.seed)
     options.kept = (

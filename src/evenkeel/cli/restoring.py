@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ def share(text: str) -> float:
 def _run_restore(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import evaluator_for, load_prompts
     from evenkeel.comparing.restore import restore
+    from evenkeel.hosts.pipeline.prompts import Prompt
     from evenkeel.hosts.processes import processes
     from evenkeel.reports.restored import write_restored
 
     pipeline, quantized, settings = loaded(options)
-    measured_on = []
+    measured_on: Sequence[Prompt] = []
     if options.images:
         measured_on = load_prompts(options.prompts, pipeline, None, options.seed + 1)[
             : options.images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from evenkeel import zoo
+from evenkeel.cli.prompt_files import FORMS, read_prompts
 from evenkeel.errors import EvenkeelError, UnsupportedPipeline
 from evenkeel.hosts.comfy_checkpoint import is_comfy_checkpoint, load_comfy
 from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
-from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
 from evenkeel.quantizers.saved.foreign_folder import save_foreign
@@ -164,53 +164,34 @@ def evaluator_for(pipeline: Any) -> Any:
     return None if found is None else found[1].evaluator(found[0])
 
 
-def references_for(pipeline: Any, prompts: list[Prompt], seed: int) -> Tensor | None:
+def references_for(pipeline: Any, prompts: Prompts, seed: int) -> Tensor | None:
     """Held-out real images that show the prompts, where the pipeline is a twin."""
     found = twin_of(pipeline)
-    return None if found is None else found[1].references(prompts, seed)
+    return None if found is None else found[1].references([*prompts], seed)
 
 
-def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> list[Prompt]:
-    """Prompts from a text file, one per line (``-`` for standard input), or the twin's own.
+def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> Prompts:
+    """The first ``n`` prompts of a file (``-`` for standard input; see ``read_prompts``), or the twin's own.
 
-    Where the pipeline takes class labels, lines are numbers.
+    Where the pipeline takes class labels, prompts are numbers.
 
     Raises:
-        EvenkeelError: no file and no twin, an unreadable file, fewer lines than asked for, or a line
-            that is no class label.
+        EvenkeelError: no file and no twin, a file that cannot be read, fewer prompts than asked for, or
+            something that is no class label.
 
     """
     if source is None:
         found = twin_of(pipeline)
         if found is None:
             raise EvenkeelError(
-                "this pipeline brings no prompts of its own: pass --prompts FILE, one prompt per line."
+                f"this pipeline brings no prompts of its own: pass --prompts FILE, with {FORMS}."
             )
-        return found[1].prompts(n or 32, seed)
-    try:
-        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise EvenkeelError(f"the prompts file {source!r} cannot be read: {_first_line(e)}.") from e
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
-    if n is not None and len(lines) < n:
-        raise EvenkeelError(f"{source} holds {len(lines)} prompts, {n} were asked for.")
-    if not lines:
-        raise EvenkeelError(f"{source} holds no prompts; expected one per line.")
-    kept = lines if n is None else lines[:n]
-    return [_label(line, source) for line in kept] if _takes_labels(pipeline) else [*kept]
-
-
-def _takes_labels(pipeline: Any) -> bool:
-    return "prompt" not in (known := call_parameters(pipeline)) and "class_labels" in known
-
-
-def _label(line: str, source: str) -> int:
-    try:
-        return int(line)
-    except ValueError:
-        raise EvenkeelError(
-            f"{source} holds {line!r}; this pipeline takes class labels: expected one number per line."
-        ) from None
+        return Prompts.of(found[1].prompts(n or 32, seed))
+    known = call_parameters(pipeline)
+    prompts = read_prompts(source, known, labels="prompt" not in known and "class_labels" in known)
+    if n is not None and len(prompts) < n:
+        raise EvenkeelError(f"{source} holds {len(prompts)} prompts, {n} were asked for.")
+    return prompts[:n]
 
 
 def _first_line(error: Exception) -> str:
