@@ -107,6 +107,7 @@ def _run_sample(options: argparse.Namespace) -> None:
     from evenkeel.errors import EvenkeelError
     from evenkeel.hosts.processes import processes
     from evenkeel.hosts.run import Run
+    from evenkeel.metrics.inputs import black_rows, black_text
 
     if (options.correction is None) != (not options.record):
         raise EvenkeelError("--correction and --record belong together: give both, or neither.")
@@ -126,9 +127,10 @@ def _run_sample(options: argparse.Namespace) -> None:
     described = {"pipeline": options.pipeline, "quantized": options.quantized, **settings}
     files = write_pictures(options.out, images, prompts, described)
     remove_kept(kept)
-    each = float(torch.tensor(seconds).mean())
-    found = {"images": [str(f) for f in files], "seconds_per_image": each}
-    say(options, found, f"{len(files)} images in {options.out}, {each:.3f} s each")
+    each, black = float(torch.tensor(seconds).mean()), black_rows(images)
+    found = {"images": [str(f) for f in files], "seconds_per_image": each, "black": black}
+    words = [f"{len(files)} images in {options.out}, {each:.3f} s each"]
+    say(options, found, "\n".join(words + ([black_text(black, len(images))] if black else [])))
 
 
 def add_compare(commands: Any) -> None:

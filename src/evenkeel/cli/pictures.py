@@ -35,6 +35,6 @@ def write_pictures(
         for i, image in enumerate(images)
     }
     names = [*files]
-    files["prompts.txt"] = "\n".join(map(str, prompts)) + "\n"
+    files["prompts.txt"] = "".join(f"{' '.join(str(p).splitlines())}\n" for p in prompts)
     write_folder(folder, PICTURES, {"settings": settings}, files)
     return [folder / name for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from evenkeel.metrics import (
     per_image_psnr,
     per_image_ssim,
 )
+from evenkeel.metrics.inputs import BlackImages, black_rows, black_text
 from evenkeel.threads import sensible_threads
 
 FULL_PRECISION = "full-precision"
@@ -66,21 +68,23 @@ class ArmResult:
         name: of the arm.
         measures: by the names in ``MEASURES``; NaN where an evaluator or reference is missing.
         difference_to_quantized: paired differences, this arm minus the quantized one.
+        black: which images are black in every pixel, as those made of NaN are; all are scored.
 
     """
 
     name: str
     measures: dict[str, Estimate]
     difference_to_quantized: dict[str, Estimate] = field(default_factory=dict)
+    black: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> ArmResult:
         """What ``dataclasses.asdict`` made of one."""
-        found = (
+        measures, differences = (
             {key: Estimate(**value) for key, value in said[part].items()}
             for part in ("measures", "difference_to_quantized")
         )
-        return cls(said["name"], *found)
+        return cls(said["name"], measures, differences, list(said["black"]))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -90,6 +94,8 @@ class ArmResult:
             out["difference_to_quantized"] = {
                 k: v.as_dict() for k, v in self.difference_to_quantized.items()
             }
+        if self.black:
+            out["black"] = self.black
         return out
 
 
@@ -132,7 +138,7 @@ def compare(
     Args:
         pipeline: any diffusers pipeline.
         arms: the first is the reference; one named ``quantized`` gets the others' paired differences.
-        prompts: texts or class labels.
+        prompts: texts or class labels; ``Prompts.of`` with what else comes per prompt.
         num_inference_steps: as passed to the pipeline.
         guidance_scale: as passed to the pipeline.
         seed: of the first prompt's noise.
@@ -144,7 +150,9 @@ def compare(
         progress: show a bar.
 
     Raises:
-        MetricError: unequal numbers of images, or no arms.
+        MetricError: unequal numbers of images, no arms, or images that are not finite. Images that are
+            black in every pixel are counted in the result, and warned of (``BlackImages``) where the first
+            arm's are not.
         StorageError: the folder holds images of other prompts or settings, or damaged ones.
         EvenkeelError: a correction was not made for this pipeline; nothing has been generated then.
 
@@ -188,7 +196,7 @@ def compare(
                 images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
         results = []
         if us.main:
-            results = measure(images, seconds, prompts, evaluator, reference_images)
+            results = measure(images, seconds, run.prompts.values, evaluator, reference_images)
             _add_times(results, seconds, num_inference_steps)
         (found, _), *_ = us.gathered([asdict(result) for result in results])
     if not us.main:
@@ -222,6 +230,10 @@ def measure(
 ) -> list[ArmResult]:
     """All measures of all arms; the first arm is what the others are compared with."""
     names = list(images)
+    black = {name: black_rows(images[name]) for name in names}
+    for name in (n for n in names if not {*black[n]} <= {*black[names[0]]}):
+        text = black_text(black[name], len(images[name]))
+        warnings.warn(f"arm {name!r}: {text}", BlackImages, stacklevel=3)
     floats = {name: images[name].float() / 255 for name in names}
     features = {name: _features(evaluator, floats[name]) for name in names}
     matches = {name: _matches(evaluator, floats[name], prompts) for name in names}
@@ -230,7 +242,10 @@ def measure(
         real = _features(evaluator, reference_images.float() / 255)
     # What an evaluator's network gains from is its own affair.
     with sensible_threads(images[names[0]].numel()):
-        return _results(floats, features, matches, seconds, real)
+        results = _results(floats, features, matches, seconds, real)
+    for result in results:
+        result.black = black[result.name]
+    return results
 
 
 def _results(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction, digest_of
-from evenkeel.errors import MetricError
+from evenkeel.errors import OVERFLOW, MetricError
+from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
@@ -55,7 +56,7 @@ def generate(
 
     Raises:
         StorageError: the folder holds images of something else, or damaged ones.
-        MetricError: the pipeline makes no images.
+        MetricError: the pipeline makes no images, or some that are not finite.
 
     """
     made, seconds = [], []
@@ -69,7 +70,7 @@ def generate(
             if path is not None and path.exists():
                 pictures, each = _kept(path, asked)
             else:
-                pictures, each = _timed(run, batch)
+                pictures, each = _timed(run, batch, arm)
                 if path is not None:
                     header = {"made_by": asked, "seconds": each}
                     write_tensors(path, IMAGES, header, {"images": pictures})
@@ -147,22 +148,51 @@ def check_corrections(run: Run, arms: Sequence[Arm]) -> None:
             pass
 
 
-def _timed(run: Run, batch: Batch) -> tuple[Tensor, float]:
+def _timed(run: Run, batch: Batch, arm: Arm) -> tuple[Tensor, float]:
     """A batch's images, and seconds for each of them."""
     began = time.perf_counter()
     # DiTPipeline hands its generators to no scheduler: DDPM draws from the global one.
     with global_noise_kept():
         torch.manual_seed(batch.seed)
-        array = np.asarray(run.sample(batch, output_type="np"))
+        with _last_output(arm.denoiser) as last:
+            array = np.asarray(run.sample(batch, output_type="np"))
     if array.ndim != 4:
         raise MetricError(
             f"expected images (n, H, W, 3) from {type(run.pipeline).__name__}, got shape {array.shape}; "
             f"compare works on images, not on video."
         )
+    spoilt = [i for i, picture in enumerate(array) if not np.isfinite(picture).all()]
+    if not spoilt and last and not bool(last[-1].isfinite().all()):
+        spoilt = [*range(len(batch))]  # an autoencoder with a codebook makes pictures even of NaN
+    if spoilt:
+        first = spoilt[0]
+        raise MetricError(
+            f"arm {arm.name!r} made {len(spoilt)} of {len(batch)} images from values that are NaN or "
+            f"infinite, the first of prompt {batch.first + first} ({batch.prompts.texts[first]!r:.60}, "
+            f"seed {batch.seeds[first]}); nothing is scored. {OVERFLOW}"
+        )
     pictures = torch.from_numpy(array).permute(0, 3, 1, 2) * 255
     return pictures.round().clamp(0, 255).to(torch.uint8), (time.perf_counter() - began) / len(
         batch
     )
+
+
+@contextmanager
+def _last_output(denoiser: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, what the denoiser gave last is kept; empty where it is compiled and no hook is seen."""
+    kept: list[Tensor] = []
+    if hasattr(denoiser, "_orig_mod") or denoiser._compiled_call_impl is not None:
+        yield kept
+        return
+
+    def keep(_: nn.Module, given: Any, output: Any) -> None:
+        kept[:] = [answer_of(output).detach()]
+
+    hook = denoiser.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 def identity_of(run: Run, arm: Arm) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from evenkeel.comparing.generation import Arm, identity_of, sampling_as
-from evenkeel.errors import CalibrationError, EvenkeelError
+from evenkeel.errors import OVERFLOW, CalibrationError, EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt
 from evenkeel.hosts.pipeline.prompts import Prompt
@@ -293,6 +293,10 @@ class _Watch(Interceptor):
 
     def _keep(self, state: Tensor) -> None:
         state = one_per_prompt(state, self._prompts)
+        if not bool(state.isfinite().all()):
+            raise CalibrationError(
+                f"the state after step {self._steps} is NaN or infinite; nothing is compared. {OVERFLOW}"
+            )
         if self._reference is None:
             self.states.append(state)
         elif self._steps < len(self._reference):

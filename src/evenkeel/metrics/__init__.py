@@ -12,6 +12,8 @@ from evenkeel.metrics.inception_score import inception_score as inception_score
 from evenkeel.metrics.inception_score import (
     inception_score_difference as inception_score_difference,
 )
+from evenkeel.metrics.inputs import BlackImages as BlackImages
+from evenkeel.metrics.inputs import black_rows as black_rows
 from evenkeel.metrics.jackknife import jackknife as jackknife
 from evenkeel.metrics.jackknife import jackknife_estimate as jackknife_estimate
 from evenkeel.metrics.kernel_distance import kernel_difference as kernel_difference
@@ -30,8 +32,10 @@ from evenkeel.metrics.ssim import per_image_ssim as per_image_ssim
 from evenkeel.metrics.ssim import ssim as ssim
 
 __all__ = [
+    "BlackImages",
     "Gaussian",
     "alignment",
+    "black_rows",
     "frechet_between",
     "frechet_difference",
     "frechet_distance",

@@ -8,6 +8,28 @@ from torch import Tensor
 from evenkeel.errors import MetricError
 
 
+class BlackImages(UserWarning):
+    """Some images are black in every pixel: in 8 bits that is what NaN becomes."""
+
+
+def black_rows(images: Tensor) -> list[int]:
+    """Which of the images (n, ...) are black in every pixel, for whoever scores them to count.
+
+    >>> black_rows(torch.tensor([[0, 1], [0, 0]], dtype=torch.uint8))
+    [1]
+    """
+    return torch.nonzero((images == 0).flatten(1).all(1)).flatten().tolist()
+
+
+def black_text(rows: list[int], n: int) -> str:
+    """How many images are black, and which."""
+    shown = f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}"
+    return (
+        f"{len(rows)} of {n} images are black in every pixel (number {shown}): that is what NaN, or a safety "
+        "checker, leaves of a picture. Unless black was asked for, scores with them mean nothing."
+    )
+
+
 def checked_features(features: Tensor, name: str) -> Tensor:
     """Features (n, d) with n >= 3 and d >= 1, finite, as float64 and without gradient."""
     _check_floating(features, name, "features (n, d)", ndim=2)

@@ -29,6 +29,7 @@ from evenkeel.reports.table import (
     Rows,
     arm_rows,
     arms_of,
+    black,
     difference_rows,
 )
 from evenkeel.storage import write_atomically
@@ -106,9 +107,12 @@ def report_html(
     subtitle = " · ".join(str(settings[k]) for k in ("pipeline", "quantizer") if settings.get(k))
     calibration = results.get("calibration")
     sentences = "".join(f"<p>{escape(text)}</p>" for text in summary(results))
+    spoilt = "".join(f"<p class='note'>{escape(line)}</p>" for line in black(results) if line)
     body = [
         f"<header><h1>{escape(_title(names))}</h1><p>{escape(subtitle)}</p></header>",
-        _section("In words", f'<div class="summary">{sentences}</div>' + _caution(results)),
+        _section(
+            "In words", f'<div class="summary">{sentences}</div>' + _caution(results) + spoilt
+        ),
         _section("Pictures", _pictures(images, prompts)),
         _section("Measures", _measures(results)),
         _section("Calibration", _calibration(calibration)),

@@ -94,7 +94,7 @@ def text_table(results: Mapping[str, Any]) -> str:
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", DIFFERENCE_TITLE, "", columns(differences, left=2)]
-    return "\n".join([*parts, *left_out(results)])
+    return "\n".join([*parts, *black(results), *left_out(results)])
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -107,7 +107,20 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", f"{DIFFERENCE_TITLE}:", "", _markdown(differences, left=2)]
-    return "\n".join([*parts, *left_out(results)])
+    return "\n".join([*parts, *black(results), *left_out(results)])
+
+
+def black(results: Mapping[str, Any]) -> list[str]:
+    """The arms with images that are black in every pixel, and which they are."""
+    found = [(arm["name"], arm["black"]) for arm in arms_of(results) if arm.get("black")]
+    if not found:
+        return []
+    lines = (f"- {name}: {len(rows)}, number {', '.join(map(str, rows))}" for name, rows in found)
+    return [
+        "",
+        "Images that are black in every pixel, as NaN leaves them; scored all the same:",
+        *lines,
+    ]
 
 
 def left_out(results: Mapping[str, Any]) -> list[str]:
