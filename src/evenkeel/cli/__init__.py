@@ -11,7 +11,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
-from evenkeel.cli import exporting, fitting, generating, planning, quantizing, restoring, zoo
+from evenkeel.cli import (
+    exporting,
+    fitting,
+    generating,
+    planning,
+    quantizing,
+    reproducing,
+    restoring,
+    zoo,
+)
 from evenkeel.cli.outputs import try_outputs
 from evenkeel.cli.several import launched, several_processes
 from evenkeel.cli.stopping import Stopping
@@ -97,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         fitting.add_inspect,
         generating.add_sample,
         generating.add_compare,
+        reproducing.add_reproduce,
         zoo.add_zoo,
     ):
         add(commands)

@@ -1,0 +1,105 @@
+"""The command for other people's numbers: reproduce."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from evenkeel.cli.options import command, positive
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_reproduce(commands: Any) -> None:
+    """``evenkeel reproduce``."""
+    parser = command(
+        commands,
+        "reproduce",
+        _run_reproduce,
+        "Run the cells of a paper's tables on the zoo and judge its claims: reproduced, null, opposite.",
+    )
+    parser.add_argument("paper", help="q-drift, dcnc-dns, tac or sampling-aware")
+    parser.add_argument("--cell", action="append", metavar="ID", help="only these (repeatable)")
+    parser.add_argument("--list", action="store_true", help="the cells, and why others have none")
+    parser.add_argument("--severity", choices=("bits", "damage", "both"), default="bits")
+    parser.add_argument("--images", type=positive, help="per arm (default: what the gain needs)")
+    parser.add_argument(
+        "--budget", type=duration, metavar="TIME", help="begin no cell after 30m, 2h, 90s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("reproduced"), metavar="FOLDER")
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is there and is not this command's own"
+    )
+
+
+def duration(text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``2h``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 30m or 2h, got {text!r}")
+    return float(found.group(1)) * _UNITS[found.group(2)]
+
+
+def _run_reproduce(options: argparse.Namespace) -> None:
+    from evenkeel.reproduction import paper
+    from evenkeel.reproduction.page import page, summary
+    from evenkeel.reproduction.run_cell import KIND, SEVERITIES, run_cell
+    from evenkeel.storage import FileOutput, read_json, write_atomically, write_json
+
+    found = paper(options.paper)
+    wanted = [found.row(name) for name in options.cell or ()]
+    rows = wanted or [row for row in found.rows if row.cell is not None]
+    if options.list or not rows:
+        _list(found, options.json)
+        return
+    began, folder = time.monotonic(), options.out / found.name
+    tables = folder / "tables.md"
+    FileOutput("page of reproduced tables", found.wrote).check(tables, options.force)
+    severities = SEVERITIES if options.severity == "both" else (options.severity,)
+    results = []
+    for row, severity in itertools.product(rows, severities):
+        place = folder / f"{row.id}-{severity}.json"
+        if not place.is_file():
+            if options.budget is not None and time.monotonic() - began > options.budget:
+                continue
+            options.stage = f"cell {row.id}"
+
+            def said(text: str, cell: str = row.id) -> None:
+                if not options.json:
+                    print(f"{cell}: {text}", flush=True)
+
+            result = run_cell(
+                row, folder / place.stem, severity=severity, images=options.images, said=said
+            )
+            write_json(place, KIND, result)
+        results.append(read_json(place, KIND))
+        done = {(r["row"], r["severity"]): r for r in results}
+        write_atomically(tables, page(found, done))
+    if options.json:
+        print(json.dumps([{k: v for k, v in r.items() if k != "arms"} for r in results]))
+    else:
+        left = len(rows) * len(severities) - len(results)
+        print(summary(results))
+        print(f"{tables}" + (f"; {left} cells are left, run again" if left else ""))
+
+
+def _list(found: Any, as_json: bool) -> None:
+    said = [
+        {"cell": r.id, "model": r.model, "published": r.gain(), "reason": r.reason}
+        for r in found.rows
+    ]
+    if as_json:
+        print(json.dumps(said))
+        return
+    print(f"{found.title}, {found.source}. {found.data}.")
+    for row in said:
+        gain = row["published"]
+        print(
+            f"  {row['cell']:24} {row['model']}: "
+            + (row["reason"] if gain is None else f"{100 * gain:+.1f} %")
+        )

@@ -1,0 +1,202 @@
+"""One cell of a paper, run on the zoo: quantize, calibrate, correct, compare with what is printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from evenkeel import zoo
+from evenkeel.comparing.comparison import ArmResult, compare, standard_arms
+from evenkeel.errors import EvenkeelError
+from evenkeel.fitting.quantize import quantize
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.run import Run
+from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module
+from evenkeel.quantizers.methods.catalogue import method_from
+from evenkeel.reproduction.arms import Makers
+from evenkeel.reproduction.cells import Cell, Row
+from evenkeel.reproduction.verdict import Verdict, images_needed, judged
+from evenkeel.storage import Kind
+from evenkeel.zoo.pictures import KINDS
+
+PILOT, MOST = 100, 2000
+QUANTIZED = "quantized"
+SEVERITIES = ("bits", "damage")
+KIND = Kind(
+    "reproduced cell",
+    1,
+    "run the cell again",
+    keys=("row", "severity", "twin", "quantizer", "images", "verdict", "refused", "arms"),
+)
+# Plain rounding from mild to harsh, for a damage that is the paper's.
+LADDER = ("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64", "w2a8-g32")
+# The paper's measures, and which of ours stands for each.
+OURS = {"FID": "frechet_reference", "PSNR": "psnr", "SSIM": "ssim", "CLIP": "alignment"}
+
+
+def run_cell(
+    row: Row,
+    folder: Path,
+    *,
+    severity: str = "bits",
+    images: int | None = None,
+    said: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What a row of a paper gives here, in types that JSON knows.
+
+    The quantized denoiser and every arm's images are kept in ``folder`` as they are made; the same call
+    goes on there.
+
+    Args:
+        row: with a cell.
+        folder: of this cell.
+        severity: ``bits``, the paper's quantizer; ``damage``, the one of ``LADDER`` at which the claimed
+            measure, quantized over full precision, comes nearest to the paper's.
+        images: per arm; None takes as many as the paper's gain needs, judged from ``PILOT`` of them, and at
+            most ``MOST``.
+        said: called with what is being done.
+
+    Raises:
+        EvenkeelError: the row has no cell, with the reason; no such severity.
+
+    """
+    if row.cell is None or row.claim is None:
+        raise EvenkeelError(f"{row.id} has no cell here: {row.reason}")
+    if severity not in SEVERITIES:
+        raise EvenkeelError(f"expected a severity of {', '.join(SEVERITIES)}, got {severity!r}.")
+    cell, bench = row.cell, _Bench(row.cell, folder)
+    said("quantize")
+    if severity == "bits":
+        module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
+    else:
+        module, quantizer = bench.as_damaged(row, said)
+    said("calibrate and fit")
+    makers = Makers(bench.run(module), cell.subset)
+    asked = {**cell.arms, **{name: name for name in cell.also}}
+    arms, refused = {}, {}
+    for name, what in asked.items():
+        try:
+            arms[name] = makers.make(what)
+        except EvenkeelError as error:
+            refused[name] = str(error)
+    claimed = row.claim[0]
+    if claimed not in arms:
+        raise EvenkeelError(f"{row.id}: {claimed} cannot be made here: {refused[claimed]}")
+    count = images or _needed(row, bench.compared(module, {claimed: arms[claimed]}, PILOT))
+    said(f"{len(arms)} arms, {count} images each")
+    results = bench.compared(module, arms, count)
+    return {
+        "row": row.id,
+        "severity": severity,
+        "twin": cell.twin,
+        "quantizer": quantizer,
+        "images": count,
+        "verdict": vars(_verdict(row, results)),
+        "refused": refused,
+        "arms": [arm.as_dict() for arm in results.values()],
+    }
+
+
+def _needed(row: Row, pilot: dict[str, ArmResult]) -> int:
+    """Images per arm that resolve half of the paper's change, in fifties."""
+    assert row.claim is not None
+    name, measure = row.claim[0], OURS[row.claim[1]]
+    change, gain = pilot[name].difference_to_quantized[measure], row.gain()
+    assert gain is not None
+    needed = images_needed(gain, change, pilot[QUANTIZED].measures[measure].value)
+    return min(MOST, max(PILOT, 50 * math.ceil(needed / 50)))
+
+
+def _verdict(row: Row, results: dict[str, ArmResult]) -> Verdict:
+    assert row.claim is not None
+    name, measure = row.claim[0], OURS[row.claim[1]]
+    change = results[name].difference_to_quantized[measure]
+    gain = row.gain()
+    assert gain is not None
+    return judged(gain, change, results[QUANTIZED].measures[measure].value)
+
+
+class _Bench:
+    """A twin under a cell's settings."""
+
+    def __init__(self, cell: Cell, folder: Path) -> None:
+        self.cell, self.folder = cell, folder
+        self.twin = zoo.twin(cell.twin)
+        self.kind = KINDS[self.twin.pictures]
+        self.pipeline = zoo.load(cell.twin, cell.sampler)
+        guidance = cell.guidance_scale
+        self.guidance = self.twin.guidance_scale if guidance is None else guidance
+        self.evaluator = self.kind.evaluator(zoo.path_of(cell.twin))
+
+    def prompts(self, count: int, seed: int) -> list[Any]:
+        if self.cell.labels is not None:
+            return [self.cell.labels] * count
+        return self.kind.prompts(count, seed)
+
+    def run(self, module: nn.Module) -> Run:
+        prompts = self.prompts(self.cell.calibration_prompts, 0)
+        return Run(
+            self.pipeline,
+            prompts,
+            self.cell.steps,
+            guidance_scale=self.guidance,
+            batch_size=32,
+            quantized=module,
+        )
+
+    def quantized(self) -> nn.Module:
+        place = self.folder / "quantized"
+        if (place / "quantized.json").is_file():
+            return load_quantized(place)[0]
+        return quantize(
+            self.pipeline,
+            method_from(self.cell.quantizer),
+            prompts=self.prompts(32, 3),
+            num_inference_steps=self.cell.steps,
+            guidance_scale=self.guidance,
+            out=place,
+            progress=False,
+        )[0]
+
+    def as_damaged(self, row: Row, said: Callable[[str], None]) -> tuple[nn.Module, str]:
+        wanted = row.damage()
+        if wanted is None or wanted <= 1:
+            raise EvenkeelError(
+                f"{row.id}: the paper's quantized arm is not worse than full precision in "
+                f"{row.claim and row.claim[1]}, so there is no damage to match."
+            )
+        assert row.claim is not None
+        measure, off = OURS[row.claim[1]], {}
+        for text in LADDER:
+            module, _ = quantize_module(denoiser_of(self.pipeline), QuantizerSpec.parse(text))
+            found = self.compared(module, {}, PILOT, f"ladder-{text}")
+            full, damaged = (
+                found[n].measures[measure].value for n in ("full-precision", QUANTIZED)
+            )
+            off[text] = abs(math.log(damaged / full / wanted))
+            said(f"{text}: {damaged / full:.2f} times full precision, {wanted:.2f} in the paper")
+        nearest = min(off, key=lambda text: off[text])
+        module, _ = quantize_module(denoiser_of(self.pipeline), QuantizerSpec.parse(nearest))
+        return module, nearest
+
+    def compared(
+        self, module: nn.Module, arms: dict[str, Any], count: int, place: str = ""
+    ) -> dict[str, ArmResult]:
+        prompts = self.prompts(count, 1)
+        found = compare(
+            self.pipeline,
+            standard_arms(self.pipeline, module, arms),
+            prompts=prompts,
+            num_inference_steps=self.cell.steps,
+            guidance_scale=self.guidance,
+            batch_size=50,
+            evaluator=self.evaluator,
+            reference_images=self.kind.references(prompts, 1),
+            folder=self.folder / (place or f"images-{count}"),
+            progress=False,
+        )
+        return {arm.name: arm for arm in found.arms}

@@ -1,0 +1,96 @@
+"""The registry of published cells: whole, consistent with the catalogues, and judged rightly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evenkeel import zoo
+from evenkeel.corrections.catalogue import ALL, FORMS
+from evenkeel.errors import EvenkeelError
+from evenkeel.estimate import Estimate
+from evenkeel.quantizers.methods.catalogue import method_from
+from evenkeel.reproduction import PAPERS, Row, judged, paper
+from evenkeel.reproduction.arms import TACS
+from evenkeel.reproduction.page import page
+from evenkeel.reproduction.run_cell import OURS
+from evenkeel.reproduction.verdict import images_needed
+
+ROWS = [(name, row) for name in PAPERS for row in paper(name).rows]
+CELLS = [(name, row) for name, row in ROWS if row.cell is not None]
+LACKS = (
+    "missing",
+    "experiments/",
+    "cell 1-ldm-4",
+)  # weights, data, a method, numbers, or elsewhere
+
+
+def names_of(asked: Any) -> list[str]:
+    if isinstance(asked, list):
+        return [name for part in asked for name in names_of(part)]
+    return [asked if isinstance(asked, str) else asked["name"]]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_row_of_every_table_is_there_once(name: str) -> None:
+    found = paper(name)
+    counted = {t: sum(r.table == t for r in found.rows) for t in found.tables}
+    assert counted == dict(found.tables) and sum(counted.values()) == len(found.rows)
+    assert len({r.id for r in found.rows}) == len(found.rows)
+    assert all(r.id.startswith(r.table) for r in found.rows)
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=lambda v: v.id if isinstance(v, Row) else v)
+def test_a_row_has_a_cell_or_says_what_is_missing(name: str, row: Row) -> None:
+    assert (row.cell is None) == bool(row.reason)
+    assert row.cell is not None or any(word in row.reason for word in LACKS)
+    assert "time" not in row.reason.split()
+
+
+@pytest.mark.parametrize(("name", "row"), CELLS, ids=lambda v: v.id if isinstance(v, Row) else v)
+def test_a_cell_names_what_exists(name: str, row: Row) -> None:
+    cell = row.cell
+    assert cell is not None and row.claim is not None
+    twin = zoo.twin(cell.twin)
+    assert cell.sampler is None or twin.sampler(cell.sampler)
+    assert str(method_from(cell.quantizer)).startswith(str(cell.quantizer["method"]))
+    known = {*ALL, *FORMS, *TACS}
+    assert {n for asked in (*cell.arms.values(), *cell.also) for n in names_of(asked)} <= known
+    arm, measure = row.claim
+    assert arm in cell.arms and measure in OURS and measure in row.numbers[arm]
+    assert row.gain() is not None
+
+
+def test_gains_are_the_papers() -> None:
+    assert paper("q-drift").row("1-pixart").gain() == pytest.approx(44.26 / 48.85 - 1)
+    assert paper("tac").row("1-w3a8").gain() == pytest.approx(9.55 / 17.31 - 1)
+    assert paper("tac").row("1-w3a8").damage() == pytest.approx(17.31 / 4.22)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(-8, -1, "reproduced"), (1, 8, "opposite"), (-1, 1, "null"), (-9, 3, "underpowered")],
+)
+def test_verdicts(low: float, high: float, word: str) -> None:
+    change = Estimate((low + high) / 2, 1.0, low, high, 400)
+    assert judged(-0.05, change, 100.0).word == word
+
+
+def test_images_needed_grow_with_the_square_of_what_is_missing() -> None:
+    change = Estimate(0.0, 1.0, -2.0, 2.0, 100)
+    assert images_needed(-0.04, change, 100.0) == 100
+    assert images_needed(-0.02, change, 100.0) == 400
+
+
+def test_unknown_names_say_what_there_is() -> None:
+    with pytest.raises(EvenkeelError, match="q-drift, dcnc-dns"):
+        paper("magic")
+    with pytest.raises(EvenkeelError, match="there is 1-flux-dev"):
+        paper("q-drift").row("9-nothing")
+
+
+def test_a_page_names_every_row() -> None:
+    for name in PAPERS:
+        text = page(paper(name), {})
+        assert all(row.id in text for row in paper(name).rows) and paper(name).heading in text

@@ -1,0 +1,85 @@
+"""A cell from quantizing to its verdict, on the embedded pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evenkeel.cli import main
+from evenkeel.errors import EvenkeelError
+from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
+from evenkeel.reproduction.run_cell import run_cell
+
+ROW = Row(
+    "1-tiny",
+    "1",
+    "a model",
+    {
+        "full precision": {"FID": 10.0},
+        "quantized": {"FID": 12.0},
+        "Q-Drift": {"FID": 11.0},
+        "both": {"FID": 11.5},
+    },
+    ("Q-Drift", "FID"),
+    Cell(
+        "pixart-sigma",
+        {"method": "rtn", "weight_bits": 3, "activation_bits": 4, "group": 32},
+        3,
+        4,
+        {
+            "Q-Drift": "q-drift:published",
+            "both": ["d2-dpm:published", {"name": "q-drift:released", "strength": 0.5}],
+            "first": {"name": "tac-ibc", "steps": 1},
+        },
+        also=("exact-drift", "nothing such"),
+    ),
+)
+
+
+def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = run_cell(ROW, tmp_path, images=8, said=said.append)
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert list(arms) == ["full-precision", "quantized", "Q-Drift", "both", "first", "exact-drift"]
+    assert list(found["refused"]) == ["nothing such"] and found["images"] == 8
+    quantized, claimed = arms["quantized"], arms["Q-Drift"]
+    before = quantized["frechet_reference"]["value"]
+    change = claimed["frechet_reference"]["value"] - before
+    verdict = Verdict(**found["verdict"])
+    assert verdict.value == pytest.approx(change / before) and verdict.published == pytest.approx(
+        -1 / 12
+    )
+    assert claimed["psnr"]["value"] != quantized["psnr"]["value"] != arms["first"]["psnr"]["value"]
+    assert said == ["quantize", "calibrate and fit", "4 arms, 8 images each"]
+    assert json.loads(json.dumps(found)) == found
+    assert judged(-1 / 12, _estimate(claimed), before) == verdict
+
+
+def _estimate(arm: dict[str, object]) -> object:
+    from evenkeel.estimate import Estimate
+
+    return Estimate(**arm["difference_to_quantized"]["frechet_reference"])  # type: ignore[index]
+
+
+def test_a_row_without_a_cell_says_why() -> None:
+    with pytest.raises(EvenkeelError, match="TFMQ-DM"):
+        run_cell(paper("tac").row("6-w8a8"), Path())
+    with pytest.raises(EvenkeelError, match="bits, damage"):
+        run_cell(ROW, Path(), severity="harsh")
+
+
+def test_the_command_lists_and_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "tac", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed) == len(paper("tac").rows)
+    assert main(["reproduce", "magic"]) == 1 and "no paper called" in capsys.readouterr().err
+    place = tmp_path / "reproduced" / "q-drift" / "tables.md"
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    assert main(["reproduce", "q-drift", "--cell", "1-pixart"]) == 1
+    assert "--force" in capsys.readouterr().err and place.read_text() == "mine"
