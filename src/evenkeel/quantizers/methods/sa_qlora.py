@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.methods.merged_training import TrainedMethod
 from evenkeel.quantizers.workspace.alignment import Counted, MixedOrder, PairAt, Teacher
 
@@ -42,7 +43,11 @@ class SAQLoRA(TrainedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.pairs
+        if self.pairs.teacher == "same-state" and self.calibration_runs < 2:
+            raise QuantizationError(
+                "teacher='same-state' takes every other call of a run and the others from the next: "
+                f"calibration_runs must be at least 2, got {self.calibration_runs}."
+            )
 
     @property
     def pairs(self) -> MixedOrder:
