@@ -214,8 +214,8 @@ def _standing_in(denoiser: nn.Module, ask: Any) -> nn.Module:
     def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
         return ask((arguments, keywords))
 
+    # Calls past all hooks: those that it shares with the denoiser fire when that computes.
+    members = {"forward": forward, "__call__": forward, "__module__": base.__module__}
     made = copy.copy(denoiser)
-    made.__class__ = type(
-        base.__name__, (base,), {"forward": forward, "__module__": base.__module__}
-    )
+    made.__class__ = type(base.__name__, (base,), members)
     return made
