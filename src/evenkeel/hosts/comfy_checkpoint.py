@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from evenkeel.errors import UnsupportedPipeline
 from evenkeel.hosts.backends.comfy_kitchen import FORMATS
 from evenkeel.record.comfyui_names import Place, place_of
-from evenkeel.storage.atomic import write_atomically
+from evenkeel.storage import safetensors_bytes, write_atomically
 
 _METADATA, _MARK = "_quantization_metadata", "comfy_quant"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -129,7 +128,7 @@ def write_comfy(
             tensors[f"{layer}.weight{end}"] = part.contiguous()
         tensors[f"{layer}.{_MARK}"] = _bytes_of(layers[layer])
     metadata = {"format": "pt", _METADATA: json.dumps({"format_version": "1.0", "layers": layers})}
-    return write_atomically(Path(path), save(tensors, metadata))
+    return write_atomically(Path(path), safetensors_bytes(tensors, metadata))
 
 
 def _bytes_of(settings: dict[str, Any]) -> Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import RecordError
 from evenkeel.low_rank.factors import LayerAdapter
 from evenkeel.record.comfyui_lora import in_comfyui
-from evenkeel.storage import write_atomically
+from evenkeel.storage import safetensors_bytes, write_atomically
 
 LAYOUTS = ("peft", "kohya", "comfyui")
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -61,7 +60,7 @@ def write_lora(
     if layout == "peft":
         config = {f"{denoiser}.{key}": value for key, value in _config(adapters).items()}
         metadata[_DIFFUSERS_METADATA] = json.dumps(config, sort_keys=True)
-    return write_atomically(Path(path), save(tensors, metadata))
+    return write_atomically(Path(path), safetensors_bytes(tensors, metadata))
 
 
 def peft_files(adapters: RecoveryAdapters, base_model: str | None = None) -> dict[str, bytes | str]:
@@ -83,7 +82,7 @@ def peft_files(adapters: RecoveryAdapters, base_model: str | None = None) -> dic
         **_config(adapters),
     }
     return {
-        PEFT_FILE: save(tensors, {"format": "pt", **_said(adapters)}),
+        PEFT_FILE: safetensors_bytes(tensors, {"format": "pt", **_said(adapters)}),
         PEFT_CONFIG: json.dumps(config, indent=1, sort_keys=True) + "\n",
     }
 

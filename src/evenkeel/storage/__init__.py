@@ -41,8 +41,10 @@ from evenkeel.storage.digests import parse_json as parse_json
 from evenkeel.storage.digests import valid_json as valid_json
 from evenkeel.storage.files import Kind as Kind
 from evenkeel.storage.files import kind_of as kind_of
+from evenkeel.storage.files import read_foreign_tensors as read_foreign_tensors
 from evenkeel.storage.files import read_json as read_json
 from evenkeel.storage.files import read_tensors as read_tensors
+from evenkeel.storage.files import safetensors_bytes as safetensors_bytes
 from evenkeel.storage.files import write_json as write_json
 from evenkeel.storage.files import write_tensors as write_tensors
 from evenkeel.storage.lock import alone as alone

@@ -107,7 +107,6 @@ def write_tensors(
 
     """
     import torch
-    from safetensors.torch import save
 
     texts = _texts(path, kind, header)
     # Cloned: safetensors refuses tensors that share memory.
@@ -120,7 +119,27 @@ def write_tensors(
         **texts,
         "digest": digest("".join(texts.values()), own),
     }
-    return write_atomically(Path(path), save(own, metadata))
+    return write_atomically(Path(path), safetensors_bytes(own, metadata))
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, equal for equal content: the package writes metadata in an order of chance.
+
+    Args:
+        tensors: contiguous, on the CPU, no views of one another.
+        metadata: beside them.
+
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors))
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        {"__metadata__": dict(metadata), **json.loads(content[8 : 8 + size])}, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    whole: bytes = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    return whole
 
 
 def read_tensors(
@@ -151,6 +170,22 @@ def read_tensors(
     kind._genuine(place, metadata.get("digest"), digest("".join(texts), tensors))
     with kind.valid(place):
         return {key: json.loads(text) for key, text in zip(kind.keys, texts, strict=True)}, tensors
+
+
+def read_foreign_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that carries no digest.
+
+    Raises:
+        StorageError: missing or damaged.
+
+    """
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except Exception as e:  # whatever a hostile file provokes in the parser
+        raise StorageError(f"{path} is not a readable safetensors file: {e}.") from e
+    return found
 
 
 def write_json(path: str | os.PathLike[str], kind: Kind, header: Mapping[str, Any]) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from evenkeel.errors import StorageError
+from evenkeel.storage import read_foreign_tensors
 from evenkeel.threads import sensible_threads
 from evenkeel.zoo import EVALUATOR_FILE
 from evenkeel.zoo.captions import read_caption, sample_mentions, write_caption
@@ -70,13 +71,23 @@ class AttributeEvaluator:
         read: a caption to the value index of every attribute, UNSPECIFIED where it says nothing.
         folder: of a twin; holds ``evaluator.safetensors``.
 
+    Raises:
+        StorageError: that file is missing, damaged, or of another network.
+
     """
 
     def __init__(
         self, network: Attributes, read: Callable[[str], Mapping[str, int]], folder: Path
     ) -> None:
         self.network, self._read = network.eval(), read
-        self.network.load_state_dict(load_file(folder / EVALUATOR_FILE))
+        path = folder / EVALUATOR_FILE
+        found = read_foreign_tensors(path)
+        try:
+            self.network.load_state_dict(found)
+        except RuntimeError as e:
+            raise StorageError(
+                f"{path} is of no {type(network).__name__}: {' '.join(str(e).split())[:300]}"
+            ) from e
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
