@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from evenkeel.fitting import refit_branches as refit_branches
     from evenkeel.fitting.bits.quantize_to_budget import quantize_to_budget as quantize_to_budget
     from evenkeel.fitting.quantize import quantize as quantize
+    from evenkeel.fitting.training.train_adapters import train_adapters as train_adapters
     from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
     from evenkeel.planning.plan import plan as plan
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
@@ -71,6 +72,7 @@ _HOME = {
     "remove": "applying",
     "save": "record",
     "summary": "applying",
+    "train_adapters": "fitting.training.train_adapters",
 }
 __all__ = sorted(_HOME)
 

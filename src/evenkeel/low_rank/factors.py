@@ -167,12 +167,12 @@ def fit_factors(
         if gained > most:
             best, most = found, gained
         down = found.down.dense().to(change)
-        up = _on_grid(metric.best_up(change, down), bits)
+        up = on_grid(metric.best_up(change, down), bits)
         down = metric.best_down(change, up)
         # Both are scaled alike again; else one of them leaves what its scales can hold.
         balance = (up.norm(dim=1) / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
         down = down * balance[:, None]
-        up = metric.best_up(change, _on_grid(down, bits))
+        up = metric.best_up(change, on_grid(down, bits))
     assert best is not None
     return best
 
@@ -190,7 +190,7 @@ def rounded(values: Tensor, bits: int) -> Factor:
     return Factor.of(bits, codes, scales.half())
 
 
-def _on_grid(values: Tensor, bits: int) -> Tensor:
+def on_grid(values: Tensor, bits: int) -> Tensor:
     """``rounded(values, bits).dense()`` in the dtype of the values."""
     if bits == 16:
         return _half(values).to(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import QuantizationError
-from evenkeel.fitting.training.aligned_call import Trajectories, calls_of
+from evenkeel.fitting.training.aligned_call import AlignedCall, Trajectories, calls_of
 from evenkeel.fitting.training.checkpoint import Checkpoint
 from evenkeel.fitting.training.freed_memory import freed_memory_kept
 from evenkeel.fitting.training.held_out import HeldOut
-from evenkeel.fitting.training.losses import Loss
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.threads import sensible_threads
 
@@ -109,7 +108,7 @@ def train(
     trainee: Trainee,
     groups: list[dict[str, Any]],
     stages: Sequence[Stage],
-    loss: Loss,
+    loss: Callable[[AlignedCall, Tensor], Tensor],
     held_out: HeldOut,
     *,
     weight_decay: float = 0.01,
