@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evenkeel.estimate import Estimate
+from evenkeel.reproduction.verdict import Verdict, judged
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -43,43 +46,25 @@ CLAIMS = (
 )
 
 
-def verdict(change: dict[str, float], claimed: float | None) -> str:
-    """Of a relative change of the distance (negative is better) with its interval.
-
-    Reproduced or opposite where the interval leaves out zero. Else null where it also leaves out the claimed
-    change, or is within a tenth where none is printed; underpowered otherwise.
-
-    >>> verdict({"value": -0.2, "low": -0.3, "high": -0.1}, -0.2)
-    'reproduced'
-    >>> verdict({"value": -0.1, "low": -0.3, "high": 0.1}, -0.2)
-    'underpowered'
-    >>> verdict({"value": -0.01, "low": -0.05, "high": 0.03}, -0.2)
-    'null'
-
-    """
-    if change["high"] < 0:
-        return "reproduced"
-    if change["low"] > 0:
-        return "opposite"
-    outside = change["low"] > claimed if claimed is not None else change["low"] > -0.1
-    return "null" if outside else "underpowered"
+SMALL = -0.1  # what a change is measured against where the paper prints none
 
 
-def change_of(cell: dict[str, Any], claim: Claim) -> dict[str, float] | None:
-    """Relative change of the distance from ``worse`` to ``better``, of the paired difference."""
-    found = cell["solvers"].get(claim.solver)
-    arms = {} if found is None else {a["name"]: a for a in found["arms"]}
+def judged_claim(cell: dict[str, Any], claim: Claim) -> Verdict | None:
+    """Of the paired difference of distances, relative to that of ``worse``; None where not measured."""
+    found = cell["solvers"].get(claim.solver, {"arms": []})
+    arms = {a["name"]: a for a in found["arms"]}
     if claim.better not in arms or claim.worse not in arms:
         return None
-    size = arms[claim.worse]["frechet_full_precision"]["value"]
-    there = found["differences"].get(claim.better, {}).get(claim.worse)
-    sign = 1.0
+    there, sign = found["differences"].get(claim.better, {}).get(claim.worse), 1.0
     if there is None:  # measured from the other end
         there, sign = found["differences"].get(claim.worse, {}).get(claim.better), -1.0
     if there is None:
         return None
-    low, high = sorted(sign * there["frechet"][k] / size for k in ("low", "high"))
-    return {"value": sign * there["frechet"]["value"] / size, "low": low, "high": high}
+    d = there["frechet"]
+    low, high = sorted(sign * d[k] for k in ("low", "high"))
+    change = Estimate(sign * d["value"], d["stderr"], low, high, d["n"])
+    published = SMALL if claim.relative is None else claim.relative
+    return judged(published, change, arms[claim.worse]["frechet_full_precision"]["value"])
 
 
 def table(results: Path, order: Sequence[str], said: str) -> str:
@@ -93,18 +78,18 @@ def table(results: Path, order: Sequence[str], said: str) -> str:
     lines += [
         "## Claims",
         "",
-        "Relative change of the distance (the paper: of FID); negative is better. It has no control.",
+        "Relative change of the distance (the paper: of FID); negative is better. Where the paper prints no",
+        "pair of numbers, as for the control, null and underpowered are about a change of 10 %.",
         "",
         "| claim | better | than | paper | ours [95 %] | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        found = change_of(cells[claim.cell], claim) if claim.cell in cells else None
+        found = judged_claim(cells[claim.cell], claim) if claim.cell in cells else None
         if found is None:
             continue
         paper = "-" if claim.relative is None else f"{100 * claim.relative:+.0f} %"
-        said_of = verdict(found, claim.relative)
-        row = (claim.said, claim.better, claim.worse, paper, _percent(found), said_of)
+        row = (claim.said, claim.better, claim.worse, paper, _percent(found), found.word)
         lines.append(f"| {' | '.join(row)} |")
     for name, cell in cells.items():
         lines += ["", f"## {name}", "", _about(cell), "", *_arms(cell)]
@@ -149,6 +134,6 @@ def _decibels(found: dict[str, float] | None) -> str:
     )
 
 
-def _percent(found: dict[str, float]) -> str:
-    value, low, high = (100 * found[k] for k in ("value", "low", "high"))
+def _percent(found: Verdict) -> str:
+    value, low, high = (100 * v for v in (found.value, found.low, found.high))
     return f"{value:+.0f} % [{low:+.0f}, {high:+.0f}]"

@@ -11,13 +11,16 @@ from tiny_pipelines import ALL, generate
 from torch import nn
 
 from evenkeel.errors import QuantizationError
+from evenkeel.fitting.adapters.effective_weight import effective_weight, rounds_inputs
 from evenkeel.hosts.actuators.beside import with_adapters
 from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.quantizers.layers.input_quantizers import StaticInput
 from evenkeel.quantizers.layers.quantized_layers import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
 )
+from evenkeel.quantizers.layers.timed_inputs import TimedInput
 from evenkeel.record.lora_file import FILE, peft_files, write_lora
 
 SPECS = ("w3a16-g16", "w3a4-g16-r4")
@@ -84,3 +87,19 @@ def test_a_weight_reads_like_any_tensor_and_the_layer_is_what_it_was():
     convolution = QuantizedConv2d(nn.Conv2d(4, 6, 3, padding=1), torch.ones(6, 4, 3, 3))
     assert isinstance(copy.deepcopy(convolution), nn.Conv2d)
     assert type(QuantizedConv2d(4, 2, 3, 1, 1, bias=False)) is nn.Conv2d
+
+
+@pytest.mark.parametrize("kind", ["static", "timed"])
+def test_a_weight_behind_a_range_fixed_beforehand_is_found_whole(kind):
+    scale, zero = torch.tensor([0.01, 0.02]), torch.tensor([8.0, 8.0])
+    made = {
+        "static": StaticInput(4, scale[:1], zero[:1]),
+        "timed": TimedInput(4, (900.0, 100.0), scale, zero),
+    }[kind]
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear(weight, torch.ones(3), activation=made)
+    # A one in the input is far outside of what such a range holds, and outside of a denoiser no step is told.
+    torch.testing.assert_close(effective_weight(layer), weight)
+    assert rounds_inputs(layer)
+    assert layer.activation is made
+    assert not rounds_inputs(QuantizedLinear(weight, torch.ones(3)))

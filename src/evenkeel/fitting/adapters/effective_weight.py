@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from evenkeel.hosts.actuators.beside import shape_of
 from evenkeel.hosts.actuators.head_rows import border, sizes
 from evenkeel.hosts.pipeline.offloaded import present
+from evenkeel.quantizers.layers.input_quantizers import StaticInput
+from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer
+from evenkeel.quantizers.layers.timed_inputs import TimedInput
 
 AT_A_TIME = 1024  # features asked in one call
 LINEAR = 1e-3, 1e-2  # how far a linear map is off its own sums in float32, in half precision
@@ -20,7 +25,8 @@ def effective_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """(O, F) float32: what the layer multiplies a one-hot input by, its low-rank branches included.
 
     ``W_q[:, i] = layer(e_i) - layer(0)``. Backends that round their input represent a one-hot input
-    exactly, as its largest value is its scale; layers with static ranges may not.
+    exactly, as its largest value is its scale. Our own layers with ranges fixed beforehand would clip it:
+    they take it as it is.
 
     Args:
         layer: a linear layer or an ungrouped 2D convolution, of any backend.
@@ -36,7 +42,8 @@ def effective_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         some = range(start, min(start + AT_A_TIME, features))
         ones = torch.zeros(len(some) + 1, features, dtype=dtype, device=device)
         ones[torch.arange(len(some)), torch.tensor(some)] = 1
-        answers = _asked(layer, ones).float()
+        with _unclipped(layer):
+            answers = _asked(layer, ones).float()
         found[:, some.start : some.stop] = (answers[:-1] - answers[-1]).T
     return found
 
@@ -49,6 +56,8 @@ def rounds_inputs(layer: Any, dtype: torch.dtype = torch.float32) -> bool:
     False
 
     """
+    if _fixed_range(layer):
+        return True
     shape = shape_of(layer)
     assert shape is not None
     device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
@@ -57,6 +66,25 @@ def rounds_inputs(layer: Any, dtype: torch.dtype = torch.float32) -> bool:
     first, second, both, nothing = _asked(layer, rows).float()
     off, size = (first + second - both - nothing).norm(), (both - nothing).norm()
     return bool(off > LINEAR[dtype.itemsize < 4] * size)
+
+
+def _fixed_range(layer: Any) -> bool:
+    return isinstance(layer, QuantizedLayer) and isinstance(
+        layer.activation, StaticInput | TimedInput
+    )
+
+
+@contextmanager
+def _unclipped(layer: Any) -> Iterator[None]:
+    """Inside, a layer with a range fixed beforehand does not round what enters it."""
+    kept = layer.activation if _fixed_range(layer) else None
+    if kept is not None:
+        layer.activation = None
+    try:
+        yield
+    finally:
+        if kept is not None:
+            layer.activation = kept
 
 
 def _asked(layer: Any, rows: Tensor) -> Tensor:
