@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.cli.prompt_files import FORMS, read_prompts
-from evenkeel.errors import EvenkeelError, UnsupportedPipeline
+from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.comfy_checkpoint import is_comfy_checkpoint, load_comfy
+from evenkeel.hosts.foreign_files import check_diffusers_folder, check_gguf, loading
 from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
@@ -42,13 +43,14 @@ def load_pipeline(source: str, dtype: str = "float32", scheduler: str | None = N
     chosen = None if scheduler is None else _sampler(scheduler, twin)
     local = twin is not None or Path(source).exists()
     place = source if twin is None else zoo.path_of(twin.name)
-    try:
+    if local:
+        check_diffusers_folder(Path(place))
+    expected = (
+        "a pipeline that diffusers can load; expected zoo:NAME, a folder with a model_index.json, or "
+        "the id of a pipeline on the hub"
+    )
+    with loading(source, expected):
         pipeline = load(place, local_files_only=local, torch_dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as e:
-        raise UnsupportedPipeline(
-            f"{source!r} is not a pipeline that diffusers can load: {_first_line(e)}. Give zoo:NAME, a "
-            f"folder with a model_index.json, or the id of a pipeline on the hub."
-        ) from e
     if chosen is not None:
         change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
     return pipeline
@@ -90,19 +92,14 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
     reference = denoiser_of(pipeline)
     if not place.exists() and "/" not in source and place.suffix != ".gguf":
         return quantize_module(reference, QuantizerSpec.parse(source))[0]
-    try:
+    expected = (
+        f"a {type(reference).__name__} that diffusers can load; expected a specification such as "
+        f"w3a4-g32-r16, a folder, a .gguf file, or a hub id"
+    )
+    if place.is_dir():
+        check_diffusers_folder(place)
+    with loading(source, expected):
         model: nn.Module = _loaded(source, place, reference, type(pipeline).__name__).eval()
-    except (ImportError, NotImplementedError) as e:
-        raise UnsupportedPipeline(
-            f"{source!r} was quantized by a backend that is not installed: {_first_line(e)}. Install "
-            f"it, for example with pip install 'evenkeel[backends]'; docs/backends.md lists all."
-        ) from e
-    except (OSError, ValueError, TypeError, RuntimeError) as e:  # no GPU, no such setting
-        raise UnsupportedPipeline(
-            f"{source!r} is not a {type(reference).__name__} that diffusers can load: "
-            f"{_first_line(e)}. Give a specification such as w3a4-g32-r16, a folder, a .gguf file, or "
-            f"a hub id."
-        ) from e
     return model
 
 
@@ -124,6 +121,7 @@ def _loaded(source: str, place: Path, reference: nn.Module, pipeline_class: str)
         raise OSError("there is no such file")
     if not hasattr(loader, "from_single_file"):
         raise ValueError(f"diffusers loads no single files into a {loader.__name__}")
+    check_gguf(place)
     from diffusers import GGUFQuantizationConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +190,3 @@ def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) ->
     if n is not None and len(prompts) < n:
         raise EvenkeelError(f"{source} holds {len(prompts)} prompts, {n} were asked for.")
     return prompts[:n]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)

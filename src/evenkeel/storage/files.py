@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from evenkeel.errors import StorageError
 from evenkeel.storage.atomic import write_atomically
-from evenkeel.storage.digests import digest, json_text
+from evenkeel.storage.digests import digest, json_text, parse_json
 
 if TYPE_CHECKING:  # what is only listed must not wait for torch
     from torch import Tensor
@@ -169,7 +169,7 @@ def read_tensors(
     texts = [metadata.get(key, "") for key in kind.keys]
     kind._genuine(place, metadata.get("digest"), digest("".join(texts), tensors))
     with kind.valid(place):
-        return {key: json.loads(text) for key, text in zip(kind.keys, texts, strict=True)}, tensors
+        return {key: parse_json(text) for key, text in zip(kind.keys, texts, strict=True)}, tensors
 
 
 def read_foreign_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -211,8 +211,8 @@ def read_json(path: str | os.PathLike[str], kind: Kind) -> dict[str, Any]:
     place = Path(path)
     kind._sized(place)
     try:
-        found = json.loads(place.read_bytes())
-    except (ValueError, RecursionError) as e:
+        found = parse_json(place.read_bytes())
+    except ValueError as e:
         raise kind._refused(place, f"is not JSON ({e}); it is damaged or foreign") from e
     if not isinstance(found, dict):
         raise kind._refused(place, "is JSON but no object; it is damaged or foreign")

@@ -224,11 +224,10 @@ def _pipeline(place: Path) -> None:
 
 def _load_pipeline(place: Path) -> str:
     from evenkeel.cli.sources import load_pipeline
+    from evenkeel.hosts.pipeline.components import component_keys
 
     pipeline = load_pipeline(str(place))
-    networks = [_network(m) for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    words = pipeline.tokenizer("a cat on a mat, 123").input_ids
-    return _told(networks, words, sorted(pipeline.scheduler.config.items()))
+    return _told(component_keys(pipeline, ""))
 
 
 def _denoiser(place: Path) -> None:
