@@ -11,7 +11,7 @@ full-precision images of the same solver.
 Every cell is a file in experiments/sampling_aware/, every trained denoiser a folder in --work; the command
 resumes, and measures again what is trained already.
 
-    python experiments/sampling_aware.py [CELL ...] [--steps N] [--iterations N] [--images N]
+    python experiments/sampling_aware.py [CELL ...] [--steps N] [--iterations N] [--images N] [--made]
 """
 
 from __future__ import annotations
@@ -167,11 +167,22 @@ class Job:
             guidance_scale=self.twin.guidance_scale, batch_size=8, quantized=quantized,
         )  # fmt: skip
 
+    @property
+    def ways(self) -> list[str]:
+        """The arms; with --made those whose denoisers are there."""
+        if not self.options.made:
+            return list(self.cell.ways)
+        return [n for n in self.cell.ways if (self.place(n) / "quantized.json").is_file()]
+
+    def place(self, name: str) -> Path:
+        """The folder of an arm's denoiser."""
+        shared = {"ptqd": "brecq", ADAPTERS: START}
+        return self.folder / _slug(shared.get(name, name)) / "model"
+
     def made(self, name: str) -> nn.Module:
         """The denoiser of an arm: trained, or found in its folder."""
-        way = WAYS[name]
+        way, place = WAYS[name], self.place(name)
         solver = self.solver(way.order)
-        place = self.folder / _slug("brecq" if name == "ptqd" else name) / "model"
         if not (place / "quantized.json").is_file():
             run = self.run(solver)
             quantize(
@@ -228,20 +239,24 @@ class Job:
 
     def adapters(self, quantized: nn.Module, solver: str) -> Any:
         """Closed form beside the start; made for one solver."""
-        run = self.run(solver)
+        run, place = self.run(solver), self.folder / _slug(ADAPTERS) / f"{solver}.safetensors"
+        if place.is_file():
+            return evenkeel.load(place)
         found, report = evenkeel.fit_adapters(
             run.pipeline, quantized=quantized, prompts=run.prompts.values,
             num_inference_steps=run.num_inference_steps, guidance_scale=run.guidance_scale,
             budget=self.options.budget,
         )  # fmt: skip
         print(report.text(), flush=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        evenkeel.save(found, place)
         return found
 
     def arms(self, solver: str, denoisers: Mapping[str, nn.Module]) -> list[Arm]:
         """Full precision, the start, and the others in the cell's order."""
         pipe = self.run(solver).pipeline
         arms = standard_arms(pipe, denoisers[START], {})
-        for name in self.cell.ways[1:]:
+        for name in self.ways[1:]:
             if name == ADAPTERS:
                 found = self.adapters(denoisers[START], solver)
                 if found.layers:
@@ -253,7 +268,7 @@ class Job:
 
     def measured(self) -> dict[str, Any]:
         """Every arm with every solver of the cell."""
-        denoisers = {n: self.made(n) for n in self.cell.ways if n != ADAPTERS}
+        denoisers = {n: self.made(n) for n in self.ways if n != ADAPTERS}
         kind = KINDS[self.twin.pictures]
         evaluator = kind.evaluator(zoo.path_of(self.cell.twin))
         solvers = {}
@@ -282,6 +297,7 @@ class Job:
             "optimizer_steps": self.optimizer_steps,
             "iterations": self.options.iterations,
             "images": self.options.images,
+            "ways": self.ways,
             "floor": self.floor(),
             "solvers": solvers,
         }
@@ -336,12 +352,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="per arm")
     parser.add_argument("--budget", type=float, default=0.11, help="bytes of ours beside the start")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/sampling_aware"))
+    parser.add_argument("--made", action="store_true", help="train nothing, measure what is there")
     options = parser.parse_args()
     for name in options.cells:
         job, place = Job(name, CELLS[name], options), RESULTS / f"{name}.json"
         asked = {
-            "optimizer_steps": job.optimizer_steps, "iterations": options.iterations, "images": options.images
-        }  # fmt: skip
+            "optimizer_steps": job.optimizer_steps,
+            "iterations": options.iterations,
+            "images": options.images,
+            "ways": job.ways,
+        }
+        if START not in job.ways:
+            print(f"{name}: nothing is trained yet", flush=True)
+            continue
         known = json.loads(place.read_text()) if place.exists() else {}
         if any(known.get(k) != v for k, v in asked.items()):
             write_atomically(place, json.dumps(job.measured(), separators=(",", ":")) + "\n")
