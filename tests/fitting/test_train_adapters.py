@@ -15,7 +15,9 @@ from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.fit_adapters import fit_adapters
 from evenkeel.fitting.training import train_adapters as module
 from evenkeel.fitting.training.adapters_beside import AdaptersBeside, LearnedFactor
+from evenkeel.fitting.training.losses import Loss
 from evenkeel.fitting.training.same_state import SameState
+from evenkeel.fitting.training.step_weights import StepWeighted
 from evenkeel.hosts.actuators.beside import attach
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import rounded
@@ -145,7 +147,8 @@ def test_the_step_law_weighs_the_outputs(rig: Any):
     )
     source = SameState(run)
     law = torch.as_tensor(run.law(quantized).trajectory[1][-1]).abs() ** 2
-    loss, even = (module.OutputError(run, source, w) for w in ("step-law", "even"))
+    even = Loss()
+    loss = StepWeighted(even, run, source.levels, quantized)
     ratios = []
     for call in source.epoch(0):
         output = call.target + 0.1

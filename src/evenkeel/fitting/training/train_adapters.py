@@ -7,18 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.fit_adapters import fitted
 from evenkeel.fitting.adapters.pairs import ENOUGH, part
 from evenkeel.fitting.training.adapters_beside import AdaptersBeside
-from evenkeel.fitting.training.aligned_call import AlignedCall
 from evenkeel.fitting.training.held_out import HeldOut
 from evenkeel.fitting.training.losses import Loss
-from evenkeel.fitting.training.same_state import SameState, told_time
+from evenkeel.fitting.training.same_state import SameState
+from evenkeel.fitting.training.step_weights import StepWeighted
 from evenkeel.fitting.training.trainer import TrainingReport, stages_of, train
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.run import Run
@@ -115,12 +114,15 @@ def train_adapters(
     learning = part(run, list(range(held.start or count)), seed)
     learning.batch_size = batch_size
     source = SameState(learning, "student" if closed_loop else "full-precision")
+    loss: Any = Loss()
+    if weighting == "step-law":
+        loss = StepWeighted(loss, run, source.levels, quantized)
     student = AdaptersBeside(quantized, closed.adapters.layers, zero=start == "zero")
     report = train(
         student,
         student.groups(rate),
         stages_of([source], optimizer_steps),
-        OutputError(run, source, weighting),
+        loss,
         HeldOut(part(run, list(held), seed), student.finished()),
         weight_decay=0.0,
         evaluations=evaluations,
@@ -138,29 +140,3 @@ def train_adapters(
     if start == "zero" and not report.confirmed:
         return replace(closed.adapters, layers=()), report
     return replace(closed.adapters, layers=student.packed()), report
-
-
-class OutputError:
-    """w_t || eps_hat - eps ||^2 after guidance.
-
-    Args:
-        run: with a quantized twin.
-        source: of the aligned calls.
-        weighting: see ``train_adapters``; ``even`` also where a step has several denoiser calls.
-
-    """
-
-    def __init__(self, run: Run, source: SameState, weighting: Weighting) -> None:
-        self._loss, self._denoiser = Loss(), run.denoiser
-        levels = source.levels
-        weights = np.ones(len(levels))
-        if weighting == "step-law":
-            found = np.abs(run.law(run.pair[1]).trajectory[1][-1]) ** 2
-            if len(found) == len(levels):
-                weights = found / found.mean()
-        self._weights = dict(zip(levels, weights.tolist(), strict=True))
-
-    def __call__(self, call: AlignedCall, output: Tensor) -> Tensor:
-        """0-dimensional."""
-        time = told_time(self._denoiser, call.student.arguments, call.student.keywords)
-        return self._weights[time] * self._loss(call, output)

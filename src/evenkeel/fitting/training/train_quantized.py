@@ -16,6 +16,7 @@ from evenkeel.fitting.training.aligned_call import Trajectories, calls_of
 from evenkeel.fitting.training.held_out import HeldOut
 from evenkeel.fitting.training.losses import Loss
 from evenkeel.fitting.training.same_state import SameState, told_time
+from evenkeel.fitting.training.step_weights import StepWeighted
 from evenkeel.fitting.training.trainer import TrainingReport, stages_of, train
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.hosts.run import Run
@@ -64,12 +65,15 @@ def train_quantized(
     levels = tuple(dict.fromkeys(level for t in chosen for level in t.levels))
     with sensible_threads(run.denoiser):
         inputs = inputs_by_level(run.denoiser, workspace, chosen, levels, method.calibration_runs)
+        loss: Any = Loss(method.cosine, method.reduction, method.guided)
+        if method.weighting == "step-law":
+            loss = StepWeighted(loss, run, levels)
         student = Student(run.denoiser, method.starts(workspace, levels, inputs))
         report = train(
             student,
             student.groups(method),
             stages_of(chosen, method.optimizer_steps),
-            Loss(method.cosine, method.reduction, method.guided),
+            loss,
             HeldOut(held_out or run, student.finished()),
             weight_decay=method.weight_decay,
             evaluations=method.evaluations,

@@ -59,6 +59,8 @@ class TrainedMethod(Method):
         weight_rate, activation_rate: of weight scales, and of the scales and zeros of inputs.
         weight_decay: of AdamW.
         reduction, cosine, guided: of the loss, see ``Loss``.
+        weighting: of the steps in the loss: ``even`` as published, or ``step-law`` (ours), each by what its
+            output moves in the final sample.
         calibration_runs: batches of prompts whose calls the ranges of inputs start from.
         evaluations: how often the held-out error is measured.
         seed: of A, of the prompts that are drawn and of their noise.
@@ -87,6 +89,7 @@ class TrainedMethod(Method):
     reduction: Literal["sum", "mean"] = "mean"
     cosine: float = 0.0
     guided: bool = True
+    weighting: Literal["even", "step-law"] = "even"
     calibration_runs: int = 4
     evaluations: int = 10
     seed: int = 0
@@ -98,6 +101,8 @@ class TrainedMethod(Method):
             raise QuantizationError(f"{self.name} rounds weights: weight_bits is 2 to 8, got 16.")
         if self.base not in ("dequantized", "original"):
             raise QuantizationError(f"base is 'dequantized' or 'original', got {self.base!r}.")
+        if self.weighting not in ("even", "step-law"):
+            raise QuantizationError(f"weighting is 'even' or 'step-law', got {self.weighting!r}.")
         for field, least in (
             ("rank", 0),
             ("first", 0),
