@@ -44,9 +44,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "sampling_aware"
 PROMPTS = 32
 DEPLOYED = 0  # stands for the cell's own number of steps
-# Of all trained arms. EfficientDM's (1 / 2500, 5e-4) are for 16,000 steps; in a tenth of them they move nothing
-# but ranges of inputs. Found with EfficientDM on ldm-4 W4A4, DDIM and 400 steps, among 1 / 2500, 1 / 250,
-# 1 / 80, 1 / 25 and 0, 5e-5, 1e-4, 5e-4.
+# Of all trained arms. EfficientDM's (1 / 2500, 5e-4) are for 16,000 steps; in a tenth of them they move
+# nothing but ranges of inputs. Found with EfficientDM on ldm-4 W4A4, DDIM and 400 steps, among 1 / 2500,
+# 1 / 250, 1 / 80, 1 / 25 and 0, 5e-5, 1e-4, 5e-4.
 RATES = {"adapter_rate": 1 / 80, "activation_rate": 1e-4}
 START, ADAPTERS = "quantized", "ours, closed form"
 
