@@ -48,7 +48,8 @@ DEPLOYED = 0  # stands for the cell's own number of steps
 # nothing but ranges of inputs. Found with EfficientDM on ldm-4 W4A4, DDIM and 400 steps, among 1 / 2500,
 # 1 / 250, 1 / 80, 1 / 25 and 0, 5e-5, 1e-4, 5e-4.
 RATES = {"adapter_rate": 1 / 80, "activation_rate": 1e-4}
-START, ADAPTERS = "quantized", "ours, closed form"
+START, ADAPTERS, TRAINED = "quantized", "ours, closed form", "ours, trained beside"
+BESIDE = (ADAPTERS, TRAINED)  # adapters beside the start, made for one solver each
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,24 @@ def trained(method: str, order: int = 2, **options: Any) -> Way:
     return Way(method, options, order)
 
 
+HERE_STEPS: dict[str, Any] = {"steps": (DEPLOYED,)}
 TEACHER = {
-    "sa-qlora": trained("sa-qlora"),
-    "same-state": trained("sa-qlora", teacher="same-state"),
-    "midpoint": trained("sa-qlora", 1, teacher="midpoint"),
+    "sa-qlora": trained("sa-qlora", **HERE_STEPS),
+    "same-state": trained("sa-qlora", teacher="same-state", **HERE_STEPS),
+    "midpoint": trained("sa-qlora", 1, teacher="midpoint", **HERE_STEPS),
 }
 WAYS = {
-    START: trained("efficientdm", optimizer_steps=0),
-    "efficientdm": trained("efficientdm"),
+    START: trained("efficientdm", optimizer_steps=0, **HERE_STEPS),
+    "efficientdm": trained("efficientdm", **HERE_STEPS),
     **TEACHER,
-    "sa-qlora, no cosine": trained("sa-qlora", cosine=0.0),
-    "same-state, no cosine": trained("sa-qlora", teacher="same-state", cosine=0.0),
-    "sa-qlora, at the end": trained("sa-qlora", pair_at="end"),
-    "sa-qlora, list of one": trained("sa-qlora", steps=(DEPLOYED,)),
+    "sa-qlora, no cosine": trained("sa-qlora", cosine=0.0, **HERE_STEPS),
+    "same-state, no cosine": trained("sa-qlora", teacher="same-state", cosine=0.0, **HERE_STEPS),
+    "sa-qlora, at the end": trained("sa-qlora", pair_at="end", **HERE_STEPS),
+    "sa-qlora, own list": trained("sa-qlora"),
     "sa-qlora, 100 50 20": trained("sa-qlora", steps=(100, 50, 20)),
-    "efficientdm, original weight": trained("efficientdm", base="original"),
-    "ours, closed loop": trained("efficientdm", steps=(DEPLOYED,), advance="student"),
+    "efficientdm, 100 steps": trained("efficientdm"),
+    "efficientdm, original weight": trained("efficientdm", base="original", **HERE_STEPS),
+    "ours, merged": trained("efficientdm", advance="student", weighting="step-law", **HERE_STEPS),
     "q-diffusion": Way("q-diffusion", {}),
     "brecq": Way("sa-ptq", {"alignment": "none"}),
     "ptqd": Way("sa-ptq", {"alignment": "none"}),  # the same denoiser, corrected
@@ -108,14 +111,15 @@ WAYS = {
 }
 MAIN = (START, "efficientdm", *TEACHER)
 PTQ = (START, "q-diffusion", "brecq", "ptqd", "sa-ptq", "sa-ptq, same-state", "sa-ptq, midpoint")
-PARTS = ("no cosine", "at the end", "list of one", "100 50 20")
+PARTS = ("no cosine", "at the end", "own list", "100 50 20")
 CELLS = {
-    "ldm-4-w4a4": Cell("ldm-4", "w4a4", (*MAIN, "ours, closed loop", ADAPTERS)),
+    "ldm-4-w4a4": Cell("ldm-4", "w4a4", (*MAIN, "ours, merged", *BESIDE)),
     "ldm-4-w4a8": Cell("ldm-4", "w4a8", MAIN, share=0.5),
     "ldm-4-w8a8": Cell("ldm-4", "w8a8", PTQ, rivals=("ptqd", "sa-ptq, same-state")),
     "ldm-4-w4a4-parts": Cell(
         "ldm-4", "w4a4",
-        (*MAIN, *(f"sa-qlora, {p}" for p in PARTS), "same-state, no cosine", "efficientdm, original weight"),
+        (*MAIN, *(f"sa-qlora, {p}" for p in PARTS), "same-state, no cosine", "efficientdm, original weight",
+         "efficientdm, 100 steps"),
         share=0.5, rivals=("sa-qlora", "same-state"),
     ),
     "sd-v1.4-w4a4": Cell("sd-v1.4", "w4a4", MAIN[:-1], 50, share=0.5, solvers=("plms",)),
@@ -176,7 +180,7 @@ class Job:
 
     def place(self, name: str) -> Path:
         """The folder of an arm's denoiser."""
-        shared = {"ptqd": "brecq", ADAPTERS: START}
+        shared = {"ptqd": "brecq", **dict.fromkeys(BESIDE, START)}
         return self.folder / _slug(shared.get(name, name)) / "model"
 
     def made(self, name: str) -> nn.Module:
@@ -237,17 +241,23 @@ class Job:
         )  # fmt: skip
         return PTQD(record.evidence)
 
-    def adapters(self, quantized: nn.Module, solver: str) -> Any:
-        """Closed form beside the start; made for one solver."""
-        run, place = self.run(solver), self.folder / _slug(ADAPTERS) / f"{solver}.safetensors"
+    def adapters(self, name: str, quantized: nn.Module, solver: str) -> Any:
+        """Beside the start, in closed form or trained from it; made for one solver."""
+        run, place = self.run(solver), self.folder / _slug(name) / f"{solver}.safetensors"
         if place.is_file():
             return evenkeel.load(place)
-        found, report = evenkeel.fit_adapters(
-            run.pipeline, quantized=quantized, prompts=run.prompts.values,
-            num_inference_steps=run.num_inference_steps, guidance_scale=run.guidance_scale,
-            budget=self.options.budget,
-        )  # fmt: skip
-        print(report.text(), flush=True)
+        asked: dict[str, Any] = {
+            "quantized": quantized,
+            "prompts": run.prompts.values,
+            "num_inference_steps": run.num_inference_steps,
+            "guidance_scale": run.guidance_scale,
+            "budget": self.options.budget,
+        }
+        if name == TRAINED:
+            asked |= {"optimizer_steps": self.optimizer_steps, "seed": 1000 + self.cell.seed}
+        fit = evenkeel.train_adapters if name == TRAINED else evenkeel.fit_adapters
+        found, report = fit(run.pipeline, **asked)
+        print(name, solver, report.text(), flush=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         evenkeel.save(found, place)
         return found
@@ -257,8 +267,8 @@ class Job:
         pipe = self.run(solver).pipeline
         arms = standard_arms(pipe, denoisers[START], {})
         for name in self.ways[1:]:
-            if name == ADAPTERS:
-                found = self.adapters(denoisers[START], solver)
+            if name in BESIDE:
+                found = self.adapters(name, denoisers[START], solver)
                 if found.layers:
                     arms.append(Arm(name, denoisers[START], found))
             else:
@@ -268,7 +278,7 @@ class Job:
 
     def measured(self) -> dict[str, Any]:
         """Every arm with every solver of the cell."""
-        denoisers = {n: self.made(n) for n in self.ways if n != ADAPTERS}
+        denoisers = {n: self.made(n) for n in self.ways if n not in BESIDE}
         kind = KINDS[self.twin.pictures]
         evaluator = kind.evaluator(zoo.path_of(self.cell.twin))
         solvers = {}
