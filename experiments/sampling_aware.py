@@ -176,7 +176,10 @@ class Job:
         """The arms; with --made those whose denoisers are there."""
         if not self.options.made:
             return list(self.cell.ways)
-        return [n for n in self.cell.ways if (self.place(n) / "quantized.json").is_file()]
+        beside = f"{self.cell.solvers[-1]}.safetensors"  # the last to be fitted
+        files = {n: self.place(n) / "quantized.json" for n in self.cell.ways}
+        files |= {n: self.folder / _slug(n) / beside for n in BESIDE if n in files}
+        return [n for n, file in files.items() if file.is_file()]
 
     def place(self, name: str) -> Path:
         """The folder of an arm's denoiser."""

@@ -12,7 +12,7 @@ Steps are multiples of 4 of the training timesteps from 980 to 20, so that all g
 midpoint halves them. Down to 0 the last step of a grid that is uniform in time would stay wide in log-SNR,
 and no solver would show its order. Denoisers are those that sampling_aware.py has trained.
 
-    python experiments/sampling_aware_order.py [--models FOLDER]   # writes SAMPLING_AWARE_ORDER.md
+    python experiments/sampling_aware_order.py [--models FOLDER]   # resumes; writes SAMPLING_AWARE_ORDER.md
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ FIRST, LAST, FINE, DEPLOYED = 980, 20, 240, 20
 INTERVALS = (5, 10, 20, 40, 80)
 FITTED = (10, 20, 40, 80)  # 5 is not yet in the asymptotic range
 IMAGES, GUIDANCE = 4, 1.5
+SHOWN = ("quantized", "same-state", "sa-qlora")  # per interval, on the page; the file has all
 TERMS = ("truncation", "quantization", "bound", "deviation")
 Predict = Callable[[Tensor, int], Tensor]
 
@@ -159,29 +160,30 @@ def curvature(solver: Solver, noise: Tensor, predict: Predict) -> dict[str, floa
     }
 
 
-def measured(models: Path) -> dict[str, Any]:
+def measured(models: Path, place: Path) -> dict[str, Any]:
+    """Of full precision and every denoiser that is there; kept after each of them."""
     solver = Solver()
     full = predictor(zoo.load("ldm-4").transformer)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(IMAGES, 3, 8, 8, generator=generator, dtype=torch.float64)
     exact, _ = solver.run(2, FINE, noise, full)
-    folders = sorted(p.parent for p in models.glob("*/model/quantized.json"))
-    predicts = {"full precision": full}
-    for folder in sorted(folders, key=lambda p: p.parent.name != "quantized"):
-        predicts[folder.parent.name] = predictor(load_quantized(folder)[0])
-    found: dict[str, Any] = {
-        "images": IMAGES,
-        "fine": FINE,
-        "orders": {},
-        "terms": {},
-        "curvature": {},
-    }
-    for name, predict in predicts.items():
+    found: dict[str, Any] = {"images": IMAGES, "fine": FINE}
+    found |= {"orders": {}, "terms": {}, "curvature": {}}
+    if place.exists():
+        found = json.loads(place.read_text())
+    names = [p.parent.parent.name for p in models.glob("*/model/quantized.json")]
+    for name in ["full precision", *sorted(names, key=lambda n: (n != "quantized", n))]:
+        if name in found["orders"]:
+            continue
         print(name, flush=True)
-        found["orders"][name] = orders(solver, noise, predict, exact[LAST])
+        rounded = name != "full precision"
+        predict = predictor(load_quantized(models / name / "model")[0]) if rounded else full
         found["curvature"][name] = curvature(solver, noise, predict)
-        if name in ("quantized", "sa-qlora", "same-state"):
+        if rounded:
             found["terms"][name] = {str(k): terms(solver, k, exact, full, predict) for k in (1, 2)}
+        found["orders"][name] = orders(solver, noise, predict, exact[LAST])
+        write_atomically(place, json.dumps(found, separators=(",", ":")) + "\n")
+        write_atomically(HERE / "SAMPLING_AWARE_ORDER.md", table(found))
     return found
 
 
@@ -214,7 +216,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {row['change']:.2e} | {row['last change']:.2e} | {row['length - 1']:.2e} |"
         )
-    for name, by_order in found["terms"].items():
+    shown = {n: found["terms"][n] for n in SHOWN if n in found["terms"]}
+    for name, by_order in shown.items():
         heads = [f"{term}, order {k}" for k in by_order for term in TERMS]
         lines += ["", f"## {name}, per interval", "", f"| timestep | h | {' | '.join(heads)} |"]
         lines += ["|---" * (2 + len(heads)) + "|"]
@@ -229,11 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, default=MODELS, help="of one cell of sampling_aware.py"
     )
-    options = parser.parse_args()
-    found = measured(options.models)
-    place = HERE / "sampling_aware" / "order.json"
-    write_atomically(place, json.dumps(found, separators=(",", ":")) + "\n")
-    write_atomically(HERE / "SAMPLING_AWARE_ORDER.md", table(found))
+    measured(parser.parse_args().models, HERE / "sampling_aware_order.json")
 
 
 if __name__ == "__main__":
