@@ -121,3 +121,43 @@ def test_float64_is_made_of_device_values_in_one_place() -> None:
         if "working_dtype" in path.read_text()
     ]
     assert sorted(users) == ["statistics/exact.py", "statistics/normal_equations.py"]
+
+
+#: Float64 of what is on the CPU whatever the denoiser's device: moments, tables, what was brought home.
+ON_THE_CPU_ALREADY = {
+    "corrections/head_table.py", "corrections/ptqd.py", "corrections/stepbaq.py", "corrections/tac.py",
+    "corrections/tcec.py", "fitting/adapters/final_samples.py", "fitting/calibration/batch.py",
+    "fitting/lockstep/joined.py", "fitting/refit/site.py", "metrics/jackknife.py",
+    "metrics/picture_statistics.py", "metrics/precision_recall.py", "quantizers/rounding/gptq.py",
+}  # fmt: skip
+ROOMS = ("corrections", "fitting", "hosts", "low_rank", "metrics", "quantizers")
+
+
+def asking_for_float64(source: str) -> Iterator[int]:
+    """Lines that turn a tensor into float64 without making sure that its device knows that."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        given = {ast.unparse(a) for a in (*node.args, *(k.value for k in node.keywords))}
+        wide = node.func.attr == "double" or (
+            node.func.attr in ("to", "sum", "type") and "torch.float64" in given
+        )
+        origin = ast.unparse(node.func.value)
+        if wide and not any(at in origin for at in (".cpu()", "at_home(", "wide", ".numpy(")):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_float64_is_asked_for_where_there_is_one(room: str) -> None:
+    found = [
+        f"{name}:{line}"
+        for path in sorted((HOUSE / room).rglob("*.py"))
+        if (name := str(path.relative_to(HOUSE))) not in ON_THE_CPU_ALREADY
+        for line in asking_for_float64(path.read_text())
+    ]
+    assert not found, found
+
+
+def test_the_look_for_float64_finds_it() -> None:
+    lines = ["x.double()", "x.to(torch.float64)", "x.sum(dtype=torch.float64)", "x.cpu().double()"]
+    assert [*asking_for_float64("\n".join(lines))] == [1, 2, 3]

@@ -8,6 +8,7 @@ from torch import Tensor
 from evenkeel.errors import MetricError
 from evenkeel.estimate import Estimate
 from evenkeel.metrics.mean import mean_estimate
+from evenkeel.statistics.exact import at_home
 
 
 def per_image_alignment(matches: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def per_image_alignment(matches: Tensor) -> Tensor:
             "matches must be (n, attributes) in a floating point dtype, since NaN says that an "
             f"attribute is not mentioned; it is {tuple(matches.shape)} in {matches.dtype}."
         )
-    matches = matches.detach().to(torch.float64)
+    matches = at_home(matches.detach()).to(torch.float64)
     mentioned = ~matches.isnan()
     if not bool(((matches == 0) | (matches == 1) | ~mentioned).all()):
         wrong = matches[mentioned & (matches != 0) & (matches != 1)][0]

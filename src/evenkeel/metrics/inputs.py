@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import MetricError
+from evenkeel.statistics.exact import at_home
 
 
 class BlackImages(UserWarning):
@@ -111,4 +112,4 @@ def _checked_finite(values: Tensor, name: str) -> Tensor:
             f"the first is row {first}. Find out what made that row; leaving it out biases the "
             "comparison."
         )
-    return values.detach().to(torch.float64)
+    return at_home(values.detach()).to(torch.float64)

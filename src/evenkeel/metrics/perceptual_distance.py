@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import MetricError
+from evenkeel.statistics.exact import at_home
 
 
 def per_image_perceptual_distance(maps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
@@ -43,7 +44,8 @@ def per_image_perceptual_distance(maps: Sequence[Tensor], reference: Sequence[Te
         )
     layers = []
     for ours, theirs in zip(maps, reference, strict=True):
-        u, v = (m.double() / (m.double().norm(dim=1, keepdim=True) + 1e-10) for m in (ours, theirs))
+        wide = (at_home(m).double() for m in (ours, theirs))
+        u, v = (m / (m.norm(dim=1, keepdim=True) + 1e-10) for m in wide)
         layers.append((u - v).square().sum(1).mean((1, 2)))
     found = torch.stack(layers).mean(0)
     if not bool(found.isfinite().all()):

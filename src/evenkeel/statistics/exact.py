@@ -22,7 +22,18 @@ from torch import Tensor
 
 T = TypeVar("T")
 BLOCK = 64  # products added without keeping what was rounded away
+HAVE_FLOAT64 = frozenset({"cpu", "cuda"})  # kinds of devices that know it at all; Apple's does not
 WIDE = frozenset({"cpu"})  # kinds of devices that compute in float64
+
+
+def at_home(x: Tensor) -> Tensor:
+    """``x`` where it is, if that device knows float64; on the CPU otherwise.
+
+    >>> at_home(torch.ones(1)).device.type
+    'cpu'
+
+    """
+    return x if x.device.type in HAVE_FLOAT64 else x.cpu()
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

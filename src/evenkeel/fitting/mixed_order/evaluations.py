@@ -17,6 +17,7 @@ from evenkeel.hosts.pipeline.pipelines import quiet, uncompiled
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, install
 from evenkeel.quantizers.workspace.calibration_set import mapped
+from evenkeel.statistics.exact import at_home
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class MixedOrderRuns:
         """
         pairs = zip(self.middle, self.first, strict=True)
         return torch.stack(
-            [(u.output.double() - x.output.double()).square().mean() for u, x in pairs]
+            [
+                (at_home(u.output).double() - at_home(x.output).double()).square().mean()
+                for u, x in pairs
+            ]
         )
 
 

@@ -123,7 +123,7 @@ def level_at(scheduler: Any, index: int) -> tuple[float, float]:
         sigma = float(sigmas[index])
         return 1.0 - sigma, sigma
     if sigmas is not None and hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
-        alpha, sigma_t = scheduler._sigma_to_alpha_sigma_t(sigmas[index].double())
+        alpha, sigma_t = scheduler._sigma_to_alpha_sigma_t(sigmas[index].cpu().double())
         return float(alpha), float(sigma_t)
     if sigmas is not None and hasattr(scheduler, "init_noise_sigma") and not ipndm:
         if kinds & {"TCDScheduler", "LCMScheduler"}:
@@ -179,7 +179,7 @@ class _ProbeRun:
                 f"sample): {e}. This scheduler cannot be probed."
             ) from e
         self.index += 1
-        return np.asarray(result.double().reshape(-1).numpy())
+        return np.asarray(result.cpu().double().reshape(-1).numpy())
 
 
 def fresh_copy(scheduler: Any, begin: int = 0) -> Any:

@@ -40,7 +40,7 @@ class Told:
                 f"expected one timestep, or one per row; the denoiser was told a tensor of shape "
                 f"{tuple(given.shape)}. Scales of inputs per sampling step cannot be looked up."
             )
-        times = given.double().flatten().tolist()
+        times = given.cpu().double().flatten().tolist()
         self.times: tuple[float, ...] = tuple(times[:1] if len(set(times)) == 1 else times)
         self._entries: dict[tuple[float, ...], int | tuple[int, ...]] = {}
 

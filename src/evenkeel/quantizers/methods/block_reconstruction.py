@@ -217,7 +217,7 @@ class BlockTrial:
             layer = self._originals[name]
             exact = wide(layer(x.to(layer.get_parameter("weight").dtype)))
             off = torch.stack([(out - exact).square().sum(), exact.square().sum()])
-            sums[name] += off.double().cpu()
+            sums[name] += off.cpu().double()
 
         self.observe(see)
         return {

@@ -186,7 +186,7 @@ def salience_balance(activation: Tensor, weight: Tensor) -> Tensor:
             "expected saliences of shape (samples, channels) and (channels,), got "
             f"{tuple(activation.shape)} and {tuple(weight.shape)}."
         )
-    x, w = activation.double().cpu(), weight.double().cpu()
+    x, w = activation.cpu().double(), weight.cpu().double()
     if not bool((torch.isfinite(x) & (x >= 0)).all() & (torch.isfinite(w) & (w >= 0)).all()):
         raise QuantizationError(
             "saliences are largest magnitudes; found negative values, NaN or infinity. Calibrate in "

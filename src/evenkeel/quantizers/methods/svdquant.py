@@ -43,6 +43,7 @@ from evenkeel.quantizers.rounding.low_rank_refinement import (
 )
 from evenkeel.quantizers.rounding.smoothing import channel_span, exponents, factors_as, search
 from evenkeel.quantizers.workspace.workspace import ROWS, Workspace
+from evenkeel.statistics.exact import at_home
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ class SVDQuant(Method):
         """Of the layer's output on the calibration inputs, relative."""
         x, rounded = self._sides(part, part.factors, part.inputs)
         off = output_error(x, rounded, part.smoothed, part.branch, wide(made.weight.flatten(1)))
-        whole = float((x @ part.smoothed.T).square().sum(dtype=torch.float64))
+        whole = float(at_home((x @ part.smoothed.T).square()).sum(dtype=torch.float64))
         return math.sqrt(off / whole) if whole else 0.0
 
     def _layer(self, part: Part, hessian: Tensor | None) -> QuantizedLayer:

@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from evenkeel.errors import QuantizationError
+from evenkeel.statistics.exact import at_home
 
 #: Of every layer: for each number of bits it may have, the damage that does.
 Damage = Mapping[str, Mapping[int, float]]
@@ -135,8 +136,11 @@ def noise_share(found: Tensor, reference: Tensor) -> float:
     0.01
 
     """
-    wide = reference.double()
-    signal, error = wide.square().sum().item(), (found.double() - wide).square().sum().item()
+    wide = at_home(reference).double()
+    signal, error = (
+        wide.square().sum().item(),
+        (at_home(found).double() - wide).square().sum().item(),
+    )
     return _finite(error / signal if signal else float("nan"))
 
 
@@ -175,7 +179,7 @@ def structural_loss(found: Tensor, reference: Tensor) -> float:
 
 def _fields(t: Tensor) -> Tensor:
     """(N, C, positions), float64."""
-    wide = t.double()
+    wide = at_home(t).double()
     return wide.movedim(-1, 1) if t.ndim == 3 else wide.flatten(2)
 
 

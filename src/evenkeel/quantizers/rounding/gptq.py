@@ -12,6 +12,7 @@ from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.numbers.formats import wide
 from evenkeel.quantizers.numbers.grids import Grid
 from evenkeel.quantizers.numbers.scales import Scales, fit, snap
+from evenkeel.statistics.exact import at_home
 
 Order = Literal["given", "descending"]
 
@@ -40,7 +41,7 @@ def hessian_of(x: Tensor) -> Tensor:
         raise QuantizationError(
             f"Inputs must be floating point and not empty, got {tuple(x.shape)} of {x.dtype}."
         )
-    rows = x.detach().reshape(-1, x.shape[-1]).double()
+    rows = at_home(x.detach()).reshape(-1, x.shape[-1]).double()
     hessian = rows.T @ rows * (2 / len(rows))
     if not bool(torch.isfinite(hessian).all()):
         bad = x.numel() - int(torch.isfinite(x).sum())
@@ -96,6 +97,12 @@ def gptq(
 
     """
     _check(weight, hessian, damp, block, order)
+    if at_home(weight) is not weight:  # the device knows no float64
+        known = None if scales is None else _moved(scales, "cpu")
+        values, scales = gptq(
+            weight.cpu(), hessian.cpu(), grid, scales=known, damp=damp, block=block, order=order
+        )
+        return values.to(weight.device), _moved(scales, weight.device)
     exact = wide(weight.detach())
     group = grid.group if grid.group is not None and grid.group < weight.shape[1] else None
     late = scales is None and group is not None and order == "given"
@@ -126,6 +133,11 @@ def gptq(
             left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
     return values, shared if late else scales
+
+
+def _moved(scales: Scales, device: torch.device | str) -> Scales:
+    zero, unit = (None if t is None else t.to(device) for t in (scales.zero, scales.unit))
+    return Scales(scales.scale.to(device), zero, unit)
 
 
 def _per_row(scales: Scales, rows: int) -> Scales:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.errors import QuantizationError
+from evenkeel.statistics.exact import at_home
 
 Decomposition = Literal["exact", "randomized"]
 
@@ -64,11 +65,11 @@ def best_low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     """
     _check(weight, rank)
-    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(at_home(weight).double(), full_matrices=False)
     root = s[:rank].sqrt()
     # LAPACK returns columns; another memory layout would round a product differently.
     left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
-    return left.float().contiguous(), right.float().contiguous()
+    return left.float().contiguous().to(weight.device), right.float().contiguous().to(weight.device)
 
 
 def branch_of(
@@ -173,7 +174,8 @@ def output_error(
 
     """
     left = weight if branch is None else weight - branch.product(weight.dtype)
-    return float((x @ left.T - rounded @ residual.T).square().sum(dtype=torch.float64))
+    off = x @ left.T - rounded @ residual.T
+    return float(at_home(off.square()).sum(dtype=torch.float64))
 
 
 def _randomized(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLayer, QuantizedLinear
+from evenkeel.statistics.exact import at_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,12 @@ def attach(report: QuantizationReport, module: nn.Module) -> None:
     """Let a quantized module say what it is: it carries its report wherever it is copied to."""
     module.evenkeel_quantizer = report.quantizer  # type: ignore[assignment]
     module.evenkeel_report = report  # type: ignore[assignment]
+    if hasattr(
+        module, "save_pretrained"
+    ):  # of diffusers or transformers, who look here when saving
+        from evenkeel.quantizers.saved.diffusers_format import EvenkeelQuantizer
+
+        module.hf_quantizer = EvenkeelQuantizer.on(module)  # type: ignore[assignment]
 
 
 def report_on(module: nn.Module) -> QuantizationReport | None:
@@ -218,18 +225,18 @@ def report_of(
 
 def effective_weight(new: QuantizedLayer) -> Tensor:
     """What a full-precision layer would need as its weight to map as this one does, float64."""
-    weight = new.weight.double()
+    weight = at_home(new.weight).double()
     if isinstance(new, QuantizedLinear) and new.up is not None and new.down is not None:
-        weight = weight + new.up.double() @ new.down.double()
+        weight = weight + at_home(new.up).double() @ at_home(new.down).double()
     if new.smoothing is not None:
         shape = (-1,) + (1,) * (weight.ndim - 2)
-        weight = weight / new.smoothing.double().reshape(shape)
+        weight = weight / at_home(new.smoothing).double().reshape(shape)
     return weight
 
 
 def _relative_error(old: Tensor, new: Tensor) -> float:
-    norm = torch.linalg.vector_norm(old.double())
-    error = torch.linalg.vector_norm(old.double() - new)
+    wide = at_home(old).double()
+    norm, error = torch.linalg.vector_norm(wide), torch.linalg.vector_norm(wide - new)
     return float(error / norm) if norm > 0 else 0.0
 
 
