@@ -12,12 +12,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_pipelines import ALL, TinyPipeline
+from tiny_pipelines import ALL, TinyPipeline, generate
 from torch import Tensor, nn
 
 import evenkeel
 from evenkeel.comparing.comparison import compare, standard_arms
-from evenkeel.errors import CalibrationError, EvenkeelError, StorageError
+from evenkeel.errors import CalibrationError, EvenkeelError, Incompatible, StorageError
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.run import Run
@@ -343,3 +343,28 @@ def test_images_and_parts_are_not_used_again_for_other_components(tmp_path: Any)
 @pytest.fixture(scope="module")
 def sd3() -> TinyPipeline:
     return ALL["sd3"]()
+
+
+# ---- another resolution than measured
+
+
+def test_another_resolution_is_remarked_on_or_refused() -> None:
+    tiny = ALL["sd3"]()
+    quantized = quantize_module(tiny.model, QuantizerSpec.parse("w3a4-g8"))[0]
+    call = {k: v for k, v in tiny.call.items() if k != "output_type"}
+    asked = {"prompts": NAMES[:2], "num_inference_steps": STEPS, "call": call, "progress": False}
+    asked |= {"quantized": quantized, "guidance_scale": tiny.guidance_scale}
+    record = evenkeel.calibrate(tiny.pipe, **asked)
+    tac = evenkeel.fit_tac(tiny.pipe, **asked)
+    tiny.pipe.transformer = quantized
+    larger = {"height": 64, "width": 64}
+    with evenkeel.applied(tiny.pipe, evenkeel.QDrift(record.evidence, min_explained=0.0)):
+        generate(tiny, steps=STEPS)
+        with pytest.warns(UserWarning, match=r"measured on latents of shape \(4, 16, 16\).*32, 32"):
+            generate(tiny, steps=STEPS, **larger)
+        generate(tiny, steps=STEPS, **larger)  # once is enough
+    with (
+        evenkeel.applied(tiny.pipe, tac),
+        pytest.raises(Incompatible, match=r"shape \(4, 16, 16\).*\(4, 32, 32\)"),
+    ):
+        generate(tiny, steps=STEPS, **larger)

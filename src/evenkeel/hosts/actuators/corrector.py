@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,7 @@ class Corrector(Interceptor):
         self._lags = 0
         self._noise: ImageNoise | None = None
         self._index = -1
+        self._sizes: set[tuple[int, ...]] = set()  # that were remarked on
         self._samples: list[Tensor] = []
         self._outputs: list[Tensor] = []
 
@@ -124,6 +126,7 @@ class Corrector(Interceptor):
             self._plans = {key: plan}
             self._prepared = {}
         plan = self._plans[key]
+        self._compare_size(sample, plan)
         if sample.device not in self._prepared:
             self._prepared[sample.device] = [
                 StepChange.of(plan, k, self.layout, sample.device) for k in range(plan.law.steps)
@@ -133,6 +136,32 @@ class Corrector(Interceptor):
         self._lags = plan.samples.shape[1] - 1
         self._index = -1
         self._forget()
+
+    def _compare_size(self, sample: Tensor, plan: SamplerPlan) -> None:
+        """Say once that what is sampled has another size than what was measured; refuse what cannot be.
+
+        Raises:
+            Incompatible: the plan shifts every element of the state, and has others.
+
+        """
+        made_for, found = self.correction.made_for, tuple(sample.shape[1:])
+        if plan.shift is not None and plan.shift[0].numel() > 1:
+            expected = tuple(plan.shift.shape[1:])[-len(found) :]
+            if expected != found:
+                raise Incompatible(
+                    f"{self.correction.name} shifts every element of latents of shape {expected}; this run "
+                    f"samples {found}. Calibrate at this resolution, or use a correction per channel."
+                )
+        if made_for is None or found == tuple(made_for.latent_shape) or found in self._sizes:
+            return
+        self._sizes.add(found)
+        warnings.warn(
+            f"evenkeel: {self.correction.name} was measured on latents of shape "
+            f"{tuple(made_for.latent_shape)}, and this run samples {found}: its numbers are used as they "
+            f"are, and nobody has measured them at this resolution. Calibrate at it to be sure.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_undeclared(correction: Correction, plan: SamplerPlan) -> None:
