@@ -8,7 +8,10 @@ quantized one is sampled, ``compare`` measures whether that helped. Names are im
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evenkeel.applying import applied as applied
@@ -85,3 +88,58 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+# ---- what diffusers finds of this library
+
+_AUTO = "diffusers.quantizers.auto"  # where diffusers keeps its quantization methods
+
+
+class _OnFirstUse:
+    """A class of ``quantizers.saved.diffusers_format``, imported when diffusers needs it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._found(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._found, name)
+
+    @property
+    def _found(self) -> Any:
+        home = importlib.import_module("evenkeel.quantizers.saved.diffusers_format")
+        return getattr(home, self._name)
+
+
+def _announce(auto: Any) -> None:
+    """Let diffusers load what it saved of a network that this library quantized."""
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("evenkeel", _OnFirstUse("EvenkeelQuantizer"))
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("evenkeel", _OnFirstUse("EvenkeelConfig"))
+
+
+class _WhenDiffusersComes(MetaPathFinder):
+    """Waits for the import of diffusers' list, once, and finds nothing itself."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                _announce(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+if _AUTO in sys.modules:
+    _announce(sys.modules[_AUTO])
+else:
+    sys.meta_path.insert(0, _WhenDiffusersComes())

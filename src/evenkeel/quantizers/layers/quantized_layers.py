@@ -6,9 +6,13 @@ fly, so it shows what quantization does to the picture and nothing of what it do
 
 from __future__ import annotations
 
+import json
+from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,20 +22,33 @@ from evenkeel.quantizers.numbers.grids import Grid
 from evenkeel.quantizers.numbers.scales import Scales
 
 Stored = tuple[Grid, Scales]
+EXTRA = "_extra_state"  # torch's name for what a state dict holds of a layer beside its tensors
+_SCALES, _SAID = ("scale", "zero", "unit"), "said"
+_JOINING = (torch.cat, torch.concat, torch.concatenate, torch.stack, Tensor.copy_)
 
 
 class _OnItsGrid(Tensor):
     """What a layer shows of its weight: an ordinary tensor to whoever reads it.
 
-    Who fuses an adapter (peft, diffusers) assigns to ``data``, and is told why that is refused.
+    Who fuses an adapter (peft, diffusers) assigns to ``data``, and who fuses projections joins weights or
+    copies them into a plain layer: both are told why that is refused.
     """
 
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _JOINING and _among(cls, args):
+            raise QuantizationError(
+                "the weights of quantized layers cannot be joined or copied into a plain layer "
+                "(fuse_qkv_projections): how their inputs are rounded, smoothing and low-rank branches "
+                "would be lost. Fuse the full-precision network and quantize that, or leave it unfused."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         """A copy, so that nothing is changed before the refusal."""
-        return self.detach().clone()
+        return self.detach().clone().as_subclass(_OnItsGrid)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -43,11 +60,20 @@ class _OnItsGrid(Tensor):
         )
 
 
+def _among(kind: type, args: Any) -> bool:
+    """Whether one of what is joined, or what is copied, is of this class."""
+    given = args[0] if args and isinstance(args[0], (list, tuple)) else args[1:2]
+    return any(isinstance(part, kind) for part in given)
+
+
 class QuantizedLayer(nn.Module):
     """What quantized linear and convolution layers have in common. All tensors are buffers.
 
     Its subclasses are linear layers and convolutions to ``isinstance``, so that peft and diffusers put
     LoRAs beside them; fusing one into the weight is refused.
+
+    In the state dict of a network every layer has an entry more than its tensors, which says how they are
+    to be read: no plain layer takes them for its own.
 
     ``stored`` tells which grid the weight lies on, so that files hold codes; None where nobody
     knows, or where the weight was not rounded. It is checked when the layer is written.
@@ -57,6 +83,7 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
     smoothing: Tensor | None
     activation: Input | None
+    _extra_state = None  # diffusers looks for whatever a state dict holds
 
     def __init__(
         self,
@@ -77,6 +104,86 @@ class QuantizedLayer(nn.Module):
         found: Any = nn.Module.__getattr__(self, name)
         plain = type(found) is Tensor  # a subclass has ways of its own
         return found.as_subclass(_OnItsGrid) if name == "weight" and plain else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter):
+            raise QuantizationError(
+                "the weight of a quantized layer is on its grid already, and another backend (torchao's "
+                "quantize_?) puts its own in place. Quantize the full-precision network, or leave these "
+                "layers out of it."
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As every module does; but numbers of 8 bits (layerwise casting) cannot hold a grid of others."""
+        weight = self._held
+        given = fn(weight.new_empty(1))
+        if given.is_floating_point() and given.element_size() == 1 < weight.element_size():
+            fn = partial(Tensor.to, device=given.device)
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+    # ---- what a state dict says of it
+
+    def description(self) -> Tensor:
+        """How its tensors are to be read, with the scales of its weight: bytes of a safetensors file."""
+        grid = None if self.stored is None else self.stored[0].as_dict()
+        activation = None if self.activation is None else self.activation.as_dict()
+        said = json.dumps({"grid": grid, "activation": activation}, sort_keys=True)
+        scales = () if self.stored is None else astuple(self.stored[1])
+        kept = {
+            name: t.detach().cpu().contiguous()
+            for name, t in zip(_SCALES, scales, strict=False)
+            if t is not None
+        }
+        text = torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(save({_SAID: text, **kept})), dtype=torch.uint8)
+
+    def set_description(self, found: Tensor) -> None:
+        """Take over what ``description`` gave.
+
+        Raises:
+            QuantizationError: it is of a layer that rounds its input otherwise, or damaged.
+
+        """
+        try:
+            tensors = {n: t.clone() for n, t in load(found.cpu().numpy().tobytes()).items()}
+            said = json.loads(bytes(tensors.pop(_SAID).tolist()))
+            theirs, grid = said["activation"], said["grid"]
+            scales = None if grid is None else Scales(tensors.pop("scale"), **tensors)
+            stored = None if scales is None else (Grid.from_dict(grid), scales)
+        except Exception as e:
+            raise QuantizationError(
+                f"the description of a quantized layer cannot be read: {e}."
+            ) from e
+        ours = None if self.activation is None else self.activation.as_dict()
+        if theirs != json.loads(json.dumps(ours)):
+            raise QuantizationError(
+                f"the state dict is of a layer that rounds its input as {theirs}, and this one does as "
+                f"{ours}. Load it into a network that was quantized in the same way."
+            )
+        self.stored = stored
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix:  # of a network
+            destination[f"{prefix}{EXTRA}"] = self.description()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        found = state_dict.pop(f"{prefix}{EXTRA}", None)
+        if found is not None:
+            self.set_description(found)
+        elif prefix and strict:
+            missing.append(f"{prefix}{EXTRA}")  # a plain layer's, which knows nothing of all this
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+
+    @property
+    def _held(self) -> Tensor:
+        """The weight for those who compute with it here: the tensor itself."""
+        found = self._buffers["weight"]
+        assert found is not None
+        return found
 
     @property
     def activation_bits(self) -> int:
@@ -149,7 +256,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = F.linear(self.rounded(x), self.weight, self.bias)
+        y = F.linear(self.rounded(x), self._held, self.bias)
         if self.down is not None and self.up is not None:
             y = y + F.linear(F.linear(self.smoothed(x), self.down), self.up)
         if self.first_token is not None:
@@ -226,7 +333,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, self._held, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """What ``print`` shows between the parentheses."""

@@ -69,6 +69,7 @@ def save_quantized(
     class_name = type(module).__name__
     _model_class(class_name)
     config = json.loads(module.to_json_string())  # type: ignore[operator]
+    config.pop("quantization_config", None)  # diffusers' format of the same
     report = _report(module)
     layers, packed = {}, {}
     with sensible_threads(module):
