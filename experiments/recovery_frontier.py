@@ -121,7 +121,7 @@ def figure(cells: dict[str, dict[str, Any]], place: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "frontier"
+    matplotlib.rcParams |= {"svg.hashsalt": "frontier", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     picture, axes = pyplot.subplots(figsize=(8, 5))
@@ -138,7 +138,6 @@ def figure(cells: dict[str, dict[str, Any]], place: Path) -> None:
         axes.errorbar(x, y, bars, marker=".", color="#1b6ca8", linewidth=1, capsize=2)
         axes.plot(x[0], y[0], "o", color="#555555")
         axes.annotate(cell["base"], (x[0], y[0]), (4, -9), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
     axes.set_xlabel("kB of the quantized denoiser, adapters included")
     axes.set_ylabel("PSNR to full precision, dB [95 %]")
     axes.set_title("Grey: weights alone. Blue: with recovery adapters of 4, 11 and 22 % more bytes")
