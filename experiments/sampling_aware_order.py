@@ -143,7 +143,7 @@ def terms(
                 "deviation": rms(states[t] - exact[t]),
             }
         )
-    return rows
+    return [{k: float(f"{v:.4g}") for k, v in row.items()} for row in rows]
 
 
 def curvature(solver: Solver, noise: Tensor, predict: Predict) -> dict[str, float]:
