@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
-from evenkeel.storage import Kind, Tensors, check_tensors, kind_of, read_tensors, write_tensors
+from evenkeel.storage import (
+    Kind,
+    Tensors,
+    alone,
+    check_tensors,
+    kind_of,
+    read_tensors,
+    write_tensors,
+)
 
 IMAGES = Kind("images", 1, "remove that folder or use another", keys=("made_by", "seconds"))
 _SCHEMA = {"images": Tensors(torch.uint8, ("images", 3, "height", "width"))}
@@ -61,7 +69,9 @@ def generate(
     """
     made, seconds = [], []
     identity = {} if folder is None else identity_of(run, arm)
-    with sampling_as(run, arm):
+    # Of several processes one holds the folder for all of them.
+    held = nullcontext() if folder is None or not processes().main else alone(folder)
+    with held, sampling_as(run, arm):
         for batch in run.share():
             processes().check()
             asked = {**identity, "seed": batch.seed, "prompts": batch.prompts.keys}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from evenkeel.quantizers.saved.report import QuantizationReport
 from evenkeel.quantizers.workspace.alignment import MixedOrder
 from evenkeel.quantizers.workspace.calibration_set import CalibrationSet, kept
 from evenkeel.quantizers.workspace.workspace import Workspace
+from evenkeel.storage import alone
 
 PARTIAL = "partial"
 
@@ -70,12 +72,37 @@ def quantize(
         The denoiser (see ``save_quantized`` and ``compare``) and the report.
 
     Raises:
-        QuantizationError: no prompts for a method that calibrates; ``out`` holds another run;
-            what the method itself refuses.
+        QuantizationError: no prompts for a method that calibrates; what the method itself refuses.
+        StorageError: ``out`` holds another run, or another process is at work in it.
 
     """
+    asked = (
+        prompts,
+        num_inference_steps,
+        guidance_scale,
+        calibration_steps,
+        batch_size,
+        seed,
+        call,
+    )
+    with nullcontext() if out is None else alone(Path(out) / PARTIAL):
+        return _quantized(pipeline, method, *asked, None if out is None else Path(out), progress)
+
+
+def _quantized(
+    pipeline: Any,
+    method: Quantizer,
+    prompts: Sequence[Prompt],
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    calibration_steps: int,
+    batch_size: int,
+    seed: int,
+    call: dict[str, Any] | None,
+    folder: Path | None,
+    progress: bool,
+) -> tuple[nn.Module, QuantizationReport]:
     denoiser = denoiser_of(pipeline)
-    folder = None if out is None else Path(out)
     if isinstance(method, TrainedMethod):
         if not prompts or num_inference_steps is None:
             raise QuantizationError(
@@ -136,9 +163,10 @@ def quantize(
 def _save(quantized: nn.Module, folder: Path) -> None:
     """The result, and nothing more of what was kept meanwhile."""
     save_quantized(quantized, folder)
-    for file in (folder / PARTIAL).iterdir():
-        file.unlink()
-    (folder / PARTIAL).rmdir()
+    for file in (folder / PARTIAL).glob("*"):
+        file.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        (folder / PARTIAL).rmdir()
 
 
 def calibration_set(

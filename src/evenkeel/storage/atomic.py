@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def write_atomically(path: Path, content: Content) -> Path:
         partial.touch()  # with the permissions that this process gives to new files
         mode = (path if path.exists() else partial).stat().st_mode
         if callable(content):
-            content(partial)
+            _written(content, partial)
         else:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.chmod(mode & 0o777)
@@ -42,6 +43,20 @@ def write_atomically(path: Path, content: Content) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _written(content: Callable[[Path], Any], place: Path) -> None:
+    """Let it write; what the system refused is an OSError, whatever a library makes of it."""
+    try:
+        content(place)
+    except OSError:
+        raise
+    except Exception as e:
+        refused = re.search(r"\(os error (\d+)\)", str(e))  # as Rust says it
+        if refused is None:
+            raise
+        number = int(refused.group(1))
+        raise OSError(number, os.strerror(number)) from e
 
 
 def _sweep(path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from evenkeel.errors import StorageError
 
+LOCK = ".evenkeel.lock"  # whoever removes the folder meanwhile removes it, too
+
 
 @contextmanager
 def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
@@ -22,7 +24,7 @@ def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    path = place / ".evenkeel.lock"
+    path = place / LOCK
     try:
         import fcntl
     except ImportError:  # Windows: nothing of the kind without a package

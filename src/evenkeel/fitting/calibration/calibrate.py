@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.record import Record
 from evenkeel.record.closed_loop import ClosedLoop
+from evenkeel.storage import alone
 
 
 def calibrate(
@@ -85,7 +87,7 @@ def calibrate(
     Raises:
         CalibrationError: no prompts, identical twins, non-finite outputs, outputs of another shape,
             a pipeline that is not repeatable.
-        StorageError: the resume folder is of another calibration, or damaged.
+        StorageError: the resume folder is of another calibration, damaged, or another process's now.
         UnsupportedPipeline, UnsupportedSampler: see there.
 
     Example: see ``examples/three_lines.py``.
@@ -110,7 +112,9 @@ def calibrate(
             "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
         )
     us = processes()
-    with us.telling():
+    # Of several processes one holds the folder for all of them.
+    held = nullcontext() if resume is None or not us.main else alone(resume)
+    with us.telling(), held:
         parts = Parts.of(run, resume, us.count, trajectory, correction, histograms)
         pairs = SideBySide(run, trajectory, correction, histograms)
         batches = run.batches()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.errors import CalibrationError
-from evenkeel.hosts.run import Run
+from evenkeel.hosts.run import Batch, Run
 from evenkeel.record import Record, canonical_order, prompt_key
 from evenkeel.statistics.histogram import Frame
 from evenkeel.storage import Kind, claim
+from evenkeel.storage.lock import LOCK
 
 CLAIM = Kind("calibration", 1, "remove that folder or pass another one", keys=("calibration",))
 
@@ -24,8 +26,8 @@ class Parts:
     Batches must be put in order. Nothing grows with the number of batches but the record itself.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, batches: Sequence[Batch] = ()) -> None:
+        self._folder, self._batches = folder, batches
         self._folded: Record | None = None
 
     @classmethod
@@ -63,7 +65,7 @@ class Parts:
             ],
         }
         claim(Path(resume) / "calibration.json", CLAIM, asked)
-        return cls(Path(resume))
+        return cls(Path(resume), run.batches())
 
     def path(self, index: int) -> Path | None:
         """The file of one batch; None when nothing is kept on disk."""
@@ -84,8 +86,7 @@ class Parts:
 
     def frame(self) -> Frame:
         """The pilot frame that the first batch made, in this process or in another."""
-        path = self.path(0)
-        first = self._folded if path is None else Record.load(path)
+        first = self._folded if self._folder is None else self._part(0)
         assert first is not None
         return first.frame
 
@@ -93,20 +94,40 @@ class Parts:
         """All ``n`` batches as one record, rows in canonical order."""
         record = self._folded
         for index in range(n):
-            path = self.path(index)
-            if path is not None:
-                part = Record.load(path)
+            if self._folder is not None:
+                part = self._part(index)
                 record = part if record is None else record.merge(part)
         assert record is not None
         order = canonical_order(record.prompt_keys, record.seeds)
         assert torch.equal(order, torch.arange(len(order)))
         return record
 
+    def _part(self, index: int) -> Record:
+        """A finished batch, which holds the rows of this batch and of no other.
+
+        Raises:
+            StorageError: damaged, or of other prompts or seeds.
+
+        """
+        path, batch = self.path(index), self._batches[index]
+        assert path is not None
+        part = Record.load(path)
+        keys = torch.stack([prompt_key(text) for text in batch.prompts.keys])
+        seeds = torch.tensor([*batch.seeds], dtype=torch.int64)
+        order = canonical_order(keys, seeds)
+        same = torch.equal(part.seeds, seeds[order]) and torch.equal(part.prompt_keys, keys[order])
+        if not same:
+            raise CLAIM.error(
+                f"{path} holds other prompts or seeds than this batch's ({batch.seeds[0]} to "
+                f"{batch.seeds[-1]}): {CLAIM.remedy}."
+            )
+        return part
+
     def tidy(self) -> None:
         """Remove what calibration wrote, and the folder itself unless it holds something else."""
         if self._folder is None:
             return
-        for pattern in ("part-*.safetensors*", "calibration.json*"):
+        for pattern in ("part-*.safetensors*", "calibration.json*", LOCK):
             for path in self._folder.glob(pattern):
                 path.unlink()
         with contextlib.suppress(OSError):

@@ -24,8 +24,8 @@ from evenkeel.storage import (
 
 _AGAIN = "remove the folder and quantize again"
 RUN = Kind("quantization run", 1, _AGAIN, keys=("run",))
-UNIT = Kind("quantized unit", 1, _AGAIN, keys=("layers", "reports"))
-STAGE = Kind("quantization stage", 1, _AGAIN, keys=("result",))
+UNIT = Kind("quantized unit", 2, _AGAIN, keys=("made_by", "layers", "reports"))
+STAGE = Kind("quantization stage", 2, _AGAIN, keys=("made_by", "result"))
 
 
 class Partial:
@@ -41,7 +41,7 @@ class Partial:
     """
 
     def __init__(self, folder: Path | None, identity: str) -> None:
-        self.folder = folder
+        self.folder, self._identity = folder, identity
         if folder is None:
             return
         claim(folder / "run.json", RUN, {"identity": identity})
@@ -56,7 +56,8 @@ class Partial:
         for name, layer in layers.items():
             own, descriptions[name] = write_layer(layer)
             tensors.update({f"{name}.{k}": v for k, v in own.items()})
-        header = {"layers": descriptions, "reports": [asdict(r) for r in reports]}
+        found = [asdict(r) for r in reports]
+        header = {"made_by": self._made_by(unit), "layers": descriptions, "reports": found}
         write_tensors(self._place(unit), UNIT, header, tensors)
 
     def read(
@@ -66,6 +67,7 @@ class Partial:
         if self.folder is None or not self._place(unit).exists():
             return None
         header, tensors = read_tensors(self._place(unit), UNIT)
+        self._refuse_another(self._place(unit), UNIT, header["made_by"], unit)
         made = {}
         with UNIT.valid(self._place(unit)):
             for name, description in header["layers"].items():
@@ -81,8 +83,20 @@ class Partial:
             return compute()
         path = self.folder / f"{name}.json"
         if not path.exists():
-            write_json(path, STAGE, {"result": compute()})
-        return read_json(path, STAGE)["result"]
+            write_json(path, STAGE, {"made_by": self._made_by(name), "result": compute()})
+        found = read_json(path, STAGE)
+        self._refuse_another(path, STAGE, found["made_by"], name)
+        return found["result"]
+
+    def _made_by(self, part: str) -> list[str]:
+        return [self._identity, part]
+
+    def _refuse_another(self, path: Path, kind: Kind, said: Any, part: str) -> None:
+        """A file that was moved here from another run, or from another part of this one."""
+        if said != self._made_by(part):
+            raise kind.error(
+                f"{path} was made by {said}, expected {self._made_by(part)}: {_AGAIN}."
+            )
 
     def _place(self, unit: str) -> Path:
         assert self.folder is not None
