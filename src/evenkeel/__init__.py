@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from evenkeel.fitting.bits.quantize_to_budget import quantize_to_budget as quantize_to_budget
     from evenkeel.fitting.quantize import quantize as quantize
     from evenkeel.fitting.training.train_adapters import train_adapters as train_adapters
+    from evenkeel.hosts.pipeline.prompts import Prompts as Prompts
     from evenkeel.hosts.scheduler.probing import probe_scheduler as probe_scheduler
     from evenkeel.planning.plan import plan as plan
     from evenkeel.quantizers import QuantizerSpec as QuantizerSpec
@@ -51,6 +52,7 @@ _HOME = {
     "Estimate": "estimate",
     "ExactDrift": "corrections",
     "Identity": "corrections",
+    "Prompts": "hosts.pipeline.prompts",
     "QDrift": "corrections",
     "QuantizerSpec": "quantizers",
     "Readout": "corrections",

@@ -46,7 +46,9 @@ class StepWeighted:
             unit = 1.0
         found = np.array([moved[nearest((times * unit).tolist(), level)] for level in levels])
         self._loss, self._denoiser = loss, run.denoiser
-        self._weights: dict[float, float] = dict(zip(levels, (found / found.mean()).tolist(), strict=True))
+        self._weights: dict[float, float] = dict(
+            zip(levels, (found / found.mean()).tolist(), strict=True)
+        )
 
     def __call__(self, call: AlignedCall, output: Tensor) -> Tensor:
         """0-dimensional."""
