@@ -14,11 +14,13 @@ from evenkeel.quantizers.layers.patterns import DEFAULT_SKIP
 from evenkeel.quantizers.layers.quantized_layers import QuantizedConv2d, QuantizedLinear
 from evenkeel.quantizers.methods.base import Method, quantize_module
 from evenkeel.quantizers.methods.catalogue import METHODS
+from evenkeel.quantizers.methods.efficientdm import EfficientDM
 from evenkeel.quantizers.methods.mixdq import MixDQ
 from evenkeel.quantizers.methods.ptq4dit import PTQ4DiT
 from evenkeel.quantizers.methods.q_diffusion import QDiffusion
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.methods.sa_ptq import SAPTQ
+from evenkeel.quantizers.methods.sa_qlora import SAQLoRA
 from evenkeel.quantizers.methods.spec import QuantizerSpec
 from evenkeel.quantizers.methods.svdquant import SVDQuant
 from evenkeel.quantizers.methods.vidit_q import ViDiTQ
@@ -30,6 +32,7 @@ __all__ = [
     "DEFAULT_SKIP",
     "METHODS",
     "SAPTQ",
+    "EfficientDM",
     "LayerReport",
     "Method",
     "MixDQ",
@@ -40,6 +43,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizerSpec",
     "RoundToNearest",
+    "SAQLoRA",
     "SVDQuant",
     "ViDiTQ",
     "best_low_rank",
