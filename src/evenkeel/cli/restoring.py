@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from evenkeel.cli.options import (
     several,
 )
 from evenkeel.cli.outputs import output, restored
+
+UNFINISHED = ".evenkeel-unfinished"  # in the folder, until it is complete
 
 
 def add_restore(commands: Any) -> None:
@@ -48,7 +52,8 @@ def add_restore(commands: Any) -> None:
         help="other images to measure on; 0 measures nothing",
     )
     parser.add_argument("--no-readout", action="store_true", help="adapters alone")
-    output(parser, restored, default=Path("restored"), help="folder")
+    said = "folder; after a kill the same command goes on with what it finds there"
+    output(parser, restored, default=Path("restored"), help=said)
 
 
 def share(text: str) -> float:
@@ -84,6 +89,7 @@ def _run_restore(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         evaluator=evaluator_for(pipeline),
         readout=not options.no_readout,
+        folder=options.out / UNFINISHED,
         progress=not options.json,
         **settings,
     )
@@ -98,6 +104,10 @@ def _run_restore(options: argparse.Namespace) -> None:
     written = bool(found.parts) or found.refitted is not None
     if written and processes().main:
         write_restored(options.out, found, described, [*map(str, measured_on)])
+    if processes().main:
+        shutil.rmtree(options.out / UNFINISHED, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what is there stays
+            options.out.rmdir()
     place = f"\n{options.out}" if written else "\nnothing was written"
     what = {"out": str(options.out) if written else None, **found.as_dict()}
     say(options, what, f"{found.sentence}\n{place}")

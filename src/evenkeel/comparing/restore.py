@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,20 +10,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from evenkeel.comparing.comparison import Arm, Comparison, Evaluator, compare, standard_arms
-from evenkeel.corrections.base import Correction
+from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.readout import Readout
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import EvenkeelError
 from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.fit_adapters import AdapterReport, Fitted, fitted
+from evenkeel.fitting.adapters.kept import Kept
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.readout.fit_readout import fit_readout
 from evenkeel.fitting.refit.refit_branches import refit_branches
 from evenkeel.hosts.actuators.beside import with_adapters
 from evenkeel.hosts.pipeline.prompts import Prompt
+from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
+from evenkeel.quantizers import load_quantized, save_quantized
 from evenkeel.quantizers.layers.quantized_layers import Quantized
+from evenkeel.record import load, save
 from evenkeel.statistics.student import mean_and_bound
 
 RESTORED = "restored"
@@ -123,6 +128,7 @@ def restore(
     call: dict[str, Any] | None = None,
     evaluator: Evaluator | None = None,
     readout: bool = True,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Restored:
     """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
@@ -144,6 +150,7 @@ def restore(
         call: further arguments of the pipeline call.
         evaluator: of images, as of ``compare``.
         readout: whether to try one.
+        folder: for what is finished. After a kill, the same call goes on there. It is not removed.
         progress: show bars.
 
     Raises:
@@ -155,16 +162,19 @@ def restore(
         "batch_size": batch_size,
         "call": call,
     }
+    kept = Kept.of(folder)
     run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=quantized, **asked)
     if len(measured_on):
         Run(pipeline, measured_on, num_inference_steps, **asked)  # refused now, not after the fit
-    refit, refit_gain = _refitted(run, progress) if has_branches(quantized) else (None, None)
+    refit, refit_gain = _refitted(run, progress, kept) if has_branches(quantized) else (None, None)
     base = quantized if refit is None else refit
     if refit is not None:
         run = Run(pipeline, prompts, num_inference_steps, seed=seed, quantized=base, **asked)
-    fit = fitted(run, budget, progress=progress)
+    fit = fitted(run, budget, folder=folder, progress=progress)
     adapters = fit.adapters
-    head, gained, why = _readout(run, fit, progress) if readout else (None, None, "not asked for")
+    head, gained, why = (
+        _readout(run, fit, progress, kept) if readout else (None, None, "not asked for")
+    )
     found = Restored(adapters, fit.report, head, gained, why, refit, refit_gain)
     arms = found.arms(quantized)
     if not (arms and len(measured_on)):
@@ -176,6 +186,7 @@ def restore(
             found.unmeasured[count] = "the readout that was kept belongs to the fitted steps"
             continue
         arm = arms[0] if whole else Arm(RESTORED, base, adapters)
+        made_by = {**_identity(run), "count": count, "restored": digest_of(arm.correction)}
         try:
             found.measured[count] = compare(
                 pipeline,
@@ -183,6 +194,7 @@ def restore(
                 prompts=measured_on,
                 num_inference_steps=count,
                 evaluator=evaluator,
+                folder=kept.path("images", made_by, ""),
                 progress=progress,
                 **asked,
             )
@@ -210,27 +222,51 @@ def _as_asked(run: Run) -> dict[str, Any]:
     }
 
 
-def _refitted(run: Run, progress: bool) -> tuple[nn.Module | None, tuple[float, float] | None]:
+def _identity(run: Run) -> dict[str, Any]:
+    """Everything that decides about what is fitted with a run."""
+    texts = run.prompts.texts
+    size = {"batch_size": run.batch_size, "seed": run.seed}
+    return {**run.identity, **size, "prompts": texts, "twins": run.twins}
+
+
+def _refitted(
+    run: Run, progress: bool, kept: Kept
+) -> tuple[nn.Module | None, tuple[float, float] | None]:
     """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
     pairs = Pairs.of(run, choosing=False)
     if len(pairs.fit.prompts) < 2:
         return None, None  # one prompt is not enough for a refit
-    module, _ = refit_branches(run.pipeline, progress=progress, **_as_asked(pairs.fit))
-    said = mean_and_bound(FinalSamples(pairs.held_out).gains_of(module, pairs.confirm))
+    made_by = _identity(pairs.fit)
+    place = kept.path("refitted", made_by, "")
+    if place is not None and kept.get("refit", made_by) is not None:
+        module = load_quantized(place)[0]
+    else:
+        module, _ = refit_branches(run.pipeline, progress=progress, **_as_asked(pairs.fit))
+        if place is not None and processes().main:
+            save_quantized(module, place)
+            kept.put("refit", made_by, "done", {})
+    said = mean_and_bound(FinalSamples(pairs.held_out, kept).gains_of(module, pairs.confirm))
     return (module if said[1] > 0 else None), said
 
 
 def _readout(
-    run: Run, found: Fitted, progress: bool
+    run: Run, found: Fitted, progress: bool, kept: Kept
 ) -> tuple[Readout | None, tuple[float, float] | None, str]:
     """A readout of the denoiser with its adapters, what it adds, and why there is none."""
     _, quantized = run.pair
-    try:
-        with with_adapters(quantized, found.adapters):
-            fit = Pairs.of(run).fit
-            readout = fit_readout(run.pipeline, progress=progress, **_as_asked(fit))
-    except EvenkeelError as e:
-        return None, None, str(e)
+    fit = Pairs.of(run).fit
+    place = kept.path("readout", {**_identity(fit), "beside": found.adapters.digest()})
+    if place is not None and place.exists():
+        readout = load(place)
+        assert isinstance(readout, Readout)
+    else:
+        try:
+            with with_adapters(quantized, found.adapters):
+                readout = fit_readout(run.pipeline, progress=progress, **_as_asked(fit))
+        except EvenkeelError as e:
+            return None, None, str(e)
+        if place is not None and processes().main:
+            save(readout, place)
     gains = found.held_out.gains(found.confirm, found.adapters.layers, readout) - found.gains
     said = mean_and_bound(gains)
     if said[1] > 0:

@@ -97,7 +97,7 @@ class OutputMetric:
         weighted, felt = times(self.inputs, down.T), self._felt(up.T)
         return float((felt * (2 * change @ weighted - up.T @ (down @ weighted))).sum())
 
-    def components(self, change: Tensor, limit: int) -> Components:
+    def components(self, change: Tensor, limit: int, error: float | None = None) -> Components:
         """The best map of every rank up to ``limit`` towards ``change`` (O, F), in this metric.
 
         With ``C^T D L = U diag(s) V^T`` the best map of rank r is ``C^-T U_r diag(s_r) V_r^T L^-1``
@@ -106,11 +106,12 @@ class OutputMetric:
         Args:
             change: D, what the map should be.
             limit: at most so many components.
+            error: of ``change``, where it is known.
 
         """
         change = self.working(change)
         limit = min(limit, *change.shape)
-        total = self.error(change)
+        total = self.error(change) if error is None else error
         if self.roots is None:
             up, down, gain = self._iterated(change, limit)
         else:

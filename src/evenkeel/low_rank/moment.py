@@ -88,3 +88,10 @@ def second_moment(rows: Tensor, ridge: float = RIDGE, wide: int = WIDE) -> Momen
     moment = share * product
     moment.diagonal().copy_(whole)
     return moment
+
+
+def moment_as_it_is(rows: Tensor) -> Moment:
+    """``mean(x x^T)`` over rows (n, F), not shrunk: to check on what was fitted to others, in float32."""
+    rows = rows.float() / max(len(rows), 1) ** 0.5
+    few = len(rows) < rows.shape[1]
+    return RowMoment(rows, rows.new_zeros(rows.shape[1])) if few else rows.T @ rows

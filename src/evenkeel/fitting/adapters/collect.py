@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.kept import NOTHING, Kept, identity_of
 from evenkeel.fitting.adapters.row_sample import row_keys
 from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.beside import input_of
@@ -58,7 +60,9 @@ class _Watch(Interceptor):
         return result
 
 
-def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool) -> Collected:
+def collect(
+    run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool, kept: Kept = NOTHING
+) -> Collected:
     """Sample with the quantized denoiser and keep rows of what enters every layer, and of gradients.
 
     Gradients are those of the full-precision denoiser at the same inputs. The weight of a step's probe is
@@ -70,6 +74,7 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
         sites: to be filled.
         probed: prompts of which gradients are taken; 0 takes none.
         progress: show a bar.
+        kept: where rows of finished batches are, and are looked for.
 
     Raises:
         CalibrationError: values that are not finite.
@@ -94,11 +99,25 @@ def collect(run: Run, sites: Mapping[str, Site], *, probed: int, progress: bool)
             watch.calls += 1
 
         stack.callback(quantized.register_forward_hook(ask, with_kwargs=True).remove)
+
+        def sampled(batch: Batch) -> Tensor | None:
+            watch.step, watch.calls, watch.first, rows.batch = 0, 0, None, batch
+            run.sample(batch)
+            return watch.first
+
+        first = None
         for batch in bar:
             us.check()
-            watch.step, watch.calls, rows.batch = 0, 0, batch
-            run.sample(batch)
-    first = _exchanged(us, sites, watch.first)
+            made_by = {
+                **identity_of(run, batch),
+                "twins": run.twins if kept.folder else (),
+                "first seed": run.seed,
+                "probed": batch.first < probed,
+                "rows": {name: site.inputs.size for name, site in sites.items()},
+            }
+            entered = kept.rows(made_by, sites, partial(sampled, batch))
+            first = entered if first is None else first
+    first = _exchanged(us, sites, first)
     if first is None:
         raise CalibrationError(
             f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to fit."

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from evenkeel.applying import applied
-from evenkeel.corrections.base import Correction
+from evenkeel.corrections.base import Correction, digest_of
+from evenkeel.corrections.digest import digest
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.kept import NOTHING, Kept, identity_of
 from evenkeel.fitting.adapters.pairs import part
 from evenkeel.hosts.actuators.beside import attach, detach
 from evenkeel.hosts.pipeline.pipelines import eager, uncompiled
 from evenkeel.hosts.processes import processes
-from evenkeel.hosts.run import Run
+from evenkeel.hosts.run import Batch, Run
 from evenkeel.low_rank.factors import LayerAdapter
 
 
@@ -25,11 +28,12 @@ class FinalSamples:
 
     Args:
         run: of these pairs, with a quantized twin.
+        kept: where finished samples are, and are looked for.
 
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, kept: Kept = NOTHING) -> None:
+        self.run, self.kept = run, kept
         self._full = self._sampled(run, denoiser=run.denoiser)
 
     @cached_property
@@ -55,20 +59,22 @@ class FinalSamples:
 
         """
         before = self._before[over.start : over.stop]
+        some = self._part(over)
         with beside(self.run, adapters):
-            return gain(before, self.errors_of(None, over, correction))
+            found = self._sampled(some, correction=correction, adapters=adapters)
+        return gain(before, self._errors(found, self._full[over.start : over.stop]))
 
     def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
         """The same for another quantized denoiser in place of the run's."""
         return gain(self._before[over.start : over.stop], self.errors_of(quantized, over))
 
-    def errors_of(
-        self, quantized: nn.Module | None, over: range, correction: Correction | None = None
-    ) -> Tensor:
-        """(pairs,) float64, squared error of the final sample with this denoiser, or the run's."""
-        some = part(self.run, list(over), self.run.seed + over.start)
-        found = self._sampled(some, denoiser=quantized, correction=correction)
+    def errors_of(self, quantized: nn.Module, over: range) -> Tensor:
+        """(pairs,) float64, squared error of the final sample with this denoiser."""
+        found = self._sampled(self._part(over), denoiser=quantized)
         return self._errors(found, self._full[over.start : over.stop])
+
+    def _part(self, over: range) -> Run:
+        return part(self.run, list(over), self.run.seed + over.start)
 
     @staticmethod
     def _errors(found: Tensor, full: Tensor) -> Tensor:
@@ -80,21 +86,38 @@ class FinalSamples:
             )
         return each
 
-    @staticmethod
     def _sampled(
-        run: Run, *, denoiser: nn.Module | None = None, correction: Correction | None = None
+        self,
+        run: Run,
+        *,
+        denoiser: nn.Module | None = None,
+        correction: Correction | None = None,
+        adapters: Sequence[LayerAdapter] = (),
     ) -> Tensor:
         us, made = processes(), []
         network = uncompiled(run.pair[1] if denoiser is None else denoiser)
         with eager(network), run.undisturbed(network), ExitStack() as stack:
             if correction is not None:
                 stack.enter_context(applied(run.pipeline, correction, allow=("denoiser",)))
+            made_by: dict[str, Any] = {}
+            if self.kept.folder is not None:
+                made_by = {
+                    "denoiser": run.fingerprint(network),
+                    "adapters": digest(tuple(adapters)),
+                    "correction": digest_of(correction),
+                }
             for batch in run.share():
                 us.check()
-                made.append(torch.as_tensor(run.sample(batch)).detach().cpu())
+                made_by = {**made_by, **identity_of(run, batch)}
+                one = partial(_one, run, batch)
+                made.append(self.kept.tensor("samples", made_by, one))
         # Of several processes each samples a share, and all see all samples.
         found = us.gathered(None, {"samples": torch.cat(made)} if made else {})
         return torch.cat([tensors["samples"] for _, tensors in found if tensors])
+
+
+def _one(run: Run, batch: Batch) -> Tensor:
+    return torch.as_tensor(run.sample(batch)).detach().cpu()
 
 
 @contextmanager
@@ -102,7 +125,7 @@ def beside(run: Run, adapters: Sequence[LayerAdapter]) -> Iterator[None]:
     """Inside, the run's quantized denoiser has these adapters."""
     network = uncompiled(run.pair[1])
     with eager(network):
-        handles = attach(network, adapters)
+        handles = attach(network, [adapter.unpacked for adapter in adapters])
         try:
             yield
         finally:

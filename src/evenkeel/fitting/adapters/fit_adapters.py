@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -14,6 +16,7 @@ from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.collect import collect
 from evenkeel.fitting.adapters.final_samples import FinalSamples
+from evenkeel.fitting.adapters.kept import Kept
 from evenkeel.fitting.adapters.pairs import Pairs
 from evenkeel.fitting.adapters.sites import opened, sites_of
 from evenkeel.fitting.adapters.solve import solve
@@ -38,7 +41,8 @@ class Candidate:
         target: what the adapters should be: the ``difference`` of the weights, or the ``regressed`` map,
             which has in it what of the rounding of inputs is linear.
         bytes: of its factors.
-        predicted: error of the final sample by the metric, over that without adapters.
+        predicted: error of the final sample by the metric, over that without adapters. The metric adds
+            up layers and steps as if their errors were independent, so it promises more than comes.
         gain: dB by which the final samples' squared error falls, mean over the choosing pairs; None
             where there was nothing to choose between.
 
@@ -97,8 +101,10 @@ class AdapterReport:
                 f"final samples by {self.gain:+.2f} dB (95 % bound {self.bound:+.2f})"
             )
         lines = [
-            f"  {c.metric:7s} {c.target:10s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted error x "
-            f"{c.predicted:.3f}{_decibels(c.gain)}{'  <- chosen' if i == self.chosen else ''}"
+            f"  {c.metric:7s} {c.target:10s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted "
+            f"{-10 * math.log10(max(c.predicted, 1e-30)):+.2f} dB"
+            f"{_measured(self.gain if len(self.candidates) == 1 else c.gain)}"
+            f"{'  <- chosen' if i == self.chosen else ''}"
             for i, c in enumerate(self.candidates)
         ]
         return "\n".join([found, *lines])
@@ -120,6 +126,7 @@ def fit_adapters(
     rows: int = 4096,
     memory: float = 2e9,
     call: dict[str, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> tuple[RecoveryAdapters, AdapterReport]:
     """Fit low-rank maps beside the quantized layers that bring the final samples nearest per byte.
@@ -152,8 +159,12 @@ def fit_adapters(
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call.
         rows: kept of each layer, at most.
-        memory: bytes for the rows of all layers; more are kept in files in the folder for temporary ones.
+        memory: bytes for the rows of all layers and the matrices made of them; more rows are kept in files in
+            the folder for temporary ones.
         call: further arguments of the pipeline call.
+        folder: for finished batches of rows and of held-out samples. After a kill, the same call goes on
+            there and gives the same adapters, bit for bit; with another budget, rank or metric it uses what
+            is the same. It is not removed.
         progress: show a bar.
 
     Returns:
@@ -182,6 +193,7 @@ def fit_adapters(
         metric=metric,
         rows=rows,
         memory=memory,
+        folder=folder,
         progress=progress,
     )
     return found.adapters, found.report
@@ -214,6 +226,7 @@ def fitted(
     metric: str | None = None,
     rows: int = 4096,
     memory: float = 2e9,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Fitted:
     """What ``fit_adapters`` does, for a run with a quantized twin."""
@@ -223,25 +236,27 @@ def fitted(
     share = budget if budget is not None or rank is not None else 0.05
     spend = None if share is None or rank is not None else int(share * size)
     probed = 0 if metric == "local" else PROBED
+    kept = Kept.of(folder)
     with processes().telling():
         with opened(sites_of(run), rows, memory, gradients=probed > 0) as sites:
             tried = _tried(metric, rounding=any(s.outputs is not None for s in sites.values()))
             pairs = Pairs.of(run, choosing=len(tried) > 1)
-            collected = collect(pairs.fit, sites, probed=probed, progress=progress)
+            collected = collect(pairs.fit, sites, probed=probed, progress=progress, kept=kept)
             precisions = TRIED_BITS if bits is None else (bits,)
-            count, solutions = solve(sites, tried, precisions, spend, rank)
+            spare = memory - sum(site.nbytes for site in sites.values())
+            count, solutions = solve(sites, tried, precisions, spend, rank, spare)
         found = [
             (Candidate(*t, s.bits, s.stored_bytes, s.predicted), tuple(s.layers))
             for t, s in solutions.items()
         ]
-        held_out = FinalSamples(pairs.held_out)
+        held_out = FinalSamples(pairs.held_out, kept)
         if len(found) > 1:
             found = [
                 (replace(said, gain=float(held_out.gains(pairs.choose, layers).mean())), layers)
                 for said, layers in found
             ]
         chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
-        kept, layers = found[chosen]
+        best, layers = found[chosen]
         gains = held_out.gains(pairs.confirm, layers)
         mean, bound = mean_and_bound(gains)
         report = AdapterReport(
@@ -258,7 +273,7 @@ def fitted(
         made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
     if not report.confirmed:
         layers, gains = (), torch.zeros_like(gains)
-    adapters = RecoveryAdapters(made_for, kept.metric, kept.bits, layers)
+    adapters = RecoveryAdapters(made_for, best.metric, best.bits, layers)
     return Fitted(adapters, report, held_out, pairs.confirm, gains)
 
 
@@ -270,8 +285,8 @@ def _tried(metric: str | None, *, rounding: bool) -> list[tuple[str, str]]:
     return list(product(metrics, ("regressed", "difference")))
 
 
-def _decibels(value: float | None) -> str:
-    return "" if value is None else f"  {value:+.2f} dB"
+def _measured(value: float | None) -> str:
+    return "" if value is None else f", measured {value:+.2f} dB"
 
 
 def stored_size(denoiser: nn.Module) -> int:

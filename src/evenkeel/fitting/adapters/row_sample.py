@@ -73,14 +73,27 @@ class RowSample:
     size: int
     _parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _held: int = 0
+    _bound: int | None = None  # rows with larger keys are never kept
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds."""
+        return sum(keys.nbytes + rows.nbytes for keys, rows in self._parts)
 
     def offer(self, keys: Tensor, rows: Tensor) -> None:
         """Take in rows (n, F) with their keys (n,); the device is not waited for."""
+        if keys.device.type == "cpu":  # where counting them waits for nothing
+            few = slice(None) if self._bound is None else (keys <= self._bound).nonzero()[:, 0]
+            keys, rows = keys[few], rows[few]
         keys, rows = _smallest(keys, rows.detach(), self.size)
         self._parts.append((keys, rows.float()))
         self._held += len(self._parts[-1][0])
         if self._held > 2 * self.size:
             self.sorted()
+
+    def fresh(self) -> RowSample:
+        """An empty one of the same size."""
+        return RowSample(self.size)
 
     def merge(self, other: RowSample) -> None:
         """Take in what another sample of the same size kept."""
@@ -95,6 +108,8 @@ class RowSample:
         keys, rows = (torch.cat(column) for column in zip(*self._parts, strict=True))
         keys, rows = _smallest(keys, rows, self.size)
         self._parts, self._held = [(keys, rows)], len(keys)
+        if len(keys) == self.size and keys.device.type == "cpu":
+            self._bound = int(keys[-1])
         return keys, rows
 
 
@@ -134,6 +149,15 @@ class RowFile(RowSample):
         self._keys = torch.cat([self._keys, keys.new_empty(len(stay) - held)])
         self._keys[places] = keys[come]
         self._rows[places] = rows[come.to(rows.device)].float().cpu()
+
+    def fresh(self) -> RowFile:
+        """An empty one of the same size; one at a time."""
+        return RowFile(self.size, self.path.with_name(f"{self.path.name}.fresh"))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows in the file."""
+        return 0 if self._rows is None else self._rows.nbytes
 
     def sorted(self) -> tuple[Tensor, Tensor]:
         """See ``RowSample``; read into memory."""

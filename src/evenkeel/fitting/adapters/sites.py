@@ -56,10 +56,20 @@ class Site:
         return (keys, gradients, weights) if bool(gradients.any()) else None
 
     @property
+    def nbytes(self) -> int:
+        """Of all rows kept."""
+        return sum(sample.nbytes for sample in self.samples.values())
+
+    @property
     def samples(self) -> dict[str, RowSample]:
         """All rows kept, by what they are."""
         found = {"inputs": self.inputs, "gradients": self.gradients}
         return found if self.outputs is None else found | {"outputs": self.outputs}
+
+    def use(self, samples: Mapping[str, RowSample]) -> None:
+        """Keep rows in these from now on."""
+        for side, sample in samples.items():
+            setattr(self, side, sample)
 
 
 @dataclass(frozen=True)

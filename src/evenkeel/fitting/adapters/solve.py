@@ -19,10 +19,11 @@ from evenkeel.hosts.actuators.head_rows import sizes
 from evenkeel.low_rank.budget import Option, share_out
 from evenkeel.low_rank.factors import LayerAdapter, bytes_of, fit_factors, without_empty
 from evenkeel.low_rank.metric import Components, OutputMetric
-from evenkeel.low_rank.moment import Moment, second_moment
+from evenkeel.low_rank.moment import Moment, moment_as_it_is, second_moment
 from evenkeel.low_rank.rounding_slope import rounding_slope
 
 LARGEST_RANK = 128
+Tried = tuple[str, str]  # a metric and a target
 
 
 @dataclass
@@ -34,6 +35,7 @@ class LayerProblem:
         change: D, what the adapter should be, (O, F).
         metric: of the output, or local.
         held_out: the same metric from fewer rows.
+        error: of no adapter at all, where it is known.
 
     """
 
@@ -42,10 +44,22 @@ class LayerProblem:
     change: Tensor
     metric: OutputMetric
     held_out: OutputMetric
+    error: float | None = None
+    _known: Components | None = None
 
     def components(self, limit: int = LARGEST_RANK) -> Components:
-        """Of the change, so many at most."""
-        return self.metric.components(self.change, limit)
+        """Of the change: so many, or more where they are known."""
+        if self._known is None or len(self._known) < min(limit, *self.change.shape):
+            self._known = self.metric.components(self.change, limit, self.error)
+            self.error = self._known.error
+        return self._known
+
+    @property
+    def nbytes(self) -> int:
+        """Of its matrices, nearly, with the roots that are made of them and all components."""
+        sides = [self.metric.inputs, self.metric.outputs]
+        held = sum((m if isinstance(m, Tensor) else m.rows).nbytes for m in sides if m is not None)
+        return 4 * held + self.change.nbytes + 8 * LARGEST_RANK * sum(self.change.shape)
 
     def options(self, left: Tensor, bits: int) -> list[Option]:
         """What ranks 0, 1, ... cost with such factors, and the errors (r + 1,) that they leave."""
@@ -116,7 +130,7 @@ def _gradients(site: Site, metrics: Collection[str]) -> dict[str, tuple[Moment, 
 
 
 def _both(rows: Tensor, folds: Tensor) -> tuple[Moment, Moment]:
-    return second_moment(rows), second_moment(rows[folds])
+    return second_moment(rows), moment_as_it_is(rows[folds])
 
 
 @dataclass
@@ -145,14 +159,18 @@ class Solution:
         """Of all adapters."""
         return sum(layer.stored_bytes for layer in self.layers)
 
+    def without(self, error: float) -> None:
+        """Count a layer's error."""
+        self.before += error
+        self.after += error
+
     def add(self, p: LayerProblem, components: Components, rank: int) -> None:
         """Fit one layer's adapter of this rank, or none; keep it if held-out rows confirm it."""
-        self.before += components.error
-        self.after += components.error
-        adapter = None
-        if rank:
-            fit = fit_factors(p.name, p.metric, p.change, components, rank, self.bits)
-            adapter = without_empty(fit)
+        self.without(components.error)
+        if not rank:
+            return
+        fit = fit_factors(p.name, p.metric, p.change, components, rank, self.bits)
+        adapter = without_empty(fit)
         if adapter is None:
             return
         factors = adapter.down.dense(), adapter.up.dense()
@@ -161,20 +179,19 @@ class Solution:
             self.after -= p.metric.gained(p.change, *factors)
 
 
-Tried = tuple[str, str]  # a metric and a target
-
-
 def solve(
     sites: Mapping[str, Site],
     tried: Sequence[Tried],
     bits: Sequence[int],
     budget: int | None,
     rank: int | None,
+    memory: float = 0.0,
 ) -> tuple[int, dict[Tried, Solution]]:
     """The layers that could have an adapter, and the best fit of every metric and target.
 
-    One layer's matrices are in memory at a time, so that all layers are gone through twice: for what
-    each rank would be worth, and, bytes being shared out, for the factors. Of several precisions the
+    All layers are gone through twice: for what each rank would be worth, and, bytes being shared out, for
+    the factors. One layer's matrices are in memory at a time, and those of so many more as ``memory``
+    holds, which are not made twice. Of several precisions the
     one with the smallest error by the metric is kept: within one metric it compares like with like.
 
     Args:
@@ -183,50 +200,65 @@ def solve(
         bits: precisions of the factors.
         budget: bytes of all adapters together; None gives every layer the same rank.
         rank: that rank.
+        memory: bytes for matrices that are kept from one time to the other.
 
     """
-    ranks = _ranks(sites, tried, bits, budget, rank)
+    layers = _Layers(sites, tried, memory)
+    ranks = _ranks(layers, bits, budget, rank)
     found = {(t, b): Solution(b) for t in tried for b in bits}
-    layers = 0
-    for measured in _measured(sites, tried):
-        layers += 1
-        for t in tried:
-            problem = measured.problem(*t)
-            if problem is None:
-                continue
-            wanted = {b: ranks[t, b].get(measured.name, 0) for b in bits}
-            components = problem.components(max(1, *wanted.values()))
+    count = 0
+    for problems in layers:
+        count += 1
+        for t, problem in problems.items():
+            wanted = {b: ranks[t, b].get(problem.name, 0) for b in bits}
             for b, r in wanted.items():
+                if not r and problem.error is not None:
+                    found[t, b].without(problem.error)
+                    continue
+                components = problem.components(max(1, *wanted.values()))
                 found[t, b].add(problem, components, min(r, len(components)))
-    return layers, {
+    return count, {
         t: min((found[t, b] for b in bits), key=lambda solution: solution.predicted) for t in tried
     }
 
 
-def _measured(sites: Mapping[str, Site], tried: Sequence[Tried]) -> Iterator[Measured]:
-    metrics = {metric for metric, _ in tried}
-    return (m for n, site in sites.items() if (m := Measured.of(n, site, metrics)) is not None)
+@dataclass
+class _Layers:
+    """All layers' problems, one layer after another; of as many as ``memory`` holds they stay in it."""
+
+    sites: Mapping[str, Site]
+    tried: Sequence[Tried]
+    memory: float
+    _kept: dict[str, dict[Tried, LayerProblem]] = field(default_factory=dict)
+    _errors: dict[tuple[str, Tried], float | None] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[dict[Tried, LayerProblem]]:
+        for name, site in self.sites.items():
+            if (problems := self._kept.get(name)) is None:
+                measured = Measured.of(name, site, {metric for metric, _ in self.tried})
+                if measured is None:
+                    continue
+                problems = {t: p for t in self.tried if (p := measured.problem(*t)) is not None}
+                for t, problem in problems.items():
+                    problem.error = self._errors.get((name, t))
+                size = sum(problem.nbytes for problem in problems.values())
+                if size <= self.memory:
+                    self.memory -= size
+                    self._kept[name] = problems
+            yield problems
+            self._errors |= {(name, t): problem.error for t, problem in problems.items()}
 
 
 def _ranks(
-    sites: Mapping[str, Site],
-    tried: Sequence[Tried],
-    bits: Sequence[int],
-    budget: int | None,
-    rank: int | None,
+    layers: _Layers, bits: Sequence[int], budget: int | None, rank: int | None
 ) -> dict[tuple[Tried, int], dict[str, int]]:
     """Fit -> layer -> rank."""
+    fits = [(t, b) for t in layers.tried for b in bits]
     if budget is None:
-        same = dict.fromkeys(sites, rank or 0)
-        return {(t, b): same for t in tried for b in bits}
-    options: dict[tuple[Tried, int], dict[str, list[Option]]] = {
-        (t, b): {} for t in tried for b in bits
-    }
-    for measured in _measured(sites, tried):
-        for t in tried:
-            problem = measured.problem(*t)
-            if problem is None:
-                continue
+        return dict.fromkeys(fits, dict.fromkeys(layers.sites, rank or 0))
+    options: dict[tuple[Tried, int], dict[str, list[Option]]] = {fit: {} for fit in fits}
+    for problems in layers:
+        for t, problem in problems.items():
             left = problem.components().left()
             for b in bits:
                 options[t, b][problem.name] = problem.options(left, b)
