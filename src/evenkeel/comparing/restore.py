@@ -186,7 +186,10 @@ def restore(
             found.unmeasured[count] = "the readout that was kept belongs to the fitted steps"
             continue
         arm = arms[0] if whole else Arm(RESTORED, base, adapters)
-        made_by = {**_identity(run), "count": count, "restored": digest_of(arm.correction)}
+        pictures = None
+        if kept.folder is not None:
+            made_by = {**_identity(run), "count": count, "restored": digest_of(arm.correction)}
+            pictures = kept.path("images", made_by, "")
         try:
             found.measured[count] = compare(
                 pipeline,
@@ -194,7 +197,7 @@ def restore(
                 prompts=measured_on,
                 num_inference_steps=count,
                 evaluator=evaluator,
-                folder=kept.path("images", made_by, ""),
+                folder=pictures,
                 progress=progress,
                 **asked,
             )
@@ -224,9 +227,8 @@ def _as_asked(run: Run) -> dict[str, Any]:
 
 def _identity(run: Run) -> dict[str, Any]:
     """Everything that decides about what is fitted with a run."""
-    texts = run.prompts.texts
     size = {"batch_size": run.batch_size, "seed": run.seed}
-    return {**run.identity, **size, "prompts": texts, "twins": run.twins}
+    return {**run.key(*run.pair), **size, "prompts": run.prompts.keys}
 
 
 def _refitted(
@@ -236,15 +238,18 @@ def _refitted(
     pairs = Pairs.of(run, choosing=False)
     if len(pairs.fit.prompts) < 2:
         return None, None  # one prompt is not enough for a refit
-    made_by = _identity(pairs.fit)
+    made_by = {} if kept.folder is None else _identity(pairs.fit)
     place = kept.path("refitted", made_by, "")
-    if place is not None and kept.get("refit", made_by) is not None:
-        module = load_quantized(place)[0]
-    else:
+    module: nn.Module | None = None
+    if kept.get("refit", made_by) is None:
         module, _ = refit_branches(run.pipeline, progress=progress, **_as_asked(pairs.fit))
         if place is not None and processes().main:
             save_quantized(module, place)
             kept.put("refit", made_by, "done", {})
+        processes().barrier()
+    if place is not None:  # what comes later is kept for the denoiser as it comes from its folder
+        module = load_quantized(place)[0]
+    assert module is not None
     said = mean_and_bound(FinalSamples(pairs.held_out, kept).gains_of(module, pairs.confirm))
     return (module if said[1] > 0 else None), said
 
@@ -255,7 +260,9 @@ def _readout(
     """A readout of the denoiser with its adapters, what it adds, and why there is none."""
     _, quantized = run.pair
     fit = Pairs.of(run).fit
-    place = kept.path("readout", {**_identity(fit), "beside": found.adapters.digest()})
+    place = None
+    if kept.folder is not None:
+        place = kept.path("readout", {**_identity(fit), "beside": found.adapters.digest()})
     if place is not None and place.exists():
         readout = load(place)
         assert isinstance(readout, Readout)

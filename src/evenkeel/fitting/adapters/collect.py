@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.adapters.kept import NOTHING, Kept, identity_of
+from evenkeel.fitting.adapters.kept import NOTHING, Kept
 from evenkeel.fitting.adapters.row_sample import row_keys
 from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.actuators.beside import input_of
@@ -109,8 +109,7 @@ def collect(
         for batch in bar:
             us.check()
             made_by = {
-                **identity_of(run, batch),
-                "twins": run.twins if kept.folder else (),
+                **kept.made_by(run, batch, full, quantized),
                 "first seed": run.seed,
                 "probed": batch.first < probed,
                 "rows": {name: site.inputs.size for name, site in sites.items()},

@@ -14,7 +14,7 @@ from evenkeel.applying import applied
 from evenkeel.corrections.base import Correction, digest_of
 from evenkeel.corrections.digest import digest
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.adapters.kept import NOTHING, Kept, identity_of
+from evenkeel.fitting.adapters.kept import NOTHING, Kept
 from evenkeel.fitting.adapters.pairs import part
 from evenkeel.hosts.actuators.beside import attach, detach
 from evenkeel.hosts.pipeline.pipelines import eager, uncompiled
@@ -102,13 +102,12 @@ class FinalSamples:
             made_by: dict[str, Any] = {}
             if self.kept.folder is not None:
                 made_by = {
-                    "denoiser": run.fingerprint(network),
                     "adapters": digest(tuple(adapters)),
                     "correction": digest_of(correction),
                 }
             for batch in run.share():
                 us.check()
-                made_by = {**made_by, **identity_of(run, batch)}
+                made_by = {**made_by, **self.kept.made_by(run, batch, network)}
                 one = partial(_one, run, batch)
                 made.append(self.kept.tensor("samples", made_by, one))
         # Of several processes each samples a share, and all see all samples.

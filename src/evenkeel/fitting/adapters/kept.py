@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenkeel.fitting.adapters.sites import Site
 from evenkeel.hosts.run import Batch, Run
@@ -43,8 +43,19 @@ class Kept:
         """Where such a piece is, or will be."""
         if self.folder is None:
             return None
-        text = json_text(json_safe({"torch": torch.__version__, **made_by}))
+        text = json_text(json_safe(dict(made_by)))
         return self.folder / f"{name}-{digest(text, {})[:24]}{ending}"
+
+    def made_by(self, run: Run, batch: Batch, *denoisers: nn.Module) -> dict[str, Any]:
+        """Everything that decides about what these denoisers give for a batch of a run.
+
+        Raises:
+            CalibrationError: there is something of which that cannot be told.
+
+        """
+        if self.folder is None:
+            return {}
+        return {**run.key(*denoisers), "seed": batch.seed, "prompts": batch.prompts.keys}
 
     def put(
         self, name: str, made_by: Mapping[str, Any], said: Any, tensors: Mapping[str, Tensor]
@@ -114,8 +125,3 @@ class Kept:
 
 
 NOTHING = Kept()
-
-
-def identity_of(run: Run, batch: Batch) -> dict[str, Any]:
-    """Everything but denoisers that decides about what a batch of a run gives."""
-    return {**run.identity, "seed": batch.seed, "prompts": batch.prompts.texts}

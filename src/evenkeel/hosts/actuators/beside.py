@@ -87,7 +87,10 @@ def with_adapters(denoiser: nn.Module, correction: Correction) -> Iterator[nn.Mo
         yield denoiser
     finally:
         detach(denoiser, handles)
-        setattr(model, BESIDE, "")
+        if hasattr(model, BESIDE):
+            delattr(
+                model, BESIDE
+            )  # it is the network that it was, to whoever looks at its attributes
 
 
 def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:
