@@ -306,7 +306,7 @@ def test_what_nobody_can_recognise_is_not_kept(sd3: TinyPipeline) -> None:
     run = Run(sd3.pipe, NAMES, STEPS, call=call)
     run.sample(run.batches()[0].alone)
     with pytest.raises(CalibrationError, match=r"callback_on_step_end.*keep nothing"):
-        run.key()
+        run.refuse_unknown()
 
 
 def test_images_and_parts_are_not_used_again_for_other_components(tmp_path: Any) -> None:

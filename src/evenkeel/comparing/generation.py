@@ -68,6 +68,8 @@ def generate(
 
     """
     made, seconds = [], []
+    if folder is not None:
+        run.refuse_unknown()
     identity = {} if folder is None else identity_of(run, arm)
     # Of several processes one holds the folder for all of them.
     held = nullcontext() if folder is None or not processes().main else alone(folder)

@@ -237,6 +237,18 @@ class Run:
         """Everything that decides about what is made, for whoever keeps it and asks again: as JSON.
 
         That is ``identity``, these denoisers, and every other component of the pipeline by its content.
+        """
+        return {
+            **self.identity,
+            "components": self._components,
+            "denoisers": [self.fingerprint(m) for m in denoisers],
+            "settings": [network_settings(m) for m in denoisers],
+            "device": torch.device(getattr(self.pipeline, "_execution_device", "cpu")).type,
+            "versions": _versions("diffusers", "torch", "transformers"),
+        }
+
+    def refuse_unknown(self) -> None:
+        """Before anything is kept under ``key``: refuse what it cannot tell from something else.
 
         Raises:
             CalibrationError: an argument of the call whose content nobody can tell.
@@ -248,14 +260,6 @@ class Run:
                 f"{', '.join(hidden)}: whether it is the same next time cannot be told, so that nothing can "
                 f"be kept and used again. Leave it out, or keep nothing (no folder, no resume)."
             )
-        return {
-            **self.identity,
-            "components": self._components,
-            "denoisers": [self.fingerprint(m) for m in denoisers],
-            "settings": [network_settings(m) for m in denoisers],
-            "device": torch.device(getattr(self.pipeline, "_execution_device", "cpu")).type,
-            "versions": _versions("diffusers", "torch", "transformers"),
-        }
 
     @property
     def _shown(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Parts:
                     "resume=<folder>, the same for all of them."
                 )
             return cls(None)
+        run.refuse_unknown()
         asked = {
             **run.key(*run.pair),
             "correction": digest_of(correction),

@@ -34,6 +34,9 @@ class Method(str, Enum):
 
     EVENKEEL = "evenkeel"
 
+    def __str__(self) -> str:
+        return self.value
+
 
 class EvenkeelConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``config.json`` holds under ``quantization_config``.
@@ -137,6 +140,12 @@ class EvenkeelQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer = model.get_submodule(param_name.removesuffix(f".{EXTRA}"))
         assert isinstance(layer, QuantizedLayer)
         layer.set_description(param_value)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        raise QuantizationError(
+            f"the full-precision weights of this {type(model).__name__} are not in it: rounding has no "
+            f"inverse. Load the network that was quantized."
+        )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, found in self.quantization_config.layers.items():
