@@ -171,7 +171,7 @@ def measured(models: Path, place: Path) -> dict[str, Any]:
     if place.exists():
         found = json.loads(place.read_text())
     names = [p.parent.parent.name for p in models.glob("*/model/quantized.json")]
-    for name in ["full precision", *sorted(names, key=lambda n: (n != "quantized", n))]:
+    for name in ["full precision", *sorted(names, key=lambda n: (*(n != s for s in SHOWN), n))]:
         if name in found["orders"]:
             continue
         print(name, flush=True)
