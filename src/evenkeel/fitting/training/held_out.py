@@ -9,7 +9,7 @@ from evenkeel.fitting.adapters.pairs import part
 from evenkeel.hosts.run import Run
 from evenkeel.statistics.student import mean_and_bound
 
-CHOOSING, CONFIRMING = 8, 16  # (prompt, seed) pairs
+CHOOSING, CONFIRMING = 16, 16  # (prompt, seed) pairs
 _SEED = 1 << 31  # of their noise: nobody counts images so far, and training draws from further up
 
 

@@ -89,7 +89,8 @@ def train_quantized(
             progress=progress,
         )
         for name, layer in student.finished_layers().items():
-            workspace.replace(Unit(name, (name,), "layer"), {name: layer})
+            unit, notes = Unit(name, (name,), "layer"), {name: report.note}
+            workspace.replace(unit, {name: layer}, notes=notes)
     tell(workspace.quantized)
     quantized, layers = workspace.result(str(method), method.as_dict())
     return quantized, layers, report

@@ -78,6 +78,13 @@ class TrainingReport:
         """All of it in types that JSON knows."""
         return asdict(self)
 
+    @property
+    def note(self) -> str:
+        """In a few words, for the report on a layer."""
+        if not self.confirmed:
+            return f"as before training: {self.optimizer_steps} steps brought nothing that holds"
+        return f"trained: final samples {self.gain:+.2f} dB (95 % bound {self.bound:+.2f})"
+
     def text(self) -> str:
         """Two sentences."""
         if not self.confirmed:
