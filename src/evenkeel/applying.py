@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +12,23 @@ from torch import nn
 from evenkeel.corrections.base import Correction, refuse_foreign
 from evenkeel.corrections.plan import SamplerPlan
 from evenkeel.errors import EvenkeelError, Incompatible
-from evenkeel.hosts.actuators.correcting import interceptors_of
+from evenkeel.hosts.actuators.binding import PLAIN, Binding, sweep
+from evenkeel.hosts.actuators.guidance import refuse_guidance
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
-from evenkeel.hosts.scheduler.interception import APPLIED, install, installed, set_aside, uninstall
+from evenkeel.hosts.scheduler.interception import (
+    APPLIED,
+    groups_of,
+    install_groups,
+    installed,
+    set_aside,
+    uninstall,
+)
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import json_safe
 
 ALLOWANCES = ("denoiser", "scheduler", "guidance", "range")
-_GUARD = "_evenkeel_guard"
 
 
 def apply(
@@ -39,16 +44,21 @@ def apply(
 
     The scheduler instance is given a subclass of its own class; nothing else of the pipeline
     changes, and what ``save_pretrained`` writes is plain diffusers. A correction with heads of its own
-    (``Readout``) also exchanges the weights of the denoiser's output head from step to step; between
-    runs it has its own. Applying again replaces the correction before.
+    (``Readout``) adds their changes beside the denoiser's head: no weight is written. Applying again
+    replaces the correction before.
+
+    It acts in runs of this pipeline, and of those that share its scheduler and have no correction of
+    their own; on steps for which this denoiser was called; as long as its weights and adapters are what
+    they were, and guidance combines its outputs as it was calibrated. Other runs and steps are left alone,
+    with one warning, or refused. Copies of the pipeline or of its scheduler keep the correction.
+    Pipelines that sample at the same time need a scheduler each.
 
     Args:
         pipeline: with the *quantized* denoiser in place.
         correction: for example ``QDrift(record.evidence)``; of any subclass of ``Correction``.
         allow: mismatches with the record to accept, by name: ``denoiser``, ``scheduler``,
             ``guidance``, and ``range`` (leave steps outside the calibrated noise levels alone).
-        guidance_scale: what you are going to sample with, if the pipeline does not tell (most tell
-            while they run; PixArt does not).
+        guidance_scale: what you are going to sample with, to be refused now and not in the first step.
         layout: where the latent's channels are; found by itself for known pipelines.
         recognise: gives the denoiser's fingerprint; of one that is known already, without looking again.
 
@@ -64,66 +74,73 @@ def apply(
     if unknown:
         raise EvenkeelError(f"allow= takes names out of {ALLOWANCES}; got {unknown}.")
     refuse_foreign(correction)
-    provenance, guard = correction.made_for, _SwapGuard(pipeline)
+    denoiser, scheduler = denoiser_of(pipeline), _scheduler_of(pipeline)
+    provenance = correction.made_for
     if {*correction.stages} <= {"head", "layers"}:
         allow = {*allow, "guidance"}  # both act before guidance
     if correction.stages == ("layers",):
         allow = {*allow, "scheduler"}
     if provenance is not None:
         if "scheduler" not in allow:
-            _refuse_scheduler(pipeline.scheduler, provenance)
+            _refuse_scheduler(scheduler, provenance)
         if "guidance" not in allow:
-            _check_guidance(provenance, guidance_scale)
+            refuse_guidance(provenance, guidance_scale)
         if "denoiser" not in allow:  # last: it takes longest
-            with _heads_at_rest(pipeline):
-                _refuse_denoiser(recognise(denoiser_of(pipeline)), provenance)
+            _refuse_denoiser(recognise(denoiser), provenance)
         layout = layout or LatentLayout(**provenance.layout)
-
-    def check(running: Any) -> None:
-        if provenance is not None and "guidance" not in allow:
-            _check_guidance(provenance, getattr(running, "_guidance_scale", None))
-
-    denoiser = denoiser_of(pipeline)
-    interceptors = interceptors_of(
-        correction,
-        pipeline,
-        denoiser,
-        layout=layout,
-        allow_range="range" in allow,
-        check=check,
-    )
-    remove(pipeline)
-    install(pipeline.scheduler, *interceptors)
-    pipeline.__dict__[APPLIED] = interceptors
-    for interceptor in interceptors:
-        interceptor.attach()
-    # The denoiser warns when the scheduler is replaced.
-    pipeline.__dict__[_GUARD] = denoiser.register_forward_pre_hook(guard)
+    binding = Binding(correction, layout=layout, allow=allow)
+    binding.bind(pipeline, scheduler, denoiser)
+    own = pipeline.__dict__.pop(APPLIED, None)
+    if isinstance(own, Binding) and own.pipeline is pipeline:
+        own.detach()
+    others = [g for g in _bindings(scheduler) if _is_in_use(g, pipeline)]
+    for replaced in set(_bindings(scheduler)) - set(others):
+        replaced.detach()
+    install_groups(scheduler, [*others, binding])
+    pipeline.__dict__[APPLIED] = binding
 
 
 def remove(pipeline: Any) -> None:
-    """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one."""
-    # Those of a pipeline that shares the scheduler, and those kept with this one: its scheduler or
-    # denoiser may have been exchanged meanwhile.
-    for interceptor in (*installed(pipeline.scheduler), *pipeline.__dict__.pop(APPLIED, ())):
-        interceptor.detach()
-    uninstall(pipeline.scheduler)
-    handle = pipeline.__dict__.pop(_GUARD, None)
-    if handle is not None:
-        handle.remove()
+    """Take the correction off; the pipeline samples as before, bit for bit. Harmless without one.
+
+    A pipeline without a correction of its own, whose scheduler it shares with one that has some, takes
+    those off. One with its own takes off its own, and samples without any while the others keep theirs.
+    """
+    own, scheduler = pipeline.__dict__.pop(APPLIED, None), pipeline.scheduler
+    groups = groups_of(scheduler)
+    if isinstance(own, Binding):
+        if own.pipeline is pipeline:
+            own.detach()
+        sweep(denoiser_of(pipeline))
+    others = [g for g in groups if isinstance(own, Binding) and _is_in_use(g, pipeline)]
+    others = [g for g in others if getattr(g, "token", "") != own.token]
+    for group in groups:
+        if group not in others:
+            group.detach()
+    uninstall(scheduler)
+    if others:
+        install_groups(scheduler, others)
+        pipeline.__dict__[APPLIED] = PLAIN
 
 
-@contextmanager
-def _heads_at_rest(pipeline: Any) -> Iterator[None]:
-    """Inside, the denoiser has its own head, so that it can be recognised."""
-    interceptors = pipeline.__dict__.get(APPLIED, ())
-    for interceptor in interceptors:
-        interceptor.detach()
-    try:
-        yield
-    finally:
-        for interceptor in interceptors:
-            interceptor.attach()
+def _bindings(scheduler: Any) -> list[Binding]:
+    return [g for g in groups_of(scheduler) if isinstance(g, Binding)]
+
+
+def _is_in_use(group: Any, pipeline: Any) -> bool:
+    """Whether it belongs to another pipeline, which still uses its scheduler."""
+    other = group.pipeline if isinstance(group, Binding) else None
+    return other is not None and other is not pipeline
+
+
+def _scheduler_of(pipeline: Any) -> Any:
+    scheduler = pipeline.scheduler
+    if all(callable(getattr(type(scheduler), name, None)) for name in ("step", "set_timesteps")):
+        return scheduler
+    raise Incompatible(
+        f"expected a scheduler with step and set_timesteps of its own; this {type(scheduler).__name__} only "
+        f"hands them on. Put the scheduler inside of it into the pipeline, and apply the correction then."
+    )
 
 
 @contextmanager
@@ -136,17 +153,12 @@ def applied(pipeline: Any, correction: Correction, **options: Any) -> Iterator[A
         **options: ``allow``, ``guidance_scale``, ``layout``, ``recognise``, as for ``apply``.
 
     """
-    guard = pipeline.__dict__.pop(_GUARD, None)
-    try:
-        with set_aside(pipeline):
-            apply(pipeline, correction, **options)
-            try:
-                yield pipeline
-            finally:
-                remove(pipeline)
-    finally:
-        if guard is not None:
-            pipeline.__dict__[_GUARD] = guard
+    with set_aside(pipeline):
+        apply(pipeline, correction, **options)
+        try:
+            yield pipeline
+        finally:
+            remove(pipeline)
 
 
 @dataclass(frozen=True)
@@ -205,11 +217,17 @@ def _changes(plan: SamplerPlan, k: int) -> str:
 def summary(pipeline: Any) -> Summary:
     """Which correction is applied, and its factors per step once it has run."""
     scheduler = type(pipeline.scheduler).__name__
+    own = pipeline.__dict__.get(APPLIED)
+    if own == PLAIN:
+        return Summary(None, (), scheduler, None)
+    found = [own] if isinstance(own, Binding) else _bindings(pipeline.scheduler)
+    for binding in found[:1]:
+        given = binding.correction
+        return Summary(given.name, given.references, scheduler, binding.plan, given.report)
     for interceptor in installed(pipeline.scheduler):
-        found = interceptor.correction
-        if found is not None:
-            plan = interceptor.plan
-            return Summary(found.name, found.references, scheduler, plan, found.report)
+        if interceptor.correction is not None:
+            given = interceptor.correction
+            return Summary(given.name, given.references, scheduler, interceptor.plan, given.report)
     return Summary(None, (), scheduler, None)
 
 
@@ -238,46 +256,3 @@ def _refuse_scheduler(scheduler: Any, made_for: Provenance) -> None:
             f"{': ' + details if details else ''}. Calibrate with this scheduler, or pass "
             f"allow=('scheduler',)."
         )
-
-
-def _check_guidance(made_for: Provenance, guidance_scale: Any) -> None:
-    calibrated = made_for.guidance_scale
-    if guidance_scale is None or calibrated is None or guidance_scale == calibrated:
-        return
-    raise Incompatible(
-        f"the record was calibrated at guidance_scale={calibrated}, this run uses {guidance_scale}; the "
-        f"error after guidance grows with it. Calibrate at this scale, or pass allow=('guidance',)."
-    )
-
-
-class _SwapGuard:
-    """Warns, at the next denoiser call, when the scheduler was replaced and the correction lost."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = weakref.ref(pipeline)
-        self._scheduler = weakref.ref(pipeline.scheduler)
-        self._warned = False
-
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        if pipeline is None or self._warned:
-            return
-        replaced = pipeline.scheduler is not self._scheduler()
-        applied_to = pipeline.__dict__.get(APPLIED, ())
-        if replaced and not installed(pipeline.scheduler):
-            if not any(interceptor.on_steps for interceptor in applied_to):
-                return  # beside the layers: any scheduler will do
-            self._warned = True
-            for interceptor in applied_to:
-                interceptor.detach()  # a run that was interrupted left a step's head in place
-            warnings.warn(
-                f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
-                f"(Scheduler.from_config makes a new object): the correction is gone and this run is "
-                f"uncorrected. Call evenkeel.apply again, or evenkeel.remove first to silence this.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be copied or pickled; a copied denoiser is no longer guarded.
-        return {"_pipeline": None, "_scheduler": None, "_warned": False}

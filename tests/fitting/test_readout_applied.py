@@ -61,7 +61,7 @@ def test_a_compiled_denoiser_is_one_graph_for_all_steps(name: str, order: str) -
         sampled(rig.tiny)
         evenkeel.remove(rig.pipe)
         torch.testing.assert_close(sampled(rig.tiny), plain, rtol=1e-4, atol=1e-4)
-        assert counter.frame_count == 1
+        assert counter.frame_count == 2  # without what is added beside the head
     finally:
         evenkeel.remove(rig.pipe)
         rig.put(rig.quantized)
@@ -115,17 +115,16 @@ def test_guidance_branches_one_after_the_other_have_heads_of_their_own(wan: Rig)
     assert table.branches == 2 and len(wan.readout.fits) == 8
     weight, _ = table.entry(0)
     assert not torch.equal(weight[0], weight[1])
-    layer = layer_of(wan.quantized, find_head(wan.quantized))
-    own = layer.get_parameter("weight").detach().clone()
-    seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda m, a, o: seen.append(m.weight.detach() - own))
+    layer: Any = layer_of(wan.quantized, find_head(wan.quantized))
+    seen: list[tuple[Tensor, Tensor]] = []
     evenkeel.apply(wan.pipe, wan.readout)
+    hook = layer.register_forward_hook(lambda m, a, o: seen.append((a[0], o - m.forward(a[0]))))
     sampled(wan.tiny, which=UNSEEN[:1])
     hook.remove()
     assert len(seen) == 8
-    for call, found in enumerate(seen):
-        wanted = table.entry(call // 2)[0][call % 2].T
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for call, (features, found) in enumerate(seen):
+        change, constant = (part[call % 2] for part in table.entry(call // 2))
+        torch.testing.assert_close(found, features @ change + constant, rtol=1e-3, atol=1e-4)
 
 
 def test_copies_of_the_scheduler_sample_without_touching_the_denoiser(pixart: Rig) -> None:
@@ -256,7 +255,7 @@ def test_a_table_of_another_head_is_refused(flux: Rig, pixart: Rig) -> None:
 
 
 def interrupted(rig: Rig, after: int, error: BaseException) -> None:
-    """A run that ends in the middle, with a step's head in place."""
+    """A run that ends in the middle."""
     calls: list[int] = []
 
     def stop(*args: Any) -> None:
@@ -270,11 +269,11 @@ def interrupted(rig: Rig, after: int, error: BaseException) -> None:
     hook.remove()
 
 
-def test_an_interrupted_run_is_restored_by_removing_and_by_the_next_run(pixart: Rig) -> None:
+def test_an_interrupted_run_leaves_the_denoiser_and_the_next_run_as_they_were(pixart: Rig) -> None:
     before = state_of(pixart.quantized)
     evenkeel.apply(pixart.pipe, pixart.readout)
     interrupted(pixart, 2, KeyboardInterrupt())
-    assert not unchanged(pixart.quantized, before)
+    assert unchanged(pixart.quantized, before)
     assert torch.equal(sampled(pixart.tiny), pixart.corrected)
     interrupted(pixart, 2, KeyboardInterrupt())
     evenkeel.apply(pixart.pipe, pixart.readout)  # recognises the denoiser all the same
@@ -318,29 +317,3 @@ def test_removing_through_a_pipeline_that_shares_the_scheduler(pixart: Rig) -> N
         del vars(other)[key]
     evenkeel.remove(other)
     assert unchanged(pixart.quantized, before)
-
-
-@pytest.mark.parametrize("begin", [1, 2])
-def test_a_run_that_begins_late_has_the_heads_of_its_steps(pixart: Rig, begin: int) -> None:
-    evenkeel.apply(pixart.pipe, pixart.readout)
-    scheduler, layer = pixart.pipe.scheduler, pixart.quantized.get_submodule("proj_out")
-    own = layer.get_parameter("weight").detach().clone()
-    scheduler.set_timesteps(4)
-    scheduler.set_begin_index(begin)
-    sample = torch.zeros(1, 4, 16, 16)
-    for step in range(begin, 4):
-        change = layer.get_parameter("weight").detach() - own
-        wanted = pixart.readout.table.entry(step)[0][0].T
-        torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-6)
-        sample = scheduler.step(sample, scheduler.timesteps[step], sample).prev_sample
-    assert torch.equal(layer.get_parameter("weight"), own)
-    scheduler._begin_index = None
-
-
-def test_a_late_start_that_the_scheduler_was_not_told_is_refused(pixart: Rig) -> None:
-    evenkeel.apply(pixart.pipe, pixart.readout)
-    scheduler = pixart.pipe.scheduler
-    scheduler.set_timesteps(4)
-    sample = torch.zeros(1, 4, 16, 16)
-    with pytest.raises(Incompatible, match="starts at step 2"):
-        scheduler.step(sample, scheduler.timesteps[2], sample)

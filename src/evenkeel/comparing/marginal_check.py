@@ -25,7 +25,7 @@ from evenkeel.hosts.pipeline.denoiser_calls import one_per_prompt
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
-from evenkeel.hosts.scheduler.interception import Interceptor, install, installed
+from evenkeel.hosts.scheduler.interception import Interceptor, watched
 from evenkeel.metrics.mean import mean_difference
 from evenkeel.metrics.state_scores import PRACTICAL, Verdict, scores_of, verdict_of
 from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
@@ -188,9 +188,7 @@ def _watched(run: Run, arms: Sequence[Arm], progress: bool) -> _Seen:
                 watch = _Watch(run, batch, origin.states) if index else origin
                 try:
                     if arm.name not in reasons:
-                        with sampling_as(run, arm):
-                            scheduler = run.pipeline.scheduler
-                            install(scheduler, *installed(scheduler), watch)
+                        with sampling_as(run, arm), watched(run.pipeline.scheduler, watch):
                             run.sample(batch)
                         if index:
                             parts[arm.name].append(watch.result())

@@ -12,6 +12,8 @@ from evenkeel.errors import OutOfRange
 from evenkeel.sampling.step_law import Array
 from evenkeel.statistics.evidence import SAME_LEVEL, distinct_levels, log_snr
 
+Place = tuple[int, int, float]
+
 
 @dataclass(frozen=True)
 class HeadTable:
@@ -77,7 +79,7 @@ class HeadTable:
         """(B, F, O) and (B, O) float32 of one calibrated level."""
         return self.weight[step].float() * self.scale[step][:, None, None], self.constant[step]
 
-    def places(self, alpha: Array, sigma: Array) -> list[tuple[int, int, float] | None]:
+    def places(self, alpha: Array, sigma: Array) -> list[Place | None]:
         """Where levels lie in the table: (lower index, upper index, share of the upper), or None.
 
         A calibrated level is met exactly; levels that occur twice (two-stage solvers) take the entry
@@ -87,7 +89,7 @@ class HeadTable:
         known, wanted = log_snr(self.alpha, self.sigma), log_snr(alpha, sigma)
         axis, groups = distinct_levels(known)
         margin = [axis[1] - axis[0], axis[-1] - axis[-2]] if len(axis) > 1 else [0.0, 0.0]
-        found: list[tuple[int, int, float] | None] = []
+        found: list[Place | None] = []
         for k, level in enumerate(wanted):
             rank = int((np.abs(wanted[:k] - level) < SAME_LEVEL).sum())
             entries = [int(group[min(rank, len(group) - 1)]) for group in groups]
@@ -113,6 +115,13 @@ class HeadTable:
 
         """
         places = self.places(alpha, sigma)
+        self.refuse_outside(places, alpha, sigma, allow_range=allow_range)
+        return [self.entry_at(place) for place in places]
+
+    def refuse_outside(
+        self, places: list[Place | None], alpha: Array, sigma: Array, *, allow_range: bool
+    ) -> None:
+        """Raise OutOfRange where a place of these levels is None, unless that is allowed."""
         outside = [k for k, place in enumerate(places) if place is None]
         if outside and not allow_range:
             with np.errstate(divide="ignore"):
@@ -124,7 +133,10 @@ class HeadTable:
                 f"{known.min():.4g} to {known.max():.4g}. Fit with this number of steps, or allow it "
                 f"by name (allow=('range',)): those steps then keep the original head."
             )
-        return [None if place is None else self._blend(*place) for place in places]
+
+    def entry_at(self, place: Place | None) -> tuple[Tensor, Tensor] | None:
+        """(B, F, O) and (B, O) float32 at one of ``places``, or None: the original head."""
+        return None if place is None else self._blend(*place)
 
     def _blend(self, lower: int, upper: int, share: float) -> tuple[Tensor, Tensor] | None:
         if not (self.active[lower].any() or self.active[upper].any()):

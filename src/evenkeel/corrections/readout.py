@@ -60,7 +60,7 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class Readout(Correction):
-    """At step i, use the output head W + dW_i instead of W; the same multiply, nothing else runs.
+    """At step i, use the output head W + dW_i instead of W: dW_i h is added to what the head gives.
 
     With features h that enter the head of the quantized denoiser and targets t, what the
     full-precision denoiser's head gives at the same input minus what the quantized one gives,

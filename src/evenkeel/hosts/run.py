@@ -154,6 +154,7 @@ class Run:
         self.seed, self.batch_size = seed, batch_size
         self.side_by_side = side_by_side
         self.given_layout = layout
+        self.guidance = ""  # see Provenance; found along the way
         self._fingerprints: dict[nn.Module, str] = {}
 
     def _inputs(self, prompts: Prompts, call: dict[str, Any]) -> tuple[Prompts, dict[str, Any]]:
@@ -301,6 +302,7 @@ class Run:
             elements=x[0, 0].numel() // layout.channels,
             versions=_versions("evenkeel", "diffusers", "torch", "transformers"),
             correction=correction,
+            guidance=self.guidance,
         )
 
     # ---- sampling
@@ -412,7 +414,7 @@ class Run:
                 f"{type(self.pipeline).__name__} never called its scheduler's step; nothing can be "
                 f"corrected."
             )
-        return tape.law
+        return tape.law.until(len(tape.samples))
 
 
 def _versions(*packages: str) -> dict[str, str]:

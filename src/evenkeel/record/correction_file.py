@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from evenkeel.corrections.catalogue import ALL, FILE
 from evenkeel.corrections.composite import Composite
 from evenkeel.errors import RecordError
 from evenkeel.record.record import Record
-from evenkeel.record.schema import check_provenance
+from evenkeel.record.schema import check_provenance, readable
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import Kind, check_json, kind_of, read_folder, read_tensors, write_tensors
 
@@ -24,7 +25,8 @@ def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
         path: place to write to; a crash leaves the old file or none.
 
     Raises:
-        RecordError: a correction that is made anew from a record, or that is more than its file holds.
+        RecordError: a correction that is made anew from a record, that is more than its file holds, or
+            that could not be read again.
 
     """
     if isinstance(found, Record):
@@ -35,6 +37,11 @@ def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
             f"{found.name} has no file of its own: it is made from a record. Save the record."
         )
     header = {"provenance": asdict(made_for), found.name: tables.described}
+    with readable(found.name):
+        check_provenance(made_for, len(made_for.timesteps))
+        ALL[found.name].make(
+            Tables(json.loads(json.dumps(tables.described)), tables.tensors), made_for
+        )
     return write_tensors(path, _kind(found.name), header, tables.tensors)
 
 

@@ -20,7 +20,7 @@ from evenkeel.corrections.base import Correction
 from evenkeel.corrections.catalogue import available
 from evenkeel.errors import Incompatible, RecordError
 from evenkeel.record.closed_loop import PREFIX, ClosedLoop
-from evenkeel.record.schema import FRAME, LAW, check_record
+from evenkeel.record.schema import FRAME, LAW, check_record, readable
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.error_structure import step_correlation
 from evenkeel.statistics.evidence import Evidence
@@ -156,7 +156,17 @@ class Record:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file atomically: a crash leaves the old file or none, never half of one."""
+        """Write the file atomically: a crash leaves the old file or none, never half of one.
+
+        Raises:
+            RecordError: it could not be read again.
+
+        """
+        with readable("record"):
+            check_record(
+                self.provenance,
+                {n: t for n, t in self._tensors().items() if not n.startswith(PREFIX)},
+            )
         header = {
             "provenance": asdict(self.provenance),
             "closed_loop": self.closed_loop.as_dict(),

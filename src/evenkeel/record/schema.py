@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.errors import RecordError
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.statistics.histogram import BINS, Frame
 from evenkeel.statistics.moments import moments_schema
@@ -29,6 +32,22 @@ _KINDS: dict[str, Any] = {
     "dict[str, int]": {str: int},
     "dict[str, str]": {str: str},
 }
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Inside, what is about to be written is checked as it will be when it is read.
+
+    Raises:
+        RecordError: it could not be read again.
+
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"this {what} is not saved, because it could not be loaded again: {error}"
+        ) from error
 
 
 def check_provenance(p: Provenance, steps: int) -> None:

@@ -12,7 +12,7 @@ stage. The sampler's own code stays the only source of the formula: nothing here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -67,6 +67,23 @@ class StepLaw:
     def steps(self) -> int:
         """Number of sampler calls K."""
         return len(self.timesteps)
+
+    def until(self, steps: int) -> StepLaw:
+        """Of the first ``steps`` only: a run may end before its schedule does.
+
+        >>> import numpy as np
+        >>> zero, level = np.zeros((3, 3)), np.ones(4)
+        >>> law = StepLaw("s", "epsilon", np.arange(3.0), zero, zero, np.zeros(3), level, level, level[:3])
+        >>> law.until(2).steps, law.until(2).sigma.shape, law.until(3) is law
+        (2, (3,), True)
+
+        """
+        if steps >= self.steps:
+            return self
+        short = {n: getattr(self, n)[:steps] for n in ("timesteps", "noise_weights", "sigma_down")}
+        short |= {n: getattr(self, n)[: steps + 1] for n in ("alpha", "sigma")}
+        square = {n: getattr(self, n)[:steps, :steps] for n in ("sample_weights", "output_weights")}
+        return replace(self, **short, **square)
 
     @cached_property
     def noise_to_signal(self) -> Array:

@@ -31,6 +31,8 @@ class Provenance:
         elements: latent elements per channel of one prompt.
         versions: of the libraries; informative, not compared.
         correction: name and options of what was applied along a corrected trajectory, else "".
+        guidance: how the denoiser's outputs were combined, measured: ``-4 5`` are the shares of two;
+            "" where it is not known.
 
     """
 
@@ -55,6 +57,7 @@ class Provenance:
     elements: int
     versions: dict[str, str]
     correction: str = ""
+    guidance: str = ""
 
     @property
     def levels(self) -> tuple[Array, Array]:

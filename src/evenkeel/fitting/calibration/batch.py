@@ -12,6 +12,7 @@ from evenkeel.corrections.base import Correction, text_of
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.calibration.step_statistics import StepStatistics
 from evenkeel.hosts.actuators.correcting import interceptors_of
+from evenkeel.hosts.actuators.guidance import GuidanceMeter
 from evenkeel.hosts.pipeline.denoiser_calls import finite, one_per_prompt
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor
@@ -63,6 +64,7 @@ class SideBySide:
         self._follow(batch, self._follower, tape, see)
         assert kept is not None and tape.law is not None
         kept.settle()
+        law = tape.law.until(len(tape.samples))  # the run may end before its schedule
         moments = kept.moments
         if not (moments.mean_d.any() or moments.s(0, 2).any()):
             raise CalibrationError(
@@ -74,7 +76,7 @@ class SideBySide:
         x = one_per_prompt(tape.samples[0], len(batch))[:, None]
         return Record(
             provenance=self._run.provenance(
-                tape.law, x, trajectory=self._trajectory, correction=text_of(self._correction)
+                law, x, trajectory=self._trajectory, correction=text_of(self._correction)
             ),
             prompt_keys=torch.stack([prompt_key(text) for text in batch.prompts.keys]),
             seeds=torch.tensor(batch.seeds),
@@ -84,7 +86,7 @@ class SideBySide:
             spectrum=None if spectrum is None else fixed_point_spectrum(spectrum, kept.frame),
             histogram=kept.histogram,
             noise_floor=torch.zeros(len(tape.samples), dtype=torch.float64),
-            law=tape.law,
+            law=law,
             residual=kept.residual,
         )
 
@@ -127,7 +129,7 @@ class SideBySide:
             run = self._run
             parts = interceptors_of(correction, run.pipeline, leader, layout=run.given_layout)
             interceptors = [*parts, *interceptors]
-        self._sample(batch, leader, interceptors)
+        self._sample(batch, leader, [GuidanceMeter(self._run, leader), *interceptors])
         # Now, or the replay would seem to differ.
         settled(finite(x, self._whose(leader), step) for step, x in enumerate(tape.outputs))
         return tape

@@ -17,7 +17,7 @@ from torch import Tensor
 from evenkeel.corrections.base import Correction, text_of
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.closed_loop.paused_call import PausedCall
-from evenkeel.fitting.lockstep.call import advance, first_state, together
+from evenkeel.fitting.lockstep.call import advance, first_state, together, whole_run
 from evenkeel.hosts.pipeline.denoiser_calls import pending_shares
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import global_noise_kept, uncompiled
@@ -166,7 +166,7 @@ def run_closed_loop(
                 _answer(references, quantized, answers)
                 steps += 1
                 bar.update()
-        law, first = first_state(references[0], run)
+        law, first = whole_run(references[0], run)
     made_for = run.provenance(law, first, correction=text_of(correction))
     return LoopResult(law, first[:, 0], steps, made_for)
 

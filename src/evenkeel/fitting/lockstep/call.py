@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import CalibrationError
 from evenkeel.hosts.actuators.correcting import interceptors_of
+from evenkeel.hosts.actuators.guidance import GuidanceMeter
 from evenkeel.hosts.pipeline.denoiser_calls import branches_of
 from evenkeel.hosts.pipeline.strand import Finished, Strand
 from evenkeel.hosts.processes import processes
@@ -34,6 +35,7 @@ class Call(Interceptor):
     Attributes:
         batch, denoiser: of this call.
         law: of the run, from its first step on; None where another call reads it.
+        taken: steps, so far.
         first: the state that entered the first step.
         below: what carries out the correction below, if there is one.
         strand: the call itself.
@@ -52,7 +54,7 @@ class Call(Interceptor):
         self.batch, self.denoiser = batch, denoiser
         self.law: StepLaw | None = None
         self.first: Tensor | None = None
-        self._reads_law = reads_law
+        self._reads_law, self.taken = reads_law, 0
         # Every call needs a scheduler of its own; the networks are shared.
         shell = copy.copy(run.pipeline)
         shell.scheduler = copy.deepcopy(run.pipeline.scheduler)
@@ -64,13 +66,17 @@ class Call(Interceptor):
         # stop, when this call is about to use it.
         makers = [i for i in self.below if not i.on_denoiser]
         others = [i for i in self.below if i.on_denoiser]
-        install(shell.scheduler, *makers, self, *others)
+        meter = [GuidanceMeter(run, denoiser)] if reads_law else []
+        install(shell.scheduler, *makers, *meter, self, *others)
+        for listening in meter:
+            listening.attach()
         self.strand = Strand(lambda _: run.sample(batch, on=shell))
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Read the law, once."""
+        self.taken += 1
         if self.first is None:
             self.first = sample.detach()
             self.law = law_of_run(scheduler, timestep, kwargs) if self._reads_law else None
@@ -129,3 +135,9 @@ def first_state(call: Call, run: Run) -> tuple[StepLaw, Tensor]:
             f"{type(run.pipeline).__name__} never called its scheduler's step; there is nothing to fit."
         )
     return call.law, call.first[: len(call.batch), None]
+
+
+def whole_run(call: Call, run: Run) -> tuple[StepLaw, Tensor]:
+    """The same after its last step, which may come before that of the schedule."""
+    law, first = first_state(call, run)
+    return law.until(call.taken), first

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError, UnsupportedPipeline
-from evenkeel.fitting.lockstep.call import advance, first_state, together
+from evenkeel.fitting.lockstep.call import advance, together, whole_run
 from evenkeel.fitting.lockstep.joined import moments_of_all
 from evenkeel.fitting.readout.head_call import STEPPED, Answer, HeadCall, bring
 from evenkeel.fitting.readout.solve import Unit, blocks, units_of
@@ -123,7 +123,7 @@ class HeadRun:
         bring(calls)  # and its moments
         strategy.finish()
         moments = moments_of_all(processes(), [call.moments for call in calls])
-        return Passed(*first_state(calls[0], self.run), moments)
+        return Passed(*whole_run(calls[0], self.run), moments)
 
     def _calls(self, batches: list[Batch]) -> list[HeadCall]:
         return [HeadCall(self.run, batch, self.quantized) for batch in batches]

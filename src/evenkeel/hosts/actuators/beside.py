@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from evenkeel.errors import Incompatible
 from evenkeel.hosts.actuators.head_rows import border, sizes
 from evenkeel.hosts.pipeline.fingerprint import BESIDE
 from evenkeel.hosts.pipeline.pipelines import forget_graphs, uncompiled
+from evenkeel.hosts.scheduler.groups import Turn
 from evenkeel.hosts.scheduler.interception import Interceptor
 from evenkeel.low_rank.factors import LayerAdapter
 
@@ -55,7 +57,7 @@ class Beside(Interceptor):
         denoiser = self._denoiser() if self._denoiser is not None else None
         if denoiser is None or self._handles:
             return
-        self._handles = attach(denoiser, self.correction.beside)
+        self._handles = attach(denoiser, self.correction.beside, self.turn)
 
     def detach(self) -> None:
         """Add no longer; the layers compute what they did, bit for bit."""
@@ -93,8 +95,12 @@ def with_adapters(denoiser: nn.Module, correction: Correction) -> Iterator[nn.Mo
             )  # it is the network that it was, to whoever looks at its attributes
 
 
-def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:
+def attach(
+    denoiser: nn.Module, adapters: Sequence[LayerAdapter], turn: Turn | None = None
+) -> list[Any]:
     """Hooks that add the adapters' outputs; ``detach`` restores the denoiser.
+
+    With ``turn`` they do so in its calls only, without in all of them.
 
     Raises:
         Incompatible: a layer is missing, or of another size.
@@ -104,7 +110,7 @@ def attach(denoiser: nn.Module, adapters: Sequence[LayerAdapter]) -> list[Any]:
     if adapters:
         forget_graphs(denoiser, *uncompiled(denoiser).modules())
     return [
-        layer.register_forward_hook(_Addition(adapter, layer), with_kwargs=True)
+        layer.register_forward_hook(_Addition(adapter, layer, turn), with_kwargs=True)
         for adapter, layer in zip(adapters, layers, strict=True)
     ]
 
@@ -164,13 +170,24 @@ class _Addition:
     products.
     """
 
-    def __init__(self, adapter: LayerAdapter, layer: Any) -> None:
+    def __init__(self, adapter: LayerAdapter, layer: Any, turn: Turn | None) -> None:
         self.adapter, self.convolution = adapter, hasattr(layer, "in_channels")
+        self._turn, self.is_dead = turn, False
         self._on: dict[torch.device, LayerAdapter] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Addition:
+        # Beside a copied layer it is silent until the copy's own correction takes over.
+        twin = copy.copy(self)
+        twin._on = {}
+        if self._turn is not None:
+            twin._turn, twin.is_dead = Turn(), True
+        return twin
 
     def __call__(
         self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
     ) -> Tensor:
+        if self._turn is not None and not self._turn.here():
+            return output
         x = input_of(arguments, named)
         down, up = (f.dense(x.dtype) for f in self._factors(x.device))
         if not self.convolution:

@@ -1,34 +1,38 @@
-"""Put the head of the coming step into the denoiser: one copy into existing memory per step.
+"""Add the change of a step's head to what the denoiser's head gives.
 
-The scheduler tells which step comes next, so nothing is looked up inside the denoiser: its graph, its
-hooks and its parameters' addresses stay what they are, compiled or not. A head whose weight cannot be
-overwritten (a quantization backend's, or one that offloading keeps elsewhere) gets the change added
-beside it.
+Nothing is written into the denoiser: its state dict is the same at any moment, whatever ends a run, and a
+call that belongs to nobody we know, in another thread or in between, gives what it always gave. The step is
+the one that the denoiser is told.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from evenkeel.corrections.head_table import HeadTable
-from evenkeel.errors import Incompatible
+from evenkeel.corrections.head_table import HeadTable, Place
+from evenkeel.errors import Incompatible, UnsupportedPipeline
 from evenkeel.hosts.actuators.corrector import Corrector
-from evenkeel.hosts.actuators.head_rows import Head, rows_as_outputs, rows_of
+from evenkeel.hosts.actuators.head_rows import Head, border, sizes
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
+from evenkeel.hosts.actuators.told_level import TIME_NAMES, argument_of
 from evenkeel.hosts.pipeline.pipelines import forget_graphs
 from evenkeel.hosts.scheduler.interception import Interceptor
+from evenkeel.hosts.scheduler.places import Places
 from evenkeel.hosts.scheduler.probing import probe_scheduler
-from evenkeel.hosts.scheduler.tape import step_index
+from evenkeel.sampling.step_law import StepLaw
 
-Change = tuple[Tensor, Tensor]  # (F, O) and (O,) float32
+Change = tuple[Tensor, Tensor]  # (O, F) or a convolution's (O, C, *kernel), and (O,)
 
 
 class HeadSwitch(Interceptor):
-    """Selects the head of every step; ``attach`` before the first run, ``detach`` restores bit for bit.
+    """Adds every step's change between ``attach`` and ``detach``.
 
     Args:
         table: heads over noise levels.
@@ -55,12 +59,18 @@ class HeadSwitch(Interceptor):
                 f"{head} of this {type(denoiser).__name__} has "
                 f"{(self.head.features, self.head.targets)}."
             )
-        self._denoiser = weakref.ref(denoiser)
-        self._place: _Overwritten | _Beside | None = None
-        self._calls: Any = None
+        self._denoiser: weakref.ref[nn.Module] | None = weakref.ref(denoiser)
+        self._scheduler: weakref.ref[Any] | None = None
+        self._handles: list[Any] = []
+        self._places: Places | None = None
         self._key: tuple[float, ...] = ()
-        self._heads: list[tuple[Tensor, Tensor] | None] = []
-        self._index, self._branch, self._checked = 0, 0, False
+        self._where: list[Place | None] = []
+        self._heads: dict[tuple[int, int], Change | None] = {}
+        self._last, self._branch = -1, 0
+        self._said = False
+        self._law: StepLaw | None = None
+        self._here: Any = threading.local()
+        self._traced: Change | None = None  # what a compiled graph adds: it knows no threads
 
     @classmethod
     def of(cls, corrector: Corrector, denoiser: nn.Module) -> HeadSwitch:
@@ -85,172 +95,145 @@ class HeadSwitch(Interceptor):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied scheduler must not take a copy of the denoiser along: it switches nothing.
-        return {**self.__dict__, "_denoiser": None, "_place": None, "_calls": None}
+        lost = dict.fromkeys(("_denoiser", "_scheduler", "_places", "_here", "_traced"))
+        return {**self.__dict__, **lost, "is_dead": True, "_handles": [], "_heads": {}}
 
     def attach(self) -> None:
-        """Take hold of the layer; nothing changes before a run begins."""
+        """Listen to the denoiser; nothing changes before a run begins."""
         denoiser = self._denoiser() if self._denoiser is not None else None
-        if denoiser is None or self._place is not None:
+        if denoiser is None or self._handles:
             return
         layer = layer_of(denoiser, self.head)
-        self._place = (
-            _Overwritten(layer, self.head) if is_plain(layer) else self._beside(denoiser, layer)
-        )
-        if self.counts_calls:
-            self._calls = denoiser.register_forward_pre_hook(self._next_branch)
+        forget_graphs(denoiser)
+        self._handles = [
+            denoiser.register_forward_pre_hook(self._called, with_kwargs=True),
+            layer.register_forward_hook(self._add),
+        ]
 
     def detach(self) -> None:
-        """Give the layer its own weights back."""
-        if self._place is not None:
-            self._place.restore()
-            self._place = None
-        if self._calls is not None:
-            self._calls.remove()
-            self._calls = None
+        """Listen no longer."""
+        if self._handles and self._denoiser is not None and self._denoiser() is not None:
+            forget_graphs(self._denoiser())  # type: ignore[arg-type]
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._scheduler = [], None
+        self._put(None)
 
     def begin(self, scheduler: Any) -> None:
-        if self._place is None:
+        """A new run; which of its steps is taken the denoiser is told."""
+        if not self._handles:
             return
+        if self._places is None or not self._places.belong_to(scheduler):
+            self._places = Places(scheduler)
+        self._places.restart()
+        self._scheduler = weakref.ref(scheduler)
         sigmas = getattr(scheduler, "sigmas", None)
-        levels = sigmas.tolist() if isinstance(sigmas, Tensor) else []
-        key = (*scheduler.timesteps.tolist(), *levels)
-        if isinstance(self._place, _Overwritten) and not is_plain(self._place.layer):
-            # Offloaded since (sequentially: its memory is not its own): add beside it instead.
-            denoiser = self._denoiser() if self._denoiser is not None else None
-            self._place = self._beside(denoiser, self._place.layer)
+        key = (*self._places.times, *(sigmas.tolist() if isinstance(sigmas, Tensor) else ()))
         if key != self._key:
             law = probe_scheduler(scheduler)
-            self._heads = self.table.at(
-                law.alpha[:-1], law.sigma[:-1], allow_range=self.allow_range
-            )
-            self._place.forget()
-            self._key = key
-        self._index = int(getattr(scheduler, "begin_index", None) or 0)
-        self._checked = False
-        self._select()
-
-    def before(
-        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        if self._checked or self._place is None:
-            return
-        self._checked = True
-        start = step_index(scheduler, timestep)
-        if start != self._index:
-            raise Incompatible(
-                f"this pipeline starts at step {start} of its schedule without telling the scheduler "
-                f"(set_begin_index); the head of step {self._index} was in place. Remove the readout "
-                f"for this pipeline."
-            )
+            self._where = self.table.places(law.alpha[:-1], law.sigma[:-1])
+            self._law, self._key, self._heads = law, key, {}
+        self._last, self._branch = -1, 0
 
     def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        self._index += 1
-        if self._index < len(self._heads):
-            self._select()
-        elif self._place is not None:
-            # Between runs the denoiser is itself: it can be copied, saved, recognised, offloaded.
-            self._place.rest()
+        """The step's calls have been made."""
+        if self._last >= len(self._where) - 1 and self.turn is None:
+            self._scheduler = None  # between runs the denoiser is itself
+        self._branch = 0
+        self._put(None)
         return result
 
-    def _beside(self, denoiser: Any, layer: nn.Module) -> _Beside:
-        forget_graphs(denoiser)
-        return _Beside(layer, self.head)
-
-    def _select(self) -> None:
-        self._branch = 0
-        if self.table.branches == 1:
-            self._put(0)
-
-    # Counting calls inside a graph would compile it anew for every step.
+    # Kept out of compiled graphs: a graph per step would be made.
     @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
-    def _next_branch(self, denoiser: nn.Module, arguments: Any) -> None:
-        self._put(min(self._branch, self.table.branches - 1))
+    def _called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> None:
+        self._put(None)
+        scheduler = None if self._scheduler is None else self._scheduler()
+        if self.is_idle or scheduler is None or self._places is None:
+            return
+        try:
+            told = argument_of(denoiser, arguments, keywords, TIME_NAMES)
+        except UnsupportedPipeline:
+            told = None
+        step = self._places.of_call(scheduler, told)
+        if step is None:
+            self._say(told)
+            return
+        self._branch = self._branch if step == self._last else 0
+        self._last = step
+        branch = min(self._branch, self.table.branches - 1)
         self._branch += 1
+        if step < len(self._where):
+            like = next(
+                (a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), None
+            )
+            self._put(self._changed(step, branch, denoiser, like))
 
-    def _put(self, branch: int) -> None:
-        if self._place is None or self._index >= len(self._heads):
-            return
-        change = self._heads[self._index]
-        key = (self._index, branch)
-        self._place.put(key, None if change is None else (change[0][branch], change[1][branch]))
+    def _put(self, change: Change | None) -> None:
+        self._traced = change
+        if self._here is not None:
+            self._here.change = change
 
+    def _changed(
+        self, step: int, branch: int, denoiser: nn.Module, like: Tensor | None
+    ) -> Change | None:
+        """Where the denoiser computes, and in what; kept for the next run."""
+        key = (step, branch)
+        if key not in self._heads:
+            self._heads[key] = self._made(step, branch, denoiser)
+        found = self._heads[key]
+        if found is None or like is None or not like.is_floating_point():
+            return found
+        if found[0].device != like.device or found[0].dtype != like.dtype:
+            weight, constant = (part.to(like.device, like.dtype) for part in found)
+            self._heads[key] = found = (weight, constant)
+        return found
 
-class _Overwritten:
-    """The changed head is copied into the layer's own memory."""
+    def _made(self, step: int, branch: int, denoiser: nn.Module) -> Change | None:
+        place, law = self._where[step], self._law
+        if (
+            place is None and law is not None
+        ):  # a step that is taken: those that are not do not matter
+            levels = law.alpha[:-1], law.sigma[:-1]
+            self.table.refuse_outside(self._where, *levels, allow_range=self.allow_range)
+        found = self.table.entry_at(place)
+        if found is None:
+            return None
+        layer: Any = layer_of(denoiser, self.head)
+        weight, constant = found[0][branch].T.contiguous(), found[1][branch]
+        if self.head.kind == "convolution":
+            weight = weight.reshape(self.head.targets, -1, *sizes(layer.kernel_size))
+        return weight, constant
 
-    def __init__(self, layer: nn.Module, head: Head) -> None:
-        self.layer: Any = layer
-        self.weight = layer.get_parameter("weight").detach().clone()
-        self.bias = layer.get_parameter("bias").detach().clone() if head.has_bias else None
-        self.ready: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-        self.current: tuple[int, int] | None = None
+    def _say(self, told: Any) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                f"the denoiser was called at time {told}, which is none of the scheduler's timesteps: the "
+                f"readout leaves this call alone.",
+                UserWarning,
+                stacklevel=2,
+            )
 
-    def forget(self) -> None:
-        """Another schedule: the prepared heads are not those of its steps."""
-        self.ready, self.current = {}, None
-
-    def put(self, key: tuple[int, int], change: Change | None) -> None:
-        if key == self.current:
-            return
-        if key not in self.ready:
-            self.ready[key] = self._changed(change)
-        self._write(*self.ready[key])
-        self.current = key
-
-    def rest(self) -> None:
-        """The layer's own weights, until the next run."""
-        self._write(self.weight, self.bias)
-        self.current = None
-
-    def restore(self) -> None:
-        self.rest()
-        self.forget()
-
-    def _changed(self, change: Change | None) -> tuple[Tensor, Tensor | None]:
+    def _add(self, layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        tracing = torch.compiler.is_compiling()
+        change = self._traced if tracing else getattr(self._here, "change", None)
         if change is None:
-            return self.weight, self.bias
-        delta, constant = change
-        weight = self.weight.float() + delta.T.reshape(self.weight.shape).to(self.weight.device)
-        bias = None
-        if self.bias is not None:
-            bias = (self.bias.float() + constant.to(self.bias.device)).to(self.bias.dtype)
-        return weight.to(self.weight.dtype), bias
-
-    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
-        # .data: no new version for autograd to check, the same storage for compiled graphs.
-        self.layer.weight.data.copy_(weight)
-        if bias is not None:
-            self.layer.bias.data.copy_(bias)
+            return None
+        x = arguments[0]
+        weight, constant = (c.to(x.device, x.dtype) for c in change)
+        return output + _applied(self.head, layer, x, weight, constant).to(output.dtype)
 
 
-class _Beside:
-    """A second, small layer whose result is added to that of the head."""
-
-    def __init__(self, layer: nn.Module, head: Head) -> None:
-        self.layer: Any = layer
-        self.head = head
-        self.change: Change | None = None
-        self.handle = layer.register_forward_hook(self._add)
-
-    def forget(self) -> None:
-        """Nothing is prepared here."""
-
-    def put(self, key: tuple[int, int], change: Change | None) -> None:
-        self.change = change
-
-    def rest(self) -> None:
-        """Nothing is added until the next run."""
-        self.change = None
-
-    def restore(self) -> None:
-        self.handle.remove()
-
-    def _add(self, layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.change is None:
-            return output
-        rows = rows_of(self.head, layer, arguments[0])
-        delta, constant = (c.to(rows.device, rows.dtype) for c in self.change)
-        return output + rows_as_outputs(self.head, rows @ delta + constant, output)
+def _applied(head: Head, layer: Any, x: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
+    """What a head of this weight gives in the place of the layer."""
+    if head.kind == "linear":
+        return F.linear(x, weight, constant)
+    kernel = sizes(layer.kernel_size)
+    mode = str(layer.padding_mode)
+    padded = F.pad(x, border(layer, kernel), mode="constant" if mode == "zeros" else mode)
+    convolved = F.conv3d if len(kernel) == 3 else F.conv2d
+    stride, dilation = sizes(layer.stride), sizes(layer.dilation)
+    return convolved(padded, weight, constant, stride=stride, dilation=dilation)
 
 
 @torch.no_grad()
@@ -263,7 +246,7 @@ def fold(denoiser: nn.Module, table: HeadTable, head: str) -> None:
 
     """
     switch = HeadSwitch(table, denoiser, head)
-    layer = layer_of(denoiser, switch.head)
+    layer: Any = layer_of(denoiser, switch.head)
     weight, constant = table.entry(0)
     parts = (table.weight, table.scale, table.constant)
     if not all(torch.equal(part, part[:1, :1].expand_as(part)) for part in parts):
@@ -276,5 +259,7 @@ def fold(denoiser: nn.Module, table: HeadTable, head: str) -> None:
             f"{head} of this {type(denoiser).__name__} is held by a quantization backend and cannot "
             f"be overwritten. Apply the readout at run time instead."
         )
-    place = _Overwritten(layer, switch.head)
-    place.put((0, 0), (weight[0], constant[0]))
+    change = weight[0].T.reshape(layer.weight.shape).to(layer.weight.device)
+    layer.weight.copy_(layer.weight.float() + change)
+    if layer.bias is not None:
+        layer.bias.copy_(layer.bias.float() + constant[0].to(layer.bias.device))

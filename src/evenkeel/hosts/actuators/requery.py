@@ -72,7 +72,7 @@ class Requery(Interceptor):
     def __getstate__(self) -> dict[str, Any]:
         # A copied scheduler must not take the denoiser along; it says so when it would need it.
         lost = dict.fromkeys(("_denoiser", "_scheduler", "_handle", "_noise", "_given"))
-        return {**self.__dict__, **lost, "_calls": []}
+        return {**self.__dict__, **lost, "_calls": [], "is_dead": True}
 
     def listen(self) -> None:
         """Listen to the denoiser's calls; harmless if it does already.
@@ -116,7 +116,13 @@ class Requery(Interceptor):
         """Keep what guidance made of the step's calls."""
         if self._index < 0:
             self._read_plan(scheduler)
-        self._index += 1
+        index = self._corrector.index
+        if index != self._index + 1:
+            self._samples, self._outputs = [], []
+        if index < 0 or not self._corrector.is_sequential:
+            self._calls, self._given, self._refreshing = [], None, []
+            return
+        self._index = index
         if self._refreshes():
             self._given = output.detach().clone()
 
@@ -198,7 +204,11 @@ class Requery(Interceptor):
         ours = [] if scheduler is None else installed(scheduler)
         if all(i is not self for i in ours):
             self.stop()  # left behind by a run that was interrupted
-        elif threading.get_ident() == self._thread and (self._index < 0 or self._refreshes(1)):
+        elif (
+            not self.is_idle
+            and threading.get_ident() == self._thread
+            and (self._index < 0 or self._refreshes(1))
+        ):
             # clone: CUDA graphs reuse buffers, and some pipelines guide in place.
             kept = answer_of(output).detach().clone()
             self._calls.append(Call(tuple(arguments), dict(keywords), kept))

@@ -31,6 +31,10 @@ class ImageNoise:
             generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big"))
             self._generators.append(generator)
 
+    def __len__(self) -> int:
+        """Images."""
+        return len(self._generators)
+
     def draw(self, like: Tensor, uniform: bool) -> Tensor:
         """Unit variance, zero mean, one draw per image; float32 on the device of ``like``."""
         shape = like.shape[1:]
@@ -127,6 +131,11 @@ class Stretch:
             is_straight=straight and torch.equal(base, 1 - plan.samples[k, samples[0][0]]),
             is_plain=not samples and not outputs and bool((base == 1).all()),
         )
+
+    @property
+    def reach(self) -> int:
+        """So many steps before its own are the oldest state or output that it takes."""
+        return max((lag for lag, _ in (*self.samples, *self.outputs)), default=0)
 
     def __call__(self, result: Tensor, samples: list[Tensor], outputs: list[Tensor]) -> Tensor:
         """The new result; ``samples`` and ``outputs`` latest first."""

@@ -153,11 +153,15 @@ def _replaced(
 def _parameter(denoiser: nn.Module, names: tuple[str, ...]) -> tuple[str, int]:
     """Name and position; of the class, because offloading replaces the instance's own ``forward``."""
     plain = getattr(denoiser, "_orig_mod", denoiser)
-    taken = list(inspect.signature(type(plain).forward).parameters)[1:]
-    name = next((n for n in taken if n in names), None)
-    if name is None:
-        raise UnsupportedPipeline(
-            f"expected a denoiser whose forward takes one of {names}; {type(plain).__name__} takes "
-            f"{taken}. What it is told cannot be changed."
-        )
-    return name, taken.index(name)
+    taken: list[str] = []
+    for kind in type(plain).__mro__:  # a subclass that passes on whatever it gets says nothing
+        if "forward" in vars(kind):
+            found = list(inspect.signature(vars(kind)["forward"]).parameters)[1:]
+            taken = taken or found
+            name = next((n for n in found if n in names), None)
+            if name is not None:
+                return name, found.index(name)
+    raise UnsupportedPipeline(
+        f"expected a denoiser whose forward takes one of {names}; {type(plain).__name__} takes "
+        f"{taken}. What it is told cannot be changed."
+    )

@@ -10,66 +10,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:  # a scheduler can be watched without any correction
-    from evenkeel.corrections.base import Correction
-    from evenkeel.corrections.plan import SamplerPlan
-
-
-class Interceptor:
-    """Sees every scheduler step; subclasses override what they need.
-
-    ``install`` puts one or several on a scheduler; they run in order. One that changes the denoiser,
-    too, does so between ``attach`` and ``detach``.
-
-    Attributes:
-        on_denoiser: after a step it makes the denoiser ready for the next one.
-        on_steps: what it does depends on the scheduler; False for what acts whatever scheduler there is.
-        correction, plan: what it carries out, and the numbers of the latest run; None if it does not.
-
-    """
-
-    on_denoiser: bool = False
-    on_steps: bool = True
-    correction: Correction | None = None
-    plan: SamplerPlan | None = None
-
-    @property
-    def counts_calls(self) -> bool:
-        """Whether it tells guidance branches apart by the order of the denoiser's calls."""
-        return False
-
-    def attach(self) -> None:
-        """Take hold of the denoiser; nothing changes before a run begins."""
-
-    def detach(self) -> None:
-        """Let go of it; it is what it was."""
-
-    def begin(self, scheduler: Any) -> None:
-        """A new run starts (``set_timesteps`` was called, or its first step was set)."""
-
-    def wide(self) -> bool:
-        """Whether this run must be computed in float32 whatever the sample's dtype."""
-        return False
-
-    def before(
-        self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Just before the scheduler's own step, with the tensors as the pipeline gave them."""
-
-    def edit(self, scheduler: Any, output: Tensor, sample: Tensor) -> Tensor:
-        """Replace the model output before the scheduler sees it (in float32 where ``wide``)."""
-        return output
-
-    def after(self, scheduler: Any, output: Tensor, sample: Tensor, result: Tensor) -> Tensor:
-        """Replace the step's result (in float32 where ``wide``); same shape."""
-        return result
-
+from evenkeel.hosts.scheduler.groups import Group, Held
+from evenkeel.hosts.scheduler.groups import Interceptor as Interceptor
 
 _SUBCLASSES: dict[type, type] = {}
 _STATE = "_evenkeel_interceptors"
@@ -77,20 +26,59 @@ APPLIED = "_evenkeel_applied"  # attribute of a pipeline: what was installed for
 
 
 def install(scheduler: Any, *interceptors: Interceptor) -> None:
-    """Let ``interceptors`` see and change every step of this scheduler instance from now on."""
+    """Let ``interceptors``, and nothing else, see and change every step of this scheduler from now on."""
+    install_groups(scheduler, [Group(interceptors)])
+
+
+def install_groups(scheduler: Any, groups: Sequence[Group]) -> None:
+    """Let these groups, and nothing else, act on this scheduler instance from now on."""
+    uninstall(scheduler)
     scheduler.__class__ = _subclass(plain_class(scheduler))
-    scheduler.__dict__[_STATE] = list(interceptors)
+    scheduler.__dict__[_STATE] = Held(groups)
+    for name in ("step", "set_timesteps", "set_begin_index"):
+        if name in scheduler.__dict__:  # wrapped on the instance, which would pass us by
+            scheduler.__dict__[name] = _Rewrapped(scheduler, name, scheduler.__dict__[name])
 
 
 def uninstall(scheduler: Any) -> None:
     """Give the instance its own class back; harmless on a plain scheduler."""
     scheduler.__dict__.pop(_STATE, None)
-    scheduler.__class__ = plain_class(scheduler)
+    for name, value in list(scheduler.__dict__.items()):
+        if isinstance(value, _Rewrapped):
+            scheduler.__dict__[name] = value.inner
+    if hasattr(type(scheduler), "_evenkeel_base"):
+        scheduler.__class__ = plain_class(scheduler)
+
+
+def groups_of(scheduler: Any) -> list[Group]:
+    """What is installed on this instance, if anything."""
+    held = scheduler.__dict__.get(_STATE)
+    return [] if held is None else list(held.groups)
+
+
+def begin_run(scheduler: Any) -> None:
+    """Say that a run begins where ``set_timesteps`` did not."""
+    held = scheduler.__dict__.get(_STATE)
+    if held is not None:
+        held.begin(scheduler)
 
 
 def installed(scheduler: Any) -> list[Interceptor]:
     """The interceptors of this instance, if any."""
-    return list(scheduler.__dict__.get(_STATE, ()))
+    return [i for group in groups_of(scheduler) for i in group.interceptors]
+
+
+@contextmanager
+def watched(scheduler: Any, *interceptors: Interceptor) -> Iterator[None]:
+    """Inside, these see every step after what is installed already."""
+    before = groups_of(scheduler)
+    install_groups(scheduler, [*before, Group(interceptors)])
+    try:
+        yield
+    finally:
+        uninstall(scheduler)
+        if before:
+            install_groups(scheduler, before)
 
 
 @contextmanager
@@ -101,23 +89,24 @@ def set_aside(pipeline: Any) -> Iterator[None]:
     for this pipeline counts even where its scheduler has been exchanged since.
     """
     scheduler = pipeline.scheduler
-    before, kept = installed(scheduler), pipeline.__dict__.pop(APPLIED, None)
-    _let_go(scheduler, kept or ())
+    before, kept = groups_of(scheduler), pipeline.__dict__.pop(APPLIED, None)
+    _let_go(scheduler, [*before, *([] if kept is None else [kept])])
     try:
         yield
     finally:
-        _let_go(scheduler, pipeline.__dict__.pop(APPLIED, ()))
+        now = pipeline.__dict__.pop(APPLIED, None)
+        _let_go(scheduler, [*groups_of(scheduler), *([] if now is None else [now])])
         if before:
-            install(scheduler, *before)
+            install_groups(scheduler, before)
         if kept is not None:
             pipeline.__dict__[APPLIED] = kept
-        for interceptor in dict.fromkeys((*before, *(kept or ()))):
-            interceptor.attach()
+        for group in dict.fromkeys((*before, *([] if kept is None else [kept]))):
+            group.attach()
 
 
-def _let_go(scheduler: Any, kept: Iterable[Interceptor]) -> None:
-    for interceptor in (*installed(scheduler), *kept):
-        interceptor.detach()
+def _let_go(scheduler: Any, groups: Iterable[Group]) -> None:
+    for group in groups:
+        group.detach()
     uninstall(scheduler)
 
 
@@ -127,57 +116,104 @@ def plain_class(scheduler: Any) -> type:
     return base
 
 
-def _rebuild(base: type, state: dict[str, Any]) -> Any:
-    scheduler: Any = object.__new__(_subclass(base))
+def _rebuild(base: type, state: dict[str, Any], groups: Sequence[Group] = ()) -> Any:
+    scheduler: Any = object.__new__(base)
     scheduler.__dict__.update(state)
+    if groups:
+        install_groups(scheduler, [group.copied() for group in groups])
     return scheduler
+
+
+class _Rewrapped:
+    """A method that was wrapped on the instance, with us around it."""
+
+    def __init__(self, scheduler: Any, name: str, inner: Any) -> None:
+        self._scheduler, self._name, self.inner = weakref.ref(scheduler), name, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = self._scheduler()
+        calls = {"step": _step, "set_timesteps": _set_timesteps, "set_begin_index": _set_begin}
+        # One that was wrapped again since leads to the class's own first, which is where we are then.
+        return calls[self._name](scheduler, self.inner, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _unwrapped, (self.inner,)
+
+
+def _unwrapped(inner: Any) -> Any:
+    return inner
+
+
+def _step(scheduler: Any, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held = scheduler.__dict__.get(_STATE)
+    if held is None:
+        return inner(*args, **kwargs)
+    with held.alone() as first:
+        if not first:
+            return inner(*args, **kwargs)
+        # Binding a signature takes as long as the arithmetic of a small step: name arguments by hand.
+        names = _names(plain_class(scheduler))
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(arguments) < len(args) + len(kwargs) or not arguments.keys() >= _NEEDED:
+            inspect.signature(inner).bind(*args, **kwargs)  # says what is wrong with this call
+            return inner(*args, **kwargs)
+        output, sample = arguments["model_output"], arguments["sample"]
+        groups = held.stepping(scheduler)
+        acting = [g for g in groups if g.acts(scheduler, arguments["timestep"], output, sample)]
+        interceptors = [i for g in acting for i in g.interceptors]
+        if not interceptors:
+            return inner(*args, **kwargs)
+        return _intercepted(scheduler, interceptors, inner, names[: len(args)], arguments)
+
+
+def _set_timesteps(
+    scheduler: Any, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    held = scheduler.__dict__.get(_STATE)
+    if held is None:
+        return inner(*args, **kwargs)
+    with held.alone() as first:
+        if first:
+            held.refuse_two_runs(scheduler)
+        result = inner(*args, **kwargs)
+        if first:
+            held.begin(scheduler)
+    return result
+
+
+def _set_begin(scheduler: Any, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inner(*args, **kwargs)
+    held = scheduler.__dict__.get(_STATE)
+    if held is not None:
+        held.begin(scheduler)
 
 
 def _subclass(base: type) -> type:
     if base in _SUBCLASSES:
         return _SUBCLASSES[base]
-    signature = inspect.signature(base.step)  # type: ignore[attr-defined]
-    names = tuple(signature.parameters)[1:]
-    inner_step: Any = base.step  # type: ignore[attr-defined]
-    inner_set: Any = base.set_timesteps  # type: ignore[attr-defined]
 
-    @functools.wraps(inner_step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        interceptors = self.__dict__.get(_STATE)
-        if not interceptors:
-            return inner_step(self, *args, **kwargs)
-        # Binding a signature takes as long as the arithmetic of a small step: name arguments by hand.
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(arguments) < len(args) + len(kwargs) or not arguments.keys() >= _NEEDED:
-            signature.bind(self, *args, **kwargs)  # says what is wrong with this call
-        return _intercepted(self, interceptors, inner_step, arguments)
+    def intercepting(name: str, handler: Any) -> Any:
+        inner: Any = getattr(base, name)
 
-    @functools.wraps(inner_set)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = inner_set(self, *args, **kwargs)
-        for interceptor in self.__dict__.get(_STATE, ()):
-            interceptor.begin(self)
-        return result
+        @functools.wraps(inner)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return handler(self, functools.partial(inner, self), args, kwargs)
 
-    def set_begin_index(self: Any, begin_index: int = 0) -> None:
-        base.set_begin_index(self, begin_index)  # type: ignore[attr-defined]
-        for interceptor in self.__dict__.get(_STATE, ()):
-            interceptor.begin(self)
+        return method
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
-        return _rebuild, (base, self.__dict__.copy())
+        state = {k: v for k, v in self.__dict__.items() if k != _STATE}
+        return _rebuild, (base, state, groups_of(self))
 
+    handlers = {"step": _step, "set_timesteps": _set_timesteps, "set_begin_index": _set_begin}
     members = {
-        "step": step,
-        "set_timesteps": set_timesteps,
+        **{n: intercepting(n, handler) for n, handler in handlers.items() if hasattr(base, n)},
         "__reduce_ex__": reduce_ex,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_evenkeel_base": base,
     }
-    if hasattr(base, "set_begin_index"):
-        members["set_begin_index"] = functools.wraps(base.set_begin_index)(set_begin_index)
     _SUBCLASSES[base] = type(base.__name__, (base,), members)
     return _SUBCLASSES[base]
 
@@ -186,8 +222,23 @@ _NEEDED = frozenset(("model_output", "timestep", "sample"))
 _FIXED = _NEEDED | {"generator", "return_dict"}
 
 
+@functools.cache
+def _names(base: type) -> tuple[str, ...]:
+    """Parameters of ``step``; of the class it derives from where it takes whatever there is."""
+    for kind in base.__mro__:
+        if "step" in vars(kind):
+            names = tuple(inspect.signature(vars(kind)["step"]).parameters)[1:]
+            if {*names} >= _NEEDED:
+                return names
+    return ("model_output", "timestep", "sample")
+
+
 def _intercepted(
-    scheduler: Any, interceptors: list[Interceptor], inner_step: Any, arguments: dict[str, Any]
+    scheduler: Any,
+    interceptors: list[Interceptor],
+    inner: Any,
+    placed: Sequence[str],
+    arguments: dict[str, Any],
 ) -> Any:
     output, sample = arguments["model_output"], arguments["sample"]
     dtype = sample.dtype
@@ -199,11 +250,12 @@ def _intercepted(
     if wide:
         # 1 + c of Q-Drift's size is lost in bfloat16's rounding: compute in float32, cast once.
         output, sample = _widened(output), _widened(sample)
-        arguments["model_output"], arguments["sample"] = output, sample
     for interceptor in interceptors:
         output = interceptor.edit(scheduler, output, sample)
-    arguments["model_output"] = output
-    out = inner_step(scheduler, **arguments)
+    given = {**arguments, "model_output": output, "sample": sample}
+    # By position what came so: a wrapper may take no names.
+    by_place = [given.pop(name) for name in placed]
+    out = inner(*by_place, **given)
     is_tuple = isinstance(out, tuple)
     result = out[0] if is_tuple else out.prev_sample
     for interceptor in interceptors:

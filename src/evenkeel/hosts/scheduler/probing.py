@@ -60,7 +60,7 @@ def probe_scheduler(
     with _NoiseFrom(run.next_noise):
         law = read_step_law(
             run,
-            sampler=name,
+            sampler=_known_as(scheduler),
             prediction=prediction_type(scheduler),
             timesteps=torch.as_tensor(timesteps).cpu().tolist(),  # at once
             alpha_start=alpha,
@@ -227,6 +227,13 @@ class _NoiseFrom(TorchFunctionMode):
 def _kinds(scheduler: Any) -> set[str]:
     """Names of its class and of those it derives from: a subclass does what its base does."""
     return {kind.__name__ for kind in type(scheduler).__mro__}
+
+
+def _known_as(scheduler: Any) -> str:
+    """The class of diffusers that it is, or derives from."""
+    kinds = type(scheduler).__mro__
+    known = [k.__name__ for k in kinds if k.__module__.startswith("diffusers.schedulers.")]
+    return known[0] if known else kinds[0].__name__
 
 
 def _is_flow(scheduler: Any) -> bool:

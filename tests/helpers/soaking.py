@@ -1,0 +1,171 @@
+"""A service under load: many generations in several threads, corrections that come and go, runs that die.
+
+``python -m soaking --generations 200 --threads 4``; prints what it did, and exits with 1 if anything was
+left behind or any image was another one than alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import os
+import pickle
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from made_corrections import MADE
+from torch import Tensor
+
+import evenkeel
+from evenkeel.hosts.actuators.binding import Binding
+from evenkeel.testing import drawn_evidence
+from evenkeel.testing.pipeline import sampled, tiny_law, tiny_pipeline
+
+NAMES = ("plain", "q-drift", "readout", "adapters", "tac", "stepbaq", "qncd", "readout+drift")
+_ALLOWED = ("denoiser", "scheduler", "guidance")
+
+
+class Stop(BaseException):
+    """Ends a run from inside."""
+
+
+class Service:
+    """Threads with a pipeline and a scheduler each, on one set of weights."""
+
+    def __init__(self, threads: int, seed: int = 0) -> None:
+        self.threads, self.seed = threads, seed
+        base = tiny_pipeline()
+        self.denoiser = base.transformer
+        evidence = drawn_evidence(tiny_law(), 0.3)
+        self.corrections = {n: MADE[n](evidence) for n in NAMES if n != "plain"}
+        self.state = {n: t.clone() for n, t in self.denoiser.state_dict().items()}
+        self._base, self._local = base, threading.local()
+        self.alone = {name: self.image(base, name) for name in NAMES}
+        self.done: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def run(self, generations: int) -> None:
+        """So many, dealt out over the threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(self._one, range(generations)))
+
+    def image(self, pipe: Any, name: str) -> Tensor:
+        """One generation with a correction that is applied for it and removed after it."""
+        if name == "plain":
+            return sampled(pipe)
+        with evenkeel.applied(pipe, self.corrections[name], allow=_ALLOWED):
+            return sampled(pipe)
+
+    def left_behind(self) -> list[str]:
+        """What is not as it was before."""
+        gc.collect()
+        now = self.denoiser.state_dict()
+        found = [n for n, t in self.state.items() if not torch.equal(now[n], t)]
+        parts = list(self.denoiser.modules())
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts)
+        bound = sum(isinstance(o, Binding) for o in gc.get_objects())
+        found += [f"{hooks} hooks"] if hooks else []
+        found += [f"{bound} corrections"] if bound else []
+        return found
+
+    def _one(self, index: int) -> None:
+        chance = random.Random(f"{self.seed} {index}")
+        if not hasattr(self._local, "pipe"):
+            self._local.pipe = self._twin()
+        name = chance.choice(NAMES)
+        how = chance.choice(("whole", "whole", "stopped", "copied"))
+        pipe = self._local.pipe
+        if how == "copied" and name != "plain":
+            found = self._by_a_copy(pipe, name, chance)
+        else:
+            if how == "stopped":
+                self._stopped(pipe, name, chance)
+            found = self.image(pipe, name)
+        self.done[f"{how} {name}"] += 1
+        if not torch.equal(found, self.alone[name]):
+            self.wrong.append(f"generation {index}: {how} {name}")
+
+    def _twin(self) -> Any:
+        """Another pipeline of the same networks."""
+        parts = dict(self._base.components)
+        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+        pipe = type(self._base)(**parts, id2label={3: "three", 7: "seven"})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _stopped(self, pipe: Any, name: str, chance: random.Random) -> None:
+        """A run that dies somewhere in the denoiser, in this thread."""
+        parts = [m for m in self.denoiser.modules() if not list(m.children())]
+        here, left = threading.get_ident(), [chance.randrange(1, 4)]
+
+        def stop(*_: Any) -> None:
+            if threading.get_ident() == here:
+                left[0] -= 1
+                if left[0] <= 0:
+                    raise Stop
+
+        handle = chance.choice(parts).register_forward_hook(stop)
+        try:
+            self.image(pipe, name)
+        except Stop:
+            pass
+        finally:
+            handle.remove()
+
+    def _by_a_copy(self, pipe: Any, name: str, chance: random.Random) -> Tensor:
+        """By a pipeline with a copy of the corrected scheduler."""
+        duplicate = chance.choice((copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))))
+        with evenkeel.applied(pipe, self.corrections[name], allow=_ALLOWED):
+            twin = copy.copy(pipe)
+            twin.scheduler = duplicate(pipe.scheduler)
+            found = sampled(twin)
+            evenkeel.remove(twin)
+        return found
+
+
+def resources() -> dict[str, int]:
+    """Threads, open files, and MiB of memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc") else 0
+    files = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0
+    size = pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+    return {"threads": threading.active_count(), "files": files, "memory": size}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(prog="soak", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--generations", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    service = Service(options.threads, options.seed)
+    service.run(max(options.generations // 4, 1))  # what is filled once is full then
+    service.left_behind()
+    before = resources()
+    service.run(options.generations - max(options.generations // 4, 1))
+    left = service.left_behind()
+    after = resources()
+    for kind, count in sorted(service.done.items()):
+        print(f"{count:5d}  {kind}")
+    print(f"{sum(service.done.values())} generations in {time.monotonic() - start:.0f} s")
+    print(f"before {before}, after {after}")
+    for what in (*service.wrong, *(f"left behind: {what}" for what in left)):
+        print(what)
+    grown = after["memory"] - before["memory"]
+    leaks = after["threads"] > before["threads"] or after["files"] > before["files"] or grown > 64
+    print("leaks" if leaks else "nothing leaks")
+    return int(bool(service.wrong or left or leaks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
