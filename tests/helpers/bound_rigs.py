@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,8 +57,9 @@ class Rig:
         return generate(tiny, steps=self.steps, **options)
 
     def sharing(self, **parts: Any) -> Any:
-        """Another pipeline of the same components."""
-        made = type(self.pipe)(**{**self.pipe.components, **parts})
+        """Another pipeline of the same components; tokenizers cannot be shared by threads."""
+        own = {n: copy.deepcopy(getattr(self.pipe, n)) for n in ("tokenizer", "tokenizer_2")}
+        made = type(self.pipe)(**{**self.pipe.components, **own, **parts})
         made.set_progress_bar_config(disable=True)
         return made
 

@@ -40,15 +40,15 @@ class Stop(BaseException):
 class Service:
     """Threads with a pipeline and a scheduler each, on one set of weights."""
 
-    def __init__(self, threads: int, seed: int = 0) -> None:
-        self.threads, self.seed = threads, seed
+    def __init__(self, threads: int, seed: int = 0, names: tuple[str, ...] = NAMES) -> None:
+        self.threads, self.seed, self.names = threads, seed, names
         base = tiny_pipeline()
         self.denoiser = base.transformer
         evidence = drawn_evidence(tiny_law(), 0.3)
-        self.corrections = {n: MADE[n](evidence) for n in NAMES if n != "plain"}
+        self.corrections = {n: MADE[n](evidence) for n in names if n != "plain"}
         self.state = {n: t.clone() for n, t in self.denoiser.state_dict().items()}
         self._base, self._local = base, threading.local()
-        self.alone = {name: self.image(base, name) for name in NAMES}
+        self.alone = {name: self.image(base, name) for name in names}
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
 
@@ -71,7 +71,7 @@ class Service:
         found = [n for n, t in self.state.items() if not torch.equal(now[n], t)]
         parts = list(self.denoiser.modules())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts)
-        bound = sum(isinstance(o, Binding) for o in gc.get_objects())
+        bound = sum(type(o) is Binding for o in gc.get_objects())
         found += [f"{hooks} hooks"] if hooks else []
         found += [f"{bound} corrections"] if bound else []
         return found
@@ -79,8 +79,8 @@ class Service:
     def _one(self, index: int) -> None:
         chance = random.Random(f"{self.seed} {index}")
         if not hasattr(self._local, "pipe"):
-            self._local.pipe = self._twin()
-        name = chance.choice(NAMES)
+            self._local.pipe = self.twin()
+        name = chance.choice(self.names)
         how = chance.choice(("whole", "whole", "stopped", "copied"))
         pipe = self._local.pipe
         if how == "copied" and name != "plain":
@@ -93,7 +93,7 @@ class Service:
         if not torch.equal(found, self.alone[name]):
             self.wrong.append(f"generation {index}: {how} {name}")
 
-    def _twin(self) -> Any:
+    def twin(self) -> Any:
         """Another pipeline of the same networks."""
         parts = dict(self._base.components)
         parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)

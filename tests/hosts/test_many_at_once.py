@@ -18,6 +18,7 @@ from soaking import Service
 import evenkeel
 from evenkeel.corrections import EpsilonScaling
 from evenkeel.errors import Incompatible
+from evenkeel.testing.pipeline import sampled
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,7 @@ def test_copied_schedulers_carry_the_correction_into_threads(rig: Rig, duplicate
     pipes = [rig.pipe, *(copy.copy(rig.pipe) for _ in range(2))]
     for pipe in pipes[1:]:
         pipe.scheduler = duplicate(rig.pipe.scheduler)
+        pipe.tokenizer, pipe.tokenizer_2 = map(copy.deepcopy, (pipe.tokenizer, pipe.tokenizer_2))
     found = together([lambda pipe=pipe: rig.sample(pipe) for pipe in pipes])
     assert all(torch.equal(x, corrected) for x in found)
 
@@ -105,20 +107,21 @@ def test_a_run_around_another_on_the_same_scheduler_is_refused(rig: Rig) -> None
     assert torch.equal(rig.sample(callback_on_step_end=inside), corrected)
 
 
-def test_a_compiled_denoiser_is_not_told_two_things_at_once(rig: Rig) -> None:
+def test_a_compiled_denoiser_is_not_told_two_things_at_once() -> None:
+    service = Service(threads=3)
     torch.compiler.reset()
-    compiled = torch.compile(rig.quantized, backend="eager")
-    rig.pipe.unet = compiled
-    plain = rig.sharing(scheduler=rig.own_scheduler())
-    before = rig.sample(plain)
-    evenkeel.apply(rig.pipe, rig.readout)
-    corrected = rig.sample()
-    found = together([rig.sample, lambda: rig.sample(plain), rig.sample])
-    for wanted, got in zip((corrected, before, corrected), found, strict=True):
+    compiled = torch.compile(service.denoiser, backend="eager")
+    pipe, plain = service.twin(), service.twin()
+    pipe.transformer = plain.transformer = compiled
+    before = sampled(plain)
+    evenkeel.apply(pipe, service.corrections["readout"], allow=("denoiser",))
+    corrected = sampled(pipe)
+    assert not torch.equal(corrected, before)
+    found = together([lambda: sampled(pipe), lambda: sampled(plain), lambda: sampled(plain)])
+    for wanted, got in zip((corrected, before, before), found, strict=True):
         assert isinstance(got, Incompatible) or torch.equal(got, wanted)
-    assert torch.equal(rig.sample(), corrected) and torch.equal(rig.sample(plain), before)
-    evenkeel.remove(rig.pipe)
-    rig.pipe.unet = rig.quantized
+    assert torch.equal(sampled(pipe), corrected) and torch.equal(sampled(plain), before)
+    evenkeel.remove(pipe)
     torch.compiler.reset()
 
 
@@ -130,7 +133,7 @@ def test_whole_copies_keep_all_of_a_correction(rig: Rig) -> None:
     for correction in (rig.readout, rig.drift):
         evenkeel.apply(rig.pipe, correction)
         corrected = rig.sample()
-        for duplicate in (copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))):
+        for duplicate in (copy.copy, copy.deepcopy):
             twin = duplicate(rig.pipe)
             assert evenkeel.summary(twin).correction == correction.name
             assert torch.equal(rig.sample(twin), corrected)
@@ -139,6 +142,19 @@ def test_whole_copies_keep_all_of_a_correction(rig: Rig) -> None:
                 evenkeel.remove(twin)
                 assert torch.equal(rig.sample(twin), plain) and hooks_of(twin.unet) == 0
         evenkeel.remove(rig.pipe)
+
+
+@pytest.mark.parametrize("name", ["readout", "stepbaq", "adapters", "tac"])
+def test_pickled_pipelines_keep_all_of_a_correction(name: str) -> None:
+    service = Service(threads=1, names=(name,))
+    pipe, plain = service.twin(), sampled(service.twin())
+    evenkeel.apply(pipe, service.corrections[name], allow=("denoiser", "scheduler", "guidance"))
+    twin = pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(sampled(twin), service.alone[name])
+    assert not torch.equal(service.alone[name], plain)
+    evenkeel.remove(twin)
+    assert torch.equal(sampled(twin), plain) and hooks_of(twin.transformer) == 0
+    evenkeel.remove(pipe)
 
 
 def test_a_copy_that_never_ran_can_be_stripped(rig: Rig) -> None:

@@ -224,9 +224,10 @@ class Binding(Group):
             return False
         if not shares:
             return False
-        if self._begun is not getattr(scheduler, "timesteps", None):
+        groups = groups_of(scheduler)
+        if self in groups and self._begun is not getattr(scheduler, "timesteps", None):
             begin_run(scheduler)  # set_timesteps went past us
-        others = [g for g in groups_of(scheduler) if isinstance(g, Binding) and g is not self]
+        others = [g for g in groups if isinstance(g, Binding) and g is not self]
         return not self._refused and (ours or not others)
 
     def acts(self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor) -> bool:
