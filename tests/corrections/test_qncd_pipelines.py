@@ -122,11 +122,11 @@ def test_half_precision_is_corrected_in_float32() -> None:
 
 def test_it_listens_only_during_runs_and_up_to_the_last_refresh(sdxl: TinyPipeline) -> None:
     evenkeel.apply(sdxl.pipe, EVERY_OTHER)
-    assert not sdxl.model._forward_hooks
+    stamp = len(sdxl.model._forward_hooks)  # which is there as long as the correction is
     listening = []
 
     def look(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        listening.append(len(sdxl.model._forward_hooks))
+        listening.append(len(sdxl.model._forward_hooks) - stamp)
         return kwargs
 
     generate(sdxl, steps=4, callback_on_step_end=look)
