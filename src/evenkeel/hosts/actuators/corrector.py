@@ -201,7 +201,8 @@ class Corrector(Interceptor):
         made_for, found = self.correction.made_for, tuple(sample.shape[1:])
         if plan.shift is not None and plan.shift[0].numel() > 1:
             expected = tuple(plan.shift.shape[1:])[-len(found) :]
-            if expected != found:
+            pairs = zip(expected[::-1], found[::-1], strict=False)
+            if any(e not in (1, f) for e, f in pairs):
                 raise Incompatible(
                     f"{self.correction.name} shifts every element of latents of shape {expected}; this run "
                     f"samples {found}. Calibrate at this resolution, or use a correction per channel."
