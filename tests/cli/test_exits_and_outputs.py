@@ -238,7 +238,17 @@ def test_abusive_calls_are_refused_in_a_line():
     """A seeded part of ``scripts/fuzz --kind cli``: no traceback, nothing slow, no stray file."""
     with sandbox():
         command_line.prepare()
-        found = [(seed, command_line.call(command_line.generated(seed))) for seed in range(40)]
+        found = [(seed, command_line.call(command_line.generated(seed))) for seed in range(30)]
+        # Right calls print what their schemas say.
+        for base in (
+            x for x in command_line.bases() if x[0] in ("sample", "quantize", "plan", "zoo")
+        ):
+            place = [] if base[0] in ("plan", "zoo") else ["--out", f"right-{len(found)}"]
+            found.append((str(base), command_line.call([*base, *place, "--json"])))
+            assert found[-1][1].word == "done", found[-1]
+        for file in ("calibrate", "readout"):
+            found.append((file, command_line.call(["inspect", f"{file}.safetensors", "--json"])))
+            assert found[-1][1].word == "done", found[-1]
     faults = [(seed, x) for seed, x in found if x.word.isupper()]
     assert faults == []
     assert {x.word for _, x in found} >= {"refused", "usage"}

@@ -85,8 +85,19 @@ def test_a_bomb_of_json_is_no_json(text, tmp_path):
 def test_a_number_that_no_network_has_is_refused_before_it_is_built(value, tmp_path):
     text = json.dumps({"a": 1, "lambda_min_clipped": -float("inf"), "num_layers": [value]})
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(StorageError, match=r"config\.json is damaged: num_layers"):
+    with pytest.raises(StorageError, match=r"config\.json is damaged: .*num_layers holds"):
         check_diffusers_folder(tmp_path)
+
+
+def test_a_forged_folder_is_refused_before_a_network_without_end_is_built():
+    with sandbox() as place:
+        files.KINDS["quantized"].make(place)
+        path = place / "quantized.json"
+        found = json.loads(path.read_bytes())
+        found["config"]["num_layers"] = 2**31
+        path.write_bytes(files._signed_json(json.dumps(found).encode()))
+        with pytest.raises(StorageError, match="num_layers holds a number of 32 bits"):
+            files.KINDS["quantized"].load(place)
 
 
 def test_what_others_raise_is_one_error_with_the_source():

@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(command="", stage="starting", kept="nothing was written")
     with Stopping() as stopping:
         try:
-            build_parser().parse_args(argv, options)
+            parser = build_parser()
+            if any(word.endswith("=--") for word in (sys.argv[1:] if argv is None else argv)):
+                parser.error("-- is no value of an option")  # argparse makes an empty list of it
+            parser.parse_args(argv, options)
             with (
                 several_processes(options) if launched() else nullcontext(),
                 ExitStack() as closing,

@@ -23,8 +23,10 @@ from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.storage import (
     Kind,
+    Number,
     Tensors,
     alone,
+    check_json,
     check_tensors,
     kind_of,
     read_tensors,
@@ -220,6 +222,7 @@ def _kept(path: Path, asked: dict[str, Any]) -> tuple[Tensor, float]:
     header, tensors = read_tensors(path, IMAGES)
     with IMAGES.valid(path):
         check_tensors(tensors, _SCHEMA)
+        check_json(header["seconds"], Number(float, low=0), "seconds")
     if header["made_by"] != asked:
         raise IMAGES.error(
             f"{path} holds images of other prompts or settings; remove that folder or use another."

@@ -7,20 +7,17 @@ it ends. What was loaded is told apart by its fingerprint.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
 from evenkeel.errors import EvenkeelError, StorageError, UnsupportedPipeline
-from evenkeel.storage import parse_json
+from evenkeel.storage import check_configuration, parse_json
 
 _CONFIGURATIONS = ("config.json", "scheduler_config.json", "model_index.json")
 _LARGEST_JSON = 256_000_000  # bytes; tokenizers have tens of millions
-_LARGEST = 10_000_000  # of a number in a configuration: vocabularies have 300,000 entries
 
 
 @contextmanager
@@ -76,28 +73,10 @@ def _check_json(path: Path) -> None:
     except (OSError, ValueError) as e:
         raise StorageError(f"{path} is damaged: it is not JSON ({e}).") from e
     if path.name in _CONFIGURATIONS:
-        for name, value in found.items():
-            if "theta" in name:  # of rotary embeddings, which may be hundreds of millions
-                continue
-            for number in _numbers(value):
-                endless = isinstance(number, float) and math.isinf(number)  # schedulers clip there
-                if not endless and not abs(number) <= _LARGEST:
-                    raise StorageError(
-                        f"{path} is damaged: {name} holds {_brief(number)}, expected numbers up to "
-                        f"{_LARGEST}."
-                    )
-
-
-def _brief(number: float) -> str:
-    return f"{number:.6g}" if isinstance(number, float) else f"one of {number.bit_length()} bits"
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(inner)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield value
+        try:
+            check_configuration(found)
+        except ValueError as e:
+            raise StorageError(f"{path} is damaged: {e}.") from e
 
 
 def _check_safetensors(path: Path) -> None:

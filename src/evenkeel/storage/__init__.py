@@ -32,6 +32,7 @@ to one run. Of a folder, whatever writes a file may be given in place of its con
 from evenkeel.storage.atomic import write_atomically as write_atomically
 from evenkeel.storage.checks import Number as Number
 from evenkeel.storage.checks import Tensors as Tensors
+from evenkeel.storage.checks import check_configuration as check_configuration
 from evenkeel.storage.checks import check_json as check_json
 from evenkeel.storage.checks import check_tensors as check_tensors
 from evenkeel.storage.digests import digest as digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,3 +163,33 @@ def _named(expected: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:77]}..."
+
+
+LARGEST = 10_000_000  # of a number in a network's configuration: vocabularies have 300,000 entries
+
+
+def check_configuration(found: Mapping[str, Any], at: str = "the configuration") -> None:
+    """Raise ValueError where a number is larger than any network has: it would be built for minutes.
+
+    Infinities pass, schedulers clip at them; so do bases of rotary embeddings.
+
+    >>> check_configuration({"num_layers": 2**31})
+    Traceback (most recent call last):
+    ValueError: the configuration: num_layers holds a number of 32 bits, expected at most 10000000
+
+    """
+    for name, value in found.items():
+        for number in () if "theta" in name else _numbers(value):
+            endless = isinstance(number, float) and math.isinf(number)
+            if not endless and not abs(number) <= LARGEST:
+                whole = isinstance(number, int)
+                said = f"a number of {int(number).bit_length()} bits" if whole else f"{number:.6g}"
+                raise ValueError(f"{at}: {name} holds {said}, expected at most {LARGEST}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value

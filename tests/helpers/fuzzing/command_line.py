@@ -18,9 +18,11 @@ import torch
 
 from evenkeel.cli import build_parser, main
 from evenkeel.hosts.scheduler.schedulers import scheduler_names
+from evenkeel.storage import check_json
 from fuzzing.sandbox import listing, refuse_outside
+from fuzzing.schemas import SCHEMAS
 
-LIMIT = 10.0  # seconds to refuse
+LIMIT = 10.0  # seconds of the processor, to refuse
 DEEP = "[" * 100_000 + "]" * 100_000
 WORDS = (
     "",
@@ -230,7 +232,7 @@ def call(arguments: Sequence[str]) -> Outcome:
     refuse_outside(arguments)
     before = listing()
     out, err = io.StringIO(), io.StringIO()
-    began, state = time.monotonic(), torch.random.get_rng_state()
+    began, state = time.process_time(), torch.random.get_rng_state()
     try:
         with (
             contextlib.redirect_stdout(out),
@@ -242,8 +244,8 @@ def call(arguments: Sequence[str]) -> Outcome:
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     except BaseException as e:
-        return Outcome("TRACEBACK", repr(e)[:300], time.monotonic() - began)
-    seconds = time.monotonic() - began
+        return Outcome("TRACEBACK", repr(e)[:300], time.process_time() - began)
+    seconds = time.process_time() - began
     torch.random.set_rng_state(state)
     said = err.getvalue()
     strays = sorted(_strays(before, arguments))
@@ -256,7 +258,9 @@ def call(arguments: Sequence[str]) -> Outcome:
     if code == 0:
         if "--json" in arguments:
             try:
-                json.loads(out.getvalue(), parse_constant=_refuse_constant)
+                found = json.loads(out.getvalue(), parse_constant=_refuse_constant)
+                if arguments[0] in SCHEMAS:
+                    check_json(found, SCHEMAS[arguments[0]], arguments[0])
             except ValueError as e:
                 return Outcome("NOT JSON", f"{e}: {out.getvalue()[:200]}", seconds)
         return Outcome("done", "", seconds)

@@ -19,7 +19,14 @@ from evenkeel.quantizers.layers.timed_inputs import TimedInput
 from evenkeel.quantizers.layers.told_timestep import tell
 from evenkeel.quantizers.saved.layer_files import read_layer, write_layer
 from evenkeel.quantizers.saved.report import QuantizationReport, attach, report_on
-from evenkeel.storage import Kind, Number, check_json, read_folder, write_folder
+from evenkeel.storage import (
+    Kind,
+    Number,
+    check_configuration,
+    check_json,
+    read_folder,
+    write_folder,
+)
 from evenkeel.storage.atomic import Content
 from evenkeel.threads import sensible_threads
 
@@ -104,6 +111,7 @@ def load_quantized(folder: str | Path) -> tuple[nn.Module, QuantizationReport]:
     found, files = read_folder(place, KIND)
     with KIND.valid(place):
         check_json(found, _SCHEMA)
+        check_configuration(found["config"])
         report = QuantizationReport.from_dict(found["report"])
         # clone: the file's tensors sit wherever the header ends, and the same product rounds
         # differently in memory of another alignment
