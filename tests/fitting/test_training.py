@@ -408,3 +408,12 @@ def test_methods_that_train_ask_for_runs(run: Run):
         quantize(run.pipeline, EfficientDM(), progress=False)
     with pytest.raises(QuantizationError, match="trained on runs of a pipeline"):
         EfficientDM().quantize(Workspace(nn.Linear(2, 2)))
+
+
+def test_a_denoiser_in_few_bits_is_refused():
+    run = run_of()
+    run.denoiser.to(torch.bfloat16)
+    with pytest.raises(
+        QuantizationError, match=r"found torch\.bfloat16.*torch_dtype=torch\.float32"
+    ):
+        training.train_quantized(run, EfficientDM(**QUICK), progress=False)

@@ -55,10 +55,17 @@ def train_quantized(
         progress: show a bar.
 
     Raises:
-        QuantizationError: what the method refuses; the loss is not finite.
+        QuantizationError: what the method refuses; weights that are not float32; several processes; a loss
+            that is not finite.
         StorageError: the folder belongs to another training.
 
     """
+    narrow = {p.dtype for p in run.denoiser.parameters()} - {torch.float32}
+    if narrow:
+        raise QuantizationError(
+            f"expected a denoiser in float32, found {', '.join(sorted(map(str, narrow)))}: optimizer steps "
+            "are lost in fewer bits. Load the pipeline with torch_dtype=torch.float32."
+        )
     chosen = list(trajectories) or trajectories_of(run, method)
     workspace = Workspace(run.denoiser)
     workspace.keep_matching(method.skip)

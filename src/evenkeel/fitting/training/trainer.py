@@ -20,6 +20,7 @@ from evenkeel.fitting.training.checkpoint import Checkpoint
 from evenkeel.fitting.training.freed_memory import freed_memory_kept
 from evenkeel.fitting.training.held_out import HeldOut
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
+from evenkeel.hosts.processes import processes
 from evenkeel.threads import sensible_threads
 
 KEPT_EVERY = 30.0  # seconds between checkpoints, at least
@@ -142,10 +143,14 @@ def train(
         progress: show a bar.
 
     Raises:
-        QuantizationError: the loss is not finite.
+        QuantizationError: the loss is not finite, or there are several processes.
         StorageError: the folder belongs to another training.
 
     """
+    if processes().count > 1:
+        raise QuantizationError(
+            f"training is one process, found {processes().count}: start it without torchrun."
+        )
     network = trainee.network
     parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in parameters.items()}
