@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 import weakref
 from typing import Any
 
@@ -210,10 +210,11 @@ class Corrector(Interceptor):
         if made_for is None or found == tuple(made_for.latent_shape) or found in self._sizes:
             return
         self._sizes.add(found)
-        warnings.warn(
-            f"evenkeel: {self.correction.name} was measured on latents of shape "
-            f"{tuple(made_for.latent_shape)}, and this run samples {found}: its numbers are used as they "
-            f"are, and nobody has measured them at this resolution. Calibrate at it to be sure.",
-            UserWarning,
-            stacklevel=2,
+        # No warning: whoever turns these into errors may well want to sample at another size.
+        logging.getLogger("evenkeel").warning(
+            "%s was measured on latents of shape %s, and this run samples %s: its numbers are used as they "
+            "are, and nobody has measured them at this resolution. Calibrate at it to be sure.",
+            self.correction.name,
+            tuple(made_for.latent_shape),
+            found,
         )
