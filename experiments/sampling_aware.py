@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,12 +279,13 @@ class Job:
                 arms.append(Arm(name, denoisers[name], correction))
         return arms
 
-    def measured(self) -> dict[str, Any]:
-        """Every arm with every solver of the cell."""
+    def measured(self) -> Iterator[dict[str, Any]]:
+        """Every arm with every solver of the cell; what there is after each solver."""
         denoisers = {n: self.made(n) for n in self.ways if n not in BESIDE}
         kind = KINDS[self.twin.pictures]
         evaluator = kind.evaluator(zoo.path_of(self.cell.twin))
-        solvers = {}
+        solvers: dict[str, Any] = {}
+        floor = self.floor()
         for solver in self.cell.solvers:
             run, arms = self.run(solver), self.arms(solver, denoisers)
             comparison = compare(
@@ -302,18 +303,19 @@ class Job:
                 "arms": [arm.as_dict() for arm in comparison.arms],
                 "differences": differences(comparison, evaluator, self.cell.rivals),
             }
-        return {
-            "twin": self.cell.twin,
-            "bits": self.cell.bits,
-            "seed": self.cell.seed,
-            "counted": self.cell.counted,
-            "optimizer_steps": self.optimizer_steps,
-            "iterations": self.options.iterations,
-            "images": self.options.images,
-            "ways": self.ways,
-            "floor": self.floor(),
-            "solvers": solvers,
-        }
+            yield {
+                "twin": self.cell.twin,
+                "bits": self.cell.bits,
+                "seed": self.cell.seed,
+                "counted": self.cell.counted,
+                "optimizer_steps": self.optimizer_steps,
+                "iterations": self.options.iterations,
+                "images": self.options.images,
+                "ways": self.ways,
+                "complete": len(solvers) == len(self.cell.solvers),
+                "floor": floor,
+                "solvers": solvers,
+            }
 
     def floor(self) -> dict[str, float]:
         """What full precision itself pays for the alignment, over the size of its output."""
@@ -374,14 +376,18 @@ def main() -> None:
             "iterations": options.iterations,
             "images": options.images,
             "ways": job.ways,
+            "complete": True,
         }
         if START not in job.ways:
             print(f"{name}: nothing is trained yet", flush=True)
             continue
         known = json.loads(place.read_text()) if place.exists() else {}
         if any(known.get(k) != v for k, v in asked.items()):
-            write_atomically(place, json.dumps(job.measured(), separators=(",", ":")) + "\n")
-        write_atomically(HERE / "SAMPLING_AWARE.md", table(RESULTS, list(CELLS), __doc__ or ""))
+            for found in job.measured():
+                write_atomically(place, json.dumps(found, separators=(",", ":")) + "\n")
+                write_atomically(
+                    HERE / "SAMPLING_AWARE.md", table(RESULTS, list(CELLS), __doc__ or "")
+                )
 
 
 if __name__ == "__main__":
