@@ -184,7 +184,11 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("knob", [{"guidance_rescale": 0.7}, {"guidance_scale": 7.0}, CUT], ids=str)
+@pytest.mark.parametrize(
+    "knob",
+    [{"guidance_rescale": 0.7}, {"guidance_scale": 7.0}, CUT],
+    ids=["rescaled", "scale", "cut off"],
+)
 def test_every_knob_of_guidance_is_noticed(rig: Rig, knob: dict[str, Any]) -> None:
     evenkeel.apply(rig.pipe, rig.drift)
     corrected = rig.sample()
