@@ -324,13 +324,17 @@ def test_the_shared_form_is_one_entry_at_every_level(shared_change: Readout) -> 
     assert len({(f.held_out, f.bound) for f in shared_change.fits}) == 1  # judged as a whole
 
 
+def assert_alike(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
 def test_the_shared_form_folds_into_the_weights(pixart: Rig, shared_change: Readout) -> None:
     with evenkeel.applied(pixart.pipe, shared_change):
         wanted = sampled(pixart.tiny)
     folded = copy.deepcopy(pixart.quantized)
     fold(folded, shared_change.table, shared_change.head)
     pixart.put(folded)
-    assert torch.equal(sampled(pixart.tiny), wanted)
+    assert_alike(sampled(pixart.tiny), wanted)  # one product in place of two rounds differently
     assert not torch.equal(wanted, pixart.plain)
     ten = sampled(pixart.tiny, 10)  # a checkpoint runs at any number of steps
     pixart.put(pixart.quantized)
@@ -345,7 +349,7 @@ def test_a_shared_change_folds_where_the_branches_run_one_by_one(wan: Rig) -> No
     with evenkeel.applied(wan.pipe, shared):
         wanted = sampled(wan.tiny)
     wan.put(folded)
-    assert torch.equal(sampled(wan.tiny), wanted)
+    assert_alike(sampled(wan.tiny), wanted)
 
 
 def test_heads_per_step_cannot_be_folded(pixart: Rig, wan: Rig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import time
 from pathlib import Path
@@ -49,7 +48,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     from evenkeel.reproduction import paper
     from evenkeel.reproduction.page import page, summary
     from evenkeel.reproduction.run_cell import KIND, SEVERITIES, run_cell
-    from evenkeel.storage import FileOutput, read_json, write_atomically, write_json
+    from evenkeel.storage import FileOutput, read_json, valid_json, write_atomically, write_json
 
     found = paper(options.paper)
     wanted = [found.row(name) for name in options.cell or ()]
@@ -81,7 +80,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
         done = {(r["row"], r["severity"]): r for r in results}
         write_atomically(tables, page(found, done))
     if options.json:
-        print(json.dumps([{k: v for k, v in r.items() if k != "arms"} for r in results]))
+        print(valid_json([{k: v for k, v in r.items() if k != "arms"} for r in results]))
     else:
         left = len(rows) * len(severities) - len(results)
         print(summary(results))
@@ -89,12 +88,14 @@ def _run_reproduce(options: argparse.Namespace) -> None:
 
 
 def _list(found: Any, as_json: bool) -> None:
+    from evenkeel.storage import valid_json
+
     said = [
         {"cell": r.id, "model": r.model, "published": r.gain(), "reason": r.reason}
         for r in found.rows
     ]
     if as_json:
-        print(json.dumps(said))
+        print(valid_json(said))
         return
     print(f"{found.title}, {found.source}. {found.data}.")
     for row in said:

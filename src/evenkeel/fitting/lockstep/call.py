@@ -66,11 +66,17 @@ class Call(Interceptor):
         # stop, when this call is about to use it.
         makers = [i for i in self.below if not i.on_denoiser]
         others = [i for i in self.below if i.on_denoiser]
-        meter = [GuidanceMeter(run, denoiser)] if reads_law else []
-        install(shell.scheduler, *makers, *meter, self, *others)
-        for listening in meter:
+        self._meter = [GuidanceMeter(run, denoiser)] if reads_law else []
+        install(shell.scheduler, *makers, *self._meter, self, *others)
+        for listening in self._meter:
             listening.attach()
         self.strand = Strand(lambda _: run.sample(batch, on=shell))
+
+    def abandon(self) -> None:
+        """The pipeline call goes on no longer, and nothing of it listens to the denoiser."""
+        self.strand.abandon()
+        for listening in self._meter:
+            listening.detach()
 
     def before(
         self, scheduler: Any, timestep: Any, output: Tensor, sample: Tensor, kwargs: dict[str, Any]
@@ -120,7 +126,7 @@ def together(calls: Sequence[Call], title: str, steps: int, progress: bool) -> I
             yield bar
     finally:
         for call in calls:
-            call.strand.abandon()
+            call.abandon()
 
 
 def first_state(call: Call, run: Run) -> tuple[StepLaw, Tensor]:
