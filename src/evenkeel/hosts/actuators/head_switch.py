@@ -111,12 +111,12 @@ class HeadSwitch(Interceptor):
         ]
 
     def detach(self) -> None:
-        """Listen no longer."""
+        """Listen no longer; a run that is only paused goes on where it was."""
         if self._handles and self._denoiser is not None and self._denoiser() is not None:
             forget_graphs(self._denoiser())  # type: ignore[arg-type]
         for handle in self._handles:
             handle.remove()
-        self._handles, self._scheduler = [], None
+        self._handles = []
         self._put(None)
 
     def begin(self, scheduler: Any) -> None:

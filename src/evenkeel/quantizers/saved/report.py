@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -166,9 +167,9 @@ def attach(report: QuantizationReport, module: nn.Module) -> None:
     if hasattr(
         module, "save_pretrained"
     ):  # of diffusers or transformers, who look here when saving
-        from evenkeel.quantizers.saved.diffusers_format import EvenkeelQuantizer
-
-        module.hf_quantizer = EvenkeelQuantizer.on(module)  # type: ignore[assignment]
+        # Asked for by name: that module reads reports itself.
+        home = importlib.import_module("evenkeel.quantizers.saved.diffusers_format")
+        module.hf_quantizer = home.EvenkeelQuantizer.on(module)
 
 
 def report_on(module: nn.Module) -> QuantizationReport | None:

@@ -13,13 +13,13 @@ from evenkeel.zoo.parts import PACKAGED, PARTS_FILE, halved
 SHARED = "shared"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "evaluator.safetensors")
 DENOISERS = ("transformer", "unet")
-WORTH = 0.9  # a network that packing makes smaller than this share is kept packed
+WORTH = 0.81  # a network that packing makes smaller than this share is kept packed: mostly zeros
 
 
 def share(folder: Path) -> dict[str, str | dict[str, str]]:
     """Remove from a twin's folder what lies beside it in ``shared/`` or in the package, to the bit.
 
-    Also what is half the precision of the package's; a denoiser that packs well is packed.
+    Also what is half the precision of the package's; a denoiser that is mostly zeros is packed.
 
     Writes ``parts.json``, which says where it is, and ``.gitignore``, so that copies laid in for use are not
     tracked; returns what is in the former. A part that differs stays.
