@@ -68,8 +68,8 @@ class Stamp:
             return True
         return bool(getattr(here, "taken", None) == _key(timestep))
 
-    def called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> None:
-        """Before a call."""
+    def called(self, denoiser: nn.Module, arguments: Any, keywords: Any = None) -> None:
+        """Before a call; without keywords where another thread takes the hook off just now."""
         if self._light and torch.compiler.is_compiling():
             self._traced = True
             return
