@@ -175,13 +175,13 @@ class _Addition:
         self._turn, self.is_dead = turn, False
         self._on: dict[torch.device, LayerAdapter] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Beside a copied or pickled layer it is silent until the copy's own correction takes over.
+        silent = {} if self._turn is None else {"_turn": Turn(), "is_dead": True}
+        return {**self.__dict__, "_on": {}, **silent}
+
     def __deepcopy__(self, memo: Any) -> _Addition:
-        # Beside a copied layer it is silent until the copy's own correction takes over.
-        twin = copy.copy(self)
-        twin._on = {}
-        if self._turn is not None:
-            twin._turn, twin.is_dead = Turn(), True
-        return twin
+        return copy.copy(self)  # nobody writes to the factors
 
     def __call__(
         self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
