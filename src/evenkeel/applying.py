@@ -92,7 +92,7 @@ def apply(
     binding.bind(pipeline, scheduler, denoiser)
     own = pipeline.__dict__.pop(APPLIED, None)
     if isinstance(own, Binding) and own.pipeline is pipeline:
-        own.detach()
+        own.release()
     others = [g for g in _bindings(scheduler) if _is_in_use(g, pipeline)]
     for replaced in set(_bindings(scheduler)) - set(others):
         replaced.detach()
@@ -110,7 +110,7 @@ def remove(pipeline: Any) -> None:
     groups = groups_of(scheduler)
     if isinstance(own, Binding):
         if own.pipeline is pipeline:
-            own.detach()
+            own.release()
         sweep(denoiser_of(pipeline))
     others = [g for g in groups if isinstance(own, Binding) and _is_in_use(g, pipeline)]
     others = [g for g in others if getattr(g, "token", "") != own.token]

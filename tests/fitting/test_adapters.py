@@ -376,8 +376,11 @@ def test_a_scheduler_exchanged_later_loses_nothing_and_a_comparison_sees_the_pla
     with run.undisturbed():
         assert torch.equal(generate(restored), plain)
     assert torch.equal(generate(restored), corrected)
+    pipe.scheduler = copy.deepcopy(flux.pipe.scheduler)  # that carries them, too
+    assert torch.equal(generate(restored), corrected)
     evenkeel.remove(pipe)
     assert torch.equal(generate(restored), plain)
+    assert torch.equal(generate(with_quantized(flux, flux_w3)), plain)  # with the first scheduler
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])

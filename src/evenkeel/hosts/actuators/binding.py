@@ -22,7 +22,13 @@ from evenkeel.hosts.pipeline.identity import Identity
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.pipelines import denoiser_of, uncompiled
 from evenkeel.hosts.scheduler.groups import Group, Turn
-from evenkeel.hosts.scheduler.interception import APPLIED, begin_run, groups_of
+from evenkeel.hosts.scheduler.interception import (
+    APPLIED,
+    begin_run,
+    groups_of,
+    install_groups,
+    uninstall,
+)
 
 PLAIN = "plain"  # in place of a binding: this pipeline samples without, whatever its scheduler has
 
@@ -68,6 +74,7 @@ class Binding(Group):
         self._begun: Any = None  # the timesteps of the run that began last
         self._loop = 0  # the thread of a run that no pipeline makes
         self._origin: weakref.ref[nn.Module] | None = None  # the denoiser of what this is a copy of
+        self._moved_from: Binding | None = None  # on the scheduler that our pipeline had before
         self._refused = ""
         self._said: set[str] = set()
         self._handles: list[Any] = []
@@ -144,6 +151,22 @@ class Binding(Group):
         """Let go of it."""
         _let_go(self.interceptors, self._handles)
 
+    def release(self) -> None:
+        """Let go of the denoiser, and of the scheduler that it was installed on.
+
+        The pipeline may have another scheduler since, and other pipelines the old one.
+        """
+        self.detach()
+        before, self._moved_from = self._moved_from, None
+        if before is not None:
+            before.release()
+        scheduler = None if self._scheduler is None else self._scheduler()
+        if scheduler is None or self not in (held := groups_of(scheduler)):
+            return
+        uninstall(scheduler)
+        if others := [g for g in held if g is not self]:
+            install_groups(scheduler, others)
+
     def _retake(self, pipeline: Any, scheduler: Any) -> None:
         """Hold what the pipeline calls now: its denoiser may be compiled since, or copied."""
         denoiser = denoiser_of(pipeline)
@@ -158,6 +181,9 @@ class Binding(Group):
         identity = self._identity
         self.bind(pipeline, scheduler, denoiser)
         self._identity = identity if held is not None else self._identity
+        before = pipeline.__dict__.get(APPLIED)
+        if isinstance(before, Binding) and before is not self and before.pipeline is pipeline:
+            self._moved_from = before
         pipeline.__dict__[APPLIED] = self
 
     def _unknown(self, denoiser: nn.Module) -> str:
@@ -211,10 +237,10 @@ class Binding(Group):
             return False
         shares = pipeline.scheduler is scheduler
         if ours and not shares:
-            if self.only_layers:
-                return not self._refused
             if any(getattr(g, "token", "") == self.token for g in groups_of(pipeline.scheduler)):
                 return False  # a copy, with a binding of its own
+            if self.only_layers:
+                return not self._refused
             self._say(
                 pipeline,
                 f"the scheduler of this {type(pipeline).__name__} was replaced after evenkeel.apply "
