@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import evenkeel
 from evenkeel import zoo
 from evenkeel.comparing.comparison import Arm, Comparison, compare, standard_arms
 from evenkeel.corrections.base import Correction
-from evenkeel.corrections.ptqd import PTQD
+from evenkeel.corrections.catalogue import applicable, available
 from evenkeel.fitting.mixed_order.evaluations import mixed_order_runs
 from evenkeel.fitting.quantize import quantize
 from evenkeel.hosts.run import Run
@@ -44,12 +44,22 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "sampling_aware"
 PROMPTS = 32
 DEPLOYED = 0  # stands for the cell's own number of steps
-# Of all trained arms. EfficientDM's (1 / 2500, 5e-4) are for 16,000 steps; in a tenth of them they move
-# nothing but ranges of inputs. Found with EfficientDM on ldm-4 W4A4, DDIM and 400 steps, among 1 / 2500,
-# 1 / 250, 1 / 80, 1 / 25 and 0, 5e-5, 1e-4, 5e-4.
+# Of all trained arms. EfficientDM's own are for 16,000 steps; in a tenth of them they move nothing but ranges
+# of inputs. Found with EfficientDM on ldm-4 W4A4, DDIM and 400 steps, among 1 / 2500, 1 / 250, 1 / 80, 1 / 25
+# and 0, 5e-5, 1e-4, 5e-4.
 RATES = {"adapter_rate": 1 / 80, "activation_rate": 1e-4}
-START, ADAPTERS, TRAINED = "quantized", "ours, closed form", "ours, trained beside"
-BESIDE = (ADAPTERS, TRAINED)  # adapters beside the start, made for one solver each
+PUBLISHED = {"adapter_rate": 1 / 2500, "activation_rate": 5e-4}
+START = "quantized"
+# On top of a denoiser ("same-state + adapters"), made for one solver each. Of corrections the authors' forms.
+FITTED: dict[str, Callable[..., Any]] = {
+    "adapters": lambda pipe, **asked: evenkeel.fit_adapters(pipe, **asked)[0],
+    "trained adapters": lambda pipe, **asked: evenkeel.train_adapters(pipe, **asked)[0],
+    "readout": lambda pipe, **asked: evenkeel.fit_readout(pipe, **asked),
+}
+CORRECTIONS = (
+    *(f"{name}:published" for name in ("q-drift", "ptqd", "d2-dpm", "dcnc")),
+    "exact-drift", "tac", "stepbaq",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,18 +114,32 @@ WAYS = {
     "ours, merged": trained("efficientdm", advance="student", weighting="step-law", **HERE_STEPS),
     "q-diffusion": Way("q-diffusion", {}),
     "brecq": Way("sa-ptq", {"alignment": "none"}),
-    "ptqd": Way("sa-ptq", {"alignment": "none"}),  # the same denoiser, corrected
     "sa-ptq": Way("sa-ptq", {}),
     "sa-ptq, same-state": Way("sa-ptq", {"teacher": "same-state"}),
     "sa-ptq, midpoint": Way("sa-ptq", {"teacher": "midpoint"}, 1),
 }
+ON_TOP = tuple(
+    f"same-state + {what}" for what in (*FITTED, *CORRECTIONS) if what != "trained adapters"
+)
 MAIN = (START, "efficientdm", *TEACHER)
-PTQ = (START, "q-diffusion", "brecq", "ptqd", "sa-ptq", "sa-ptq, same-state", "sa-ptq, midpoint")
+PTQ = (
+    START,
+    "q-diffusion",
+    "brecq",
+    "brecq + ptqd:published",
+    "sa-ptq",
+    "sa-ptq, same-state",
+    "sa-ptq, midpoint",
+)
 PARTS = ("no cosine", "at the end", "own list", "100 50 20")
 CELLS = {
-    "ldm-4-w4a4": Cell("ldm-4", "w4a4", (*MAIN, "ours, merged", *BESIDE)),
+    "ldm-4-w4a4": Cell(
+        "ldm-4", "w4a4",
+        (*MAIN, "ours, merged", "quantized + adapters", "quantized + trained adapters",
+         "sa-qlora + adapters", *ON_TOP),
+    ),
     "ldm-4-w4a8": Cell("ldm-4", "w4a8", MAIN, share=0.5),
-    "ldm-4-w8a8": Cell("ldm-4", "w8a8", PTQ, rivals=("ptqd", "sa-ptq, same-state")),
+    "ldm-4-w8a8": Cell("ldm-4", "w8a8", PTQ, rivals=("brecq + ptqd:published", "sa-ptq, same-state")),
     "ldm-4-w4a4-parts": Cell(
         "ldm-4", "w4a4",
         (*MAIN, *(f"sa-qlora, {p}" for p in PARTS), "same-state, no cosine", "efficientdm, original weight",
@@ -125,8 +149,9 @@ CELLS = {
     "sd-v1.4-w4a4": Cell("sd-v1.4", "w4a4", MAIN[:-1], 50, share=0.5, solvers=("plms",)),
     "ldm-8-w4a4": Cell("ldm-8", "w4a4", MAIN, 50, share=0.5),
     "ldm-4-w4a4-evaluations": Cell("ldm-4", "w4a4", MAIN, counted="evaluations", share=0.5),
-    "ldm-8-w8a8": Cell("ldm-8", "w8a8", PTQ, 50, rivals=("ptqd", "sa-ptq, same-state")),
-    **{f"ldm-4-w4a4-seed-{s}": Cell("ldm-4", "w4a4", MAIN, seed=s) for s in (1, 2)},
+    "ldm-8-w8a8": Cell("ldm-8", "w8a8", PTQ, 50, rivals=("brecq + ptqd:published", "sa-ptq, same-state")),
+    "ldm-4-w4a4-published": Cell("ldm-4", "w4a4", MAIN[:-1], share=10.0),
+    **{f"ldm-4-w4a4-seed-{s}": Cell("ldm-4", "w4a4", MAIN[:-1], seed=s) for s in (1, 2)},
 }  # fmt: skip
 
 
@@ -176,15 +201,12 @@ class Job:
         """The arms; with --made those whose denoisers are there."""
         if not self.options.made:
             return list(self.cell.ways)
-        beside = f"{self.cell.solvers[-1]}.safetensors"  # the last to be fitted
-        files = {n: self.place(n) / "quantized.json" for n in self.cell.ways}
-        files |= {n: self.folder / _slug(n) / beside for n in BESIDE if n in files}
-        return [n for n, file in files.items() if file.is_file()]
+        made = {n for n in self.cell.ways if (self.place(n) / "quantized.json").is_file()}
+        return [n for n in self.cell.ways if n in made]
 
     def place(self, name: str) -> Path:
         """The folder of an arm's denoiser."""
-        shared = {"ptqd": "brecq", **dict.fromkeys(BESIDE, START)}
-        return self.folder / _slug(shared.get(name, name)) / "model"
+        return self.folder / _slug(name.split(" + ")[0]) / "model"
 
     def made(self, name: str) -> nn.Module:
         """The denoiser of an arm: trained, or found in its folder."""
@@ -213,7 +235,8 @@ class Job:
             if way.method == "q-diffusion":
                 given["activation_iterations"] = self.options.iterations // 4
         else:
-            given = {"optimizer_steps": self.optimizer_steps, **RATES, **given}
+            rates = PUBLISHED if self.optimizer_steps >= 16_000 else RATES
+            given = {"optimizer_steps": self.optimizer_steps, **rates, **given}
             if "steps" in given:
                 given["steps"] = tuple(
                     self.cell.steps if n == DEPLOYED else n for n in given["steps"]
@@ -235,53 +258,52 @@ class Job:
         """What a rounding can reach is rate times iterations: that of 10,000 at 1e-3."""
         return max(1e-3, 10.0 / max(self.options.iterations, 1))
 
-    def ptqd(self, quantized: nn.Module, solver: str) -> Correction:
-        """Made for one solver."""
+    def on_top(self, name: str, quantized: nn.Module, solver: str) -> Correction | None:
+        """Fitted with the prompts of training; None where it does not apply or nothing was confirmed."""
+        base, what = name.split(" + ")
         run = self.run(solver)
-        record = evenkeel.calibrate(
-            run.pipeline, quantized=quantized, prompts=run.prompts.values,
-            num_inference_steps=run.num_inference_steps, guidance_scale=run.guidance_scale,
-        )  # fmt: skip
-        return PTQD(record.evidence)
-
-    def adapters(self, name: str, quantized: nn.Module, solver: str) -> Any:
-        """Beside the start, in closed form or trained from it; made for one solver."""
-        run, place = self.run(solver), self.folder / _slug(name) / f"{solver}.safetensors"
-        if place.is_file():
-            return evenkeel.load(place)
         asked: dict[str, Any] = {
             "quantized": quantized,
             "prompts": run.prompts.values,
             "num_inference_steps": run.num_inference_steps,
             "guidance_scale": run.guidance_scale,
-            "budget": self.options.budget,
         }
-        if name == TRAINED:
-            asked |= {"optimizer_steps": self.optimizer_steps, "seed": 1000 + self.cell.seed}
-        fit = evenkeel.train_adapters if name == TRAINED else evenkeel.fit_adapters
-        found, report = fit(run.pipeline, **asked)
-        print(name, solver, report.text(), flush=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        evenkeel.save(found, place)
-        return found
+        if what not in FITTED:
+            place = self.folder / _slug(base) / f"record-{solver}.safetensors"
+            if not place.is_file():
+                evenkeel.calibrate(run.pipeline, closed_loop=True, **asked).save(place)
+            record = evenkeel.Record.load(place)
+            assert record.law is not None
+            made = available(record.evidence, record.closed_loop.corrections, forms=True)[0]
+            found, reasons = applicable(made, record.law)
+            if what not in found:
+                print(name, solver, reasons.get(what), flush=True)
+            return found.get(what)
+        place = self.folder / _slug(name) / f"{solver}.safetensors"
+        if not place.is_file():
+            if what.endswith("adapters"):
+                asked["budget"] = self.options.budget
+            if what == "trained adapters":
+                asked |= {"optimizer_steps": self.optimizer_steps, "seed": 1000 + self.cell.seed}
+            place.parent.mkdir(parents=True, exist_ok=True)
+            evenkeel.save(FITTED[what](run.pipeline, **asked), place)
+        correction: Any = evenkeel.load(place)
+        nothing = what.endswith("adapters") and not correction.layers
+        return None if nothing else correction
 
     def arms(self, solver: str, denoisers: Mapping[str, nn.Module]) -> list[Arm]:
         """Full precision, the start, and the others in the cell's order."""
-        pipe = self.run(solver).pipeline
-        arms = standard_arms(pipe, denoisers[START], {})
+        arms = standard_arms(self.run(solver).pipeline, denoisers[START], {})
         for name in self.ways[1:]:
-            if name in BESIDE:
-                found = self.adapters(name, denoisers[START], solver)
-                if found.layers:
-                    arms.append(Arm(name, denoisers[START], found))
-            else:
-                correction = self.ptqd(denoisers[name], solver) if name == "ptqd" else None
-                arms.append(Arm(name, denoisers[name], correction))
+            base = name.split(" + ")[0]
+            correction = None if name == base else self.on_top(name, denoisers[base], solver)
+            if name == base or correction is not None:
+                arms.append(Arm(name, denoisers[base], correction))
         return arms
 
     def measured(self) -> Iterator[dict[str, Any]]:
         """Every arm with every solver of the cell; what there is after each solver."""
-        denoisers = {n: self.made(n) for n in self.ways if n not in BESIDE}
+        denoisers = {n: self.made(n) for n in self.ways if " + " not in n}
         kind = KINDS[self.twin.pictures]
         evaluator = kind.evaluator(zoo.path_of(self.cell.twin))
         solvers: dict[str, Any] = {}
@@ -356,7 +378,7 @@ def differences(
 
 
 def _slug(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-")
+    return name.replace(", ", "-").replace(" + ", "-").replace(" ", "-")
 
 
 def main() -> None:

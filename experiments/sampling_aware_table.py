@@ -33,7 +33,7 @@ SECOND = "dpm-solver-2"
 CLAIMS = (
     Claim("ldm-4-w4a4", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: W4A4", (13.73, 17.28)),
     Claim("ldm-4-w4a8", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: W4A8", (8.55, 9.91)),
-    Claim("ldm-4-w8a8", SECOND, "sa-ptq", "ptqd", "SA-PTQ: W8A8", (10.16, 10.76)),
+    Claim("ldm-4-w8a8", SECOND, "sa-ptq", "brecq + ptqd:published", "SA-PTQ: W8A8", (10.16, 10.76)),
     Claim("ldm-4-w8a8", SECOND, "sa-ptq", "brecq", "the pairs alone (FID -4.1)"),
     Claim("ldm-4-w4a4-parts", SECOND, "sa-qlora", "sa-qlora, no cosine", "L_COS (FID -.95)"),
     Claim("ldm-8-w4a4", SECOND, "sa-qlora", "efficientdm", "SA-QLoRA: LDM-8, W4A4 (FID -5.53)"),
