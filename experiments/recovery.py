@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ from typing import Any
 
 import scipy.stats
 import torch
+from measured_cells import Cells, change_of, decibels, finish, known, not_run
+from recovery_frontier import BASES
+from recovery_frontier import RESULTS as FRONTIER
 from safetensors.torch import load_file
 from torch import nn
 
@@ -241,60 +244,57 @@ def solved(problems: Sequence[LayerProblem], bits: int, budget: int) -> Solution
     return solution
 
 
-def none_worse(cells: dict[str, dict[str, Any]]) -> str:
+def none_worse(cells: Cells) -> str:
     """Of every combination's adapters (those that were given out) the change of PSNR, Holm-corrected."""
     found = []
     for name, cell in cells.items():
         chosen = [a for a in cell["arms"] if a["name"].startswith("chosen")]
+        # Those of recovery_frontier.py, by their bytes.
+        chosen += [a for a in cell["arms"] if "base" in cell and a["name"].startswith("+")]
         for arm in chosen:
-            change = arm["difference_to_quantized"]["psnr"]
+            # Without PSNR where some image is its reference to the bit, and infinitely near.
+            changes = arm["difference_to_quantized"]
+            change = changes.get("psnr", changes["ssim"])
             worse = scipy.stats.t.cdf(change["value"] / change["stderr"], change["n"] - 1)
-            found.append((worse, change["value"], f"{name} at {100 * arm['share']:.0f} %"))
+            gain = change["value"] if "psnr" in changes else math.inf
+            found.append((worse, gain, f"{name}, {arm['name']}", name))
     found.sort()
     count = len(found)
     holm = count * found[0][0]  # of the smallest p; where it is above 5 %, nothing is rejected
-    lowest, highest = min(found, key=lambda f: f[1]), max(found, key=lambda f: f[1])
-    given = {n for n, c in cells.items() if any(a["name"].startswith("chosen") for a in c["arms"])}
-    nothing = sorted(set(cells) - given)
+    finite = [f for f in found if math.isfinite(f[1])]
+    lowest, highest = min(finite, key=lambda f: f[1]), max(finite, key=lambda f: f[1])
+    nothing = sorted({*cells} - {f[3] for f in found})
     none = (
         f" Nothing was given out, and nothing changes, in {', '.join(nothing)}." if nothing else ""
     )
     return (
-        f"{count} combinations of twin, weights, prompts, seed and bytes where adapters were given out: the "
-        f"change of PSNR lies between {lowest[1]:+.1f} ({lowest[2]}) and {highest[1]:+.1f} dB "
-        f"({highest[2]}). The smallest one-sided p of being worse, times its Holm factor, is "
-        f"{min(holm, 1.0):.3g}.{none}"
+        f"{count} combinations of twin, weights, prompts, seed and bytes (recovery_frontier.py's included) "
+        f"where adapters were given out: the change of PSNR lies between {lowest[1]:+.1f} ({lowest[2]}) and "
+        f"{highest[1]:+.1f} dB ({highest[2]}). The smallest one-sided p of being worse, times its Holm "
+        f"factor, is {min(holm, 1.0):.3g}.{none}"
     )
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: Cells) -> str:
     """RECOVERY.md."""
     lines = [
         "# Recovery adapters",
         "",
         *(__doc__ or "").splitlines()[2:12],
         "",
-        none_worse(cells),
+        none_worse(cells | known(FRONTIER, BASES)),
         "",
+        *not_run(CELLS, cells),
+        "| twin | weights | prompts | arm | more bytes | FD to full precision | PSNR, dB | change [95 %] |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    missing = [c for c in CELLS if c not in cells]
-    if missing:
-        lines += [f"Not run yet: {', '.join(missing)}.", ""]
-    lines.append(
-        "| twin | weights | prompts | arm | more bytes | FD to full precision | PSNR, dB | change [95 %] |"
-    )
-    lines.append("|---|---|---|---|---|---|---|---|")
     for cell in cells.values():
         for arm in cell["arms"][1:]:
-            fd, psnr = arm["frechet_full_precision"], arm["psnr"]
-            change = arm.get("difference_to_quantized", {}).get("psnr")
-            said = "" if change is None else (
-                f"{change['value']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
-            )  # fmt: skip
+            fd = arm["frechet_full_precision"]
             lines.append(
                 f"| {cell['twin']} | {cell['quantizer']} | {cell['prompts']} | {arm['name']} | "
                 f"{100 * arm['share']:+.1f} % | {fd['value']:.3f} ± {fd['stderr']:.3f} | "
-                f"{psnr['value']:.2f} | {said} |"
+                f"{decibels(arm['psnr'])} | {change_of(arm)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -304,14 +304,12 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", default=list(CELLS), metavar="CELL")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/recovery"))
     options = parser.parse_args()
-    for name in options.cells:
-        place = RESULTS / f"{name}.json"
-        if not place.exists():
-            found = measure(CELLS[name], options.work / name)
-            write_atomically(place, json.dumps(found) + "\n")
-        known = {c: RESULTS / f"{c}.json" for c in CELLS}
-        cells = {c: json.loads(p.read_text()) for c, p in known.items() if p.exists()}
-        write_atomically(HERE / "RECOVERY.md", table(cells))
+    finish(
+        options.cells,
+        RESULTS,
+        lambda name: measure(CELLS[name], options.work / name),
+        lambda: write_atomically(HERE / "RECOVERY.md", table(known(RESULTS, CELLS))),
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ Every twin is a file in experiments/recovery_elsewhere/; the command resumes.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from measured_cells import Cells, change_of, decibels, finish, known, not_run
 
 import evenkeel
 from evenkeel import zoo
@@ -91,24 +91,23 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     return {"twin": name, "fit": report.text(), "settings": settings}
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: Cells) -> str:
     """RECOVERY_ELSEWHERE.md; the first row of a twin is what it was fitted with."""
-    lines = ["# Recovery adapters where they were not fitted", ""]
-    lines += [*(__doc__ or "").splitlines()[2:4], ""]
-    if missing := [t for t in TWINS if t not in cells]:
-        lines += [f"Not run yet: {', '.join(missing)}.", ""]
-    lines.append(
-        "| twin | sampler | steps | guidance | quantized, dB | with adapters | change [95 %] |"
-    )
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "# Recovery adapters where they were not fitted",
+        "",
+        *(__doc__ or "").splitlines()[2:4],
+        "",
+        *not_run(TWINS, cells),
+        "| twin | sampler | steps | guidance | quantized, dB | with adapters | change [95 %] |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for cell in cells.values():
         for said in cell["settings"]:
             _, quantized, restored = said["arms"]
-            change = restored["difference_to_quantized"]["psnr"]
             lines.append(
                 f"| {cell['twin']} | {said['sampler']} | {said['steps']} | {said['guidance']} | "
-                f"{quantized['psnr']['value']:.2f} | {restored['psnr']['value']:.2f} | "
-                f"{change['value']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}] |"
+                f"{decibels(quantized['psnr'])} | {decibels(restored['psnr'])} | {change_of(restored)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -118,14 +117,12 @@ def main() -> None:
     parser.add_argument("twins", nargs="*", default=list(TWINS), metavar="TWIN")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/recovery_elsewhere"))
     options = parser.parse_args()
-    for name in options.twins:
-        place = RESULTS / f"{name}.json"
-        if not place.exists():
-            found = measure(name, options.work / name)
-            write_atomically(place, json.dumps(found) + "\n")
-        known = {t: RESULTS / f"{t}.json" for t in TWINS}
-        cells = {t: json.loads(p.read_text()) for t, p in known.items() if p.exists()}
-        write_atomically(HERE / "RECOVERY_ELSEWHERE.md", table(cells))
+    finish(
+        options.twins,
+        RESULTS,
+        lambda name: measure(name, options.work / name),
+        lambda: write_atomically(HERE / "RECOVERY_ELSEWHERE.md", table(known(RESULTS, TWINS))),
+    )
 
 
 if __name__ == "__main__":

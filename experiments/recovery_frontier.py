@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from measured_cells import Cells, change_of, decibels, finish, known, not_run
 from torch import nn
 
 import evenkeel
@@ -91,32 +91,31 @@ def measure(base: str, work: Path) -> dict[str, Any]:
     return {"base": base, "bytes": size, "arms": rows}
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: Cells) -> str:
     """RECOVERY_FRONTIER.md."""
-    lines = ["# Quality against total bytes", "", *(__doc__ or "").splitlines()[2:6], ""]
-    if missing := [b for b in BASES if b not in cells]:
-        lines += [f"Not run yet: {', '.join(missing)}.", ""]
-    lines += ["![frontier](recovery_frontier.svg)", ""]
-    lines.append(
-        "| base | adapters | kB in all | PSNR, dB | FD to full precision | change, dB [95 %] |"
-    )
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "# Quality against total bytes",
+        "",
+        *(__doc__ or "").splitlines()[2:6],
+        "",
+        *not_run(BASES, cells),
+        "![frontier](recovery_frontier.svg)",
+        "",
+        "| base | adapters | kB in all | PSNR, dB | FD to full precision | change, dB [95 %] |",
+        "|---|---|---|---|---|---|",
+    ]
     for cell in cells.values():
         for arm in cell["arms"][1:]:
-            psnr, fd = arm["psnr"], arm["frechet_full_precision"]
-            change = arm.get("difference_to_quantized", {}).get("psnr")
-            said = "" if change is None else (
-                f"{change['value']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
-            )  # fmt: skip
-            name = "none" if arm["name"] == "quantized" else arm["name"]
+            fd, name = arm["frechet_full_precision"], arm["name"]
             lines.append(
-                f"| {cell['base']} | {name} | {arm['bytes'] / 1e3:.0f} | {psnr['value']:.2f} | "
-                f"{fd['value']:.3f} ± {fd['stderr']:.3f} | {said} |"
+                f"| {cell['base']} | {'none' if name == 'quantized' else name} | "
+                f"{arm['bytes'] / 1e3:.0f} | {decibels(arm['psnr'])} | "
+                f"{fd['value']:.3f} ± {fd['stderr']:.3f} | {change_of(arm)} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def figure(cells: dict[str, dict[str, Any]], place: Path) -> None:
+def figure(cells: Cells, place: Path) -> None:
     """PSNR with its interval against bytes: bases alone in grey, each with its adapters as a line."""
     import matplotlib
 
@@ -129,6 +128,7 @@ def figure(cells: dict[str, dict[str, Any]], place: Path) -> None:
         points = sorted(
             (a["bytes"] / 1e3, a["psnr"]["value"], a["psnr"]["low"], a["psnr"]["high"])
             for a in cell["arms"][1:]
+            if a["psnr"]["value"] is not None
         )
         x, y, low, high = zip(*points, strict=True)
         bars = (
@@ -145,19 +145,24 @@ def figure(cells: dict[str, dict[str, Any]], place: Path) -> None:
     picture.savefig(place, metadata={"Date": None})
 
 
+def publish() -> None:
+    """The page and its figure."""
+    cells = known(RESULTS, BASES)
+    write_atomically(HERE / "RECOVERY_FRONTIER.md", table(cells))
+    figure(cells, HERE / "recovery_frontier.svg")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bases", nargs="*", default=list(BASES), metavar="BASE")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments/recovery_frontier"))
     options = parser.parse_args()
-    places = {b: RESULTS / f"{b.replace(' ', '-')}.json" for b in BASES}
-    for base in options.bases:
-        if not places[base].exists():
-            found = measure(base, options.work / base.replace(" ", "-"))
-            write_atomically(places[base], json.dumps(found) + "\n")
-        cells = {b: json.loads(p.read_text()) for b, p in places.items() if p.exists()}
-        write_atomically(HERE / "RECOVERY_FRONTIER.md", table(cells))
-        figure(cells, HERE / "recovery_frontier.svg")
+    finish(
+        options.bases,
+        RESULTS,
+        lambda base: measure(base, options.work / base.replace(" ", "-")),
+        publish,
+    )
 
 
 if __name__ == "__main__":
