@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,17 @@ def finish(
     for name in asked:
         place = _place(results, name)
         if not place.exists():
-            write_atomically(place, json.dumps(measure(name)) + "\n")
+            write_atomically(place, json.dumps(_short(measure(name)), separators=(",", ":")) + "\n")
         publish()
+
+
+def _short(found: Any) -> Any:
+    """Eight digits of every number: more take room and say nothing."""
+    if isinstance(found, float) and math.isfinite(found):
+        return float(f"{found:.8g}")
+    if isinstance(found, dict):
+        return {key: _short(value) for key, value in found.items()}
+    return [_short(value) for value in found] if isinstance(found, list) else found
 
 
 def _place(results: Path, name: str) -> Path:
