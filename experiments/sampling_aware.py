@@ -150,7 +150,9 @@ CELLS = {
     "ldm-8-w4a4": Cell("ldm-8", "w4a4", MAIN, 50, share=0.5),
     "ldm-4-w4a4-evaluations": Cell("ldm-4", "w4a4", MAIN, counted="evaluations", share=0.5),
     "ldm-8-w8a8": Cell("ldm-8", "w8a8", PTQ, 50, rivals=("brecq + ptqd:published", "sa-ptq, same-state")),
-    "ldm-4-w4a4-published": Cell("ldm-4", "w4a4", MAIN[:-1], share=10.0),
+    "ldm-4-w4a4-published": Cell(
+        "ldm-4", "w4a4", (START, "sa-qlora", "same-state", "efficientdm"), share=10.0
+    ),
     **{f"ldm-4-w4a4-seed-{s}": Cell("ldm-4", "w4a4", MAIN[:-1], seed=s) for s in (1, 2)},
 }  # fmt: skip
 
