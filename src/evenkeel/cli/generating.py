@@ -146,6 +146,11 @@ def add_compare(commands: Any) -> None:
     correcting(parser)
     parser.add_argument("--corrections", default="all", help="comma-separated, or all")
     parser.add_argument("--images", type=positive, help="prompts per arm (default: all, or 32)")
+    parser.add_argument(
+        "--more",
+        action="store_true",
+        help="spatial and kernel distances, class score, precision and recall, perceptual distance, shifts",
+    )
     output(parser, comparison, default=Path("evenkeel-compare"), help="folder")
 
 
@@ -184,6 +189,7 @@ def _run_compare(options: argparse.Namespace) -> None:
         evaluator=evaluator_for(pipeline),
         reference_images=references_for(pipeline, prompts, options.seed + 1),
         folder=options.out / "images",
+        more=options.more,
         progress=not options.json,
         **settings,
     )

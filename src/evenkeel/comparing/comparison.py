@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from evenkeel.comparing.further import Sight, further, further_differences, seen
 from evenkeel.comparing.generation import Arm as Arm
 from evenkeel.comparing.generation import check_corrections, generate, identity_of
 from evenkeel.corrections.base import Correction
@@ -49,7 +50,10 @@ _MISSING = Estimate(float("nan"), float("nan"), float("nan"), float("nan"), 0)
 
 
 class Evaluator(Protocol):
-    """Sees images: features for distances and, if it can, whether they show what was asked."""
+    """Sees images: features for distances and, if it can, whether they show what was asked.
+
+    What else it may show, and what is measured of that, says ``comparing.further.seen``.
+    """
 
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] to (n, d)."""
@@ -66,7 +70,8 @@ class ArmResult:
 
     Attributes:
         name: of the arm.
-        measures: by the names in ``MEASURES``; NaN where an evaluator or reference is missing.
+        measures: by the names in ``MEASURES``, and ``further`` ones; NaN where an evaluator or
+            reference is missing.
         difference_to_quantized: paired differences, this arm minus the quantized one.
         black: which images are black in every pixel, as those made of NaN are; all are scored.
 
@@ -126,6 +131,7 @@ def compare(
     reference_images: Tensor | None = None,
     call: dict[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    more: bool = False,
     progress: bool = True,
 ) -> Comparison:
     """Generate every prompt in every arm from the same noise, and measure.
@@ -147,6 +153,8 @@ def compare(
         reference_images: (n, 3, H, W) uint8, as many as prompts: real images to compare with.
         call: further pipeline arguments.
         folder: keep each arm's images here as they are made; the same call later continues.
+        more: further measures, too: spatial and kernel distances, inception score, precision and recall,
+            perceptual distance, and shifts of the pictures' own statistics.
         progress: show a bar.
 
     Raises:
@@ -196,7 +204,9 @@ def compare(
                 images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
         results = []
         if us.main:
-            results = measure(images, seconds, run.prompts.values, evaluator, reference_images)
+            results = measure(
+                images, seconds, run.prompts.values, evaluator, reference_images, more
+            )
             _add_times(results, seconds, num_inference_steps)
         (found, _), *_ = us.gathered([asdict(result) for result in results])
     if not us.main:
@@ -227,6 +237,7 @@ def measure(
     prompts: Sequence[Prompt],
     evaluator: Evaluator | None,
     reference_images: Tensor | None,
+    more: bool = False,
 ) -> list[ArmResult]:
     """All measures of all arms; the first arm is what the others are compared with."""
     names = list(images)
@@ -243,6 +254,11 @@ def measure(
     # What an evaluator's network gains from is its own affair.
     with sensible_threads(images[names[0]].numel()):
         results = _results(floats, features, matches, seconds, real)
+        if more:
+            theirs = None
+            if reference_images is not None:
+                theirs = seen(evaluator, reference_images.float() / 255, real)
+            _add_further(results, evaluator, floats, features, theirs)
     for result in results:
         result.black = black[result.name]
     return results
@@ -282,6 +298,25 @@ def _results(
                     name, features, per_image, features[first], real
                 )
     return list(results.values())
+
+
+def _add_further(
+    results: Sequence[ArmResult],
+    evaluator: Evaluator | None,
+    floats: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | None],
+    real: Sight | None,
+) -> None:
+    names = list(floats)
+    first = floats[names[0]]
+    sights = {name: seen(evaluator, floats[name], features[name], first) for name in names}
+    for result in results:
+        mine, origin = sights[result.name], sights[names[0]]
+        result.measures |= further(mine, origin, real)
+        if QUANTIZED in sights and result.name not in (names[0], QUANTIZED):
+            result.difference_to_quantized |= further_differences(
+                mine, sights[QUANTIZED], origin, real
+            )
 
 
 def _features(evaluator: Evaluator | None, images: Tensor) -> Tensor | None:

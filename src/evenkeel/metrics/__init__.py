@@ -28,6 +28,8 @@ from evenkeel.metrics.precision_recall import per_image_precision as per_image_p
 from evenkeel.metrics.precision_recall import per_image_recall as per_image_recall
 from evenkeel.metrics.psnr import per_image_psnr as per_image_psnr
 from evenkeel.metrics.psnr import psnr as psnr
+from evenkeel.metrics.shift import shift as shift
+from evenkeel.metrics.shift import shift_difference as shift_difference
 from evenkeel.metrics.ssim import per_image_ssim as per_image_ssim
 from evenkeel.metrics.ssim import ssim as ssim
 
@@ -55,5 +57,7 @@ __all__ = [
     "per_image_ssim",
     "per_image_statistics",
     "psnr",
+    "shift",
+    "shift_difference",
     "ssim",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evenkeel.reports.measures import ABSENT, MEASURES
+from evenkeel.reports.measures import ABSENT, FURTHER, MEASURES
 from evenkeel.reports.plots import (
     correlation_plot,
     factor_plot,
@@ -31,6 +31,7 @@ from evenkeel.reports.table import (
     arms_of,
     black,
     difference_rows,
+    further_rows,
 )
 from evenkeel.storage import write_atomically
 
@@ -161,7 +162,11 @@ def _pictures(images: Mapping[str, Tensor], prompts: Sequence[str]) -> str:
 def _measures(results: Mapping[str, Any]) -> str:
     parts = [_table(arm_rows(results), "Measures of every arm", left=1)]
     parts.append(f"<p class='note'>{escape(LEGEND)}</p>")
-    meaning = "".join(f"<dt>{escape(m.heading)}</dt><dd>{escape(m.words)}</dd>" for m in MEASURES)
+    others = further_rows(results)
+    if len(others) > 1:
+        parts.append(_table(others, "Further measures", left=1))
+    shown = (*MEASURES, *(m for m in FURTHER if any(m.heading == row[0] for row in others)))
+    meaning = "".join(f"<dt>{escape(m.heading)}</dt><dd>{escape(m.words)}</dd>" for m in shown)
     parts.append(f"<details><summary>What is measured</summary><dl>{meaning}</dl></details>")
     differences = difference_rows(results)
     if len(differences) > 1:

@@ -11,6 +11,7 @@ from evenkeel.reports.measures import (
     ABSENT,
     COLUMNS,
     FULL_PRECISION,
+    FURTHER,
     MEASURES,
     QUANTIZED,
     arm_text,
@@ -58,12 +59,23 @@ def arm_rows(results: Mapping[str, Any]) -> Rows:
     return [heading, *([a["name"], *(arm_text(a, m) for m in COLUMNS)] for a in arms_of(results))]
 
 
+def further_rows(results: Mapping[str, Any]) -> Rows:
+    """Heading and one row per further measure, a column per arm; else only the heading."""
+    arms = arms_of(results)
+    rows = [
+        [m.heading, *(arm_text(a, m) for a in arms)]
+        for m in FURTHER
+        if any(m.key in arm for arm in arms)
+    ]
+    return [["further measures", *(a["name"] for a in arms)], *rows]
+
+
 def difference_rows(results: Mapping[str, Any]) -> Rows:
     """Heading and one row per corrected arm and measure; only the heading where there is none."""
     rows = [DIFFERENCE_HEADINGS]
     for arm in corrected_arms(results):
         differences = arm.get("difference_to_quantized") or {}
-        for measure in MEASURES:
+        for measure in (*MEASURES, *FURTHER):
             found = differences.get(measure.key)
             if found is not None:
                 n = found.get("n")
@@ -91,6 +103,8 @@ def text_table(results: Mapping[str, Any]) -> str:
 
     """
     parts = [columns(arm_rows(results), left=1), *textwrap.wrap(LEGEND, 100)]
+    if len(others := further_rows(results)) > 1:
+        parts += ["", columns(others, left=1)]
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", DIFFERENCE_TITLE, "", columns(differences, left=2)]
@@ -104,6 +118,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     '| quantized | - | - | - | - | - | - |'
     """
     parts = [_markdown(arm_rows(results), left=1), "", LEGEND]
+    if len(others := further_rows(results)) > 1:
+        parts += ["", _markdown(others, left=1)]
     differences = difference_rows(results)
     if len(differences) > 1:
         parts += ["", f"{DIFFERENCE_TITLE}:", "", _markdown(differences, left=2)]

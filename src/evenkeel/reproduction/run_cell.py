@@ -35,7 +35,15 @@ KIND = Kind(
 # Plain rounding from mild to harsh, for a damage that is the paper's.
 LADDER = ("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64", "w2a8-g32")
 # The paper's measures, and which of ours stands for each.
-OURS = {"FID": "frechet_reference", "PSNR": "psnr", "SSIM": "ssim", "CLIP": "alignment"}
+OURS = {
+    "FID": "frechet_reference",
+    "sFID": "spatial_frechet_reference",
+    "IS": "inception_score",
+    "LPIPS": "perceptual",
+    "PSNR": "psnr",
+    "SSIM": "ssim",
+    "CLIP": "alignment",
+}
 
 
 def run_cell(
@@ -197,6 +205,7 @@ class _Bench:
             evaluator=self.evaluator,
             reference_images=self.kind.references(prompts, 1),
             folder=self.folder / (place or f"images-{count}"),
+            more=not place,
             progress=False,
         )
         return {arm.name: arm for arm in found.arms}

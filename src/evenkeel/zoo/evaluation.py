@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -95,7 +96,32 @@ class AttributeEvaluator:
         with sensible_threads(self.network):
             return self.network.features(images)
 
-    def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor:
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> list[Tensor]:
+        """Of every layer of the trunk, (n, channels, height, width), for a distance place by place."""
+        found, x = [], images * 2 - 1
+        with sensible_threads(self.network):
+            for layer in cast("nn.Sequential", self.network.trunk):
+                x = layer(x)
+                found.append(x)
+        return found
+
+    def spatial(self, images: Tensor) -> Tensor:
+        """(n, 7 * places): the first 7 channels of the last layer with places, as of sFID's network.
+
+        sFID is Nash et al. 2021 (arXiv:2103.03841), whose channels are the first 7 of Inception's
+        ``mixed_6``.
+        """
+        return self.activations(images)[-1][:, :7].flatten(1)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Tensor:
+        """(n, values) probabilities of the first attribute's values."""
+        first = next(iter(self.network.heads))
+        with sensible_threads(self.network):
+            return torch.softmax(self.network(images)[first], 1)
+
+    def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor | None:
         """(n, attributes): 1 where the image shows what the caption says, NaN where it says nothing."""
         shown, wanted = self.seen(images, prompts)
         return torch.stack([agreement(shown[k], wanted[k]) for k in self.network.heads], 1)

@@ -70,16 +70,8 @@ class Pictures:
     size: int = IMAGE_SIZE
 
 
-class DigitEvaluator:
+class DigitEvaluator(evaluation.HandwritingEvaluator):
     """The one-digit evaluator for class labels: of what it sees only the digit was asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._evaluator = evaluation.HandwritingEvaluator(folder)
-        self.network = self._evaluator.network
-
-    def features(self, images: Tensor) -> Tensor:
-        """(n, 3, 32, 32) in [0, 1] to (n, 64)."""
-        return self._evaluator.features(images)
 
     @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor | None:

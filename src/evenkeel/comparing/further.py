@@ -1,0 +1,139 @@
+"""What else can be said of an arm's images, where an evaluator shows more of what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel.estimate import Estimate
+from evenkeel.metrics import (
+    frechet_difference,
+    frechet_distance,
+    inception_score,
+    inception_score_difference,
+    kernel_difference,
+    kernel_distance,
+    mean_difference,
+    mean_estimate,
+    per_image_perceptual_distance,
+    per_image_precision,
+    per_image_recall,
+    per_image_statistics,
+    shift,
+    shift_difference,
+)
+from evenkeel.metrics.precision_recall import NEIGHBOURS
+
+CHUNK = 256
+SETS = {"spatial_frechet": "spatial", "kernel": "features"}
+_DISTANCES = {
+    "spatial_frechet": (frechet_distance, frechet_difference),
+    "kernel": (kernel_distance, kernel_difference),
+}
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is seen of one arm's images, or of the real ones; None where the evaluator shows no such thing.
+
+    Attributes:
+        features: (n, d).
+        spatial: (n, places) activations that keep their place.
+        posterior: (n, classes).
+        perceptual: (n,) distance to the first arm's pictures; None for real ones.
+        statistics: of the pictures themselves, (n,) each.
+
+    """
+
+    features: Tensor | None
+    spatial: Tensor | None
+    posterior: Tensor | None
+    perceptual: Tensor | None
+    statistics: Mapping[str, Tensor]
+
+
+def seen(
+    evaluator: Any, images: Tensor, features: Tensor | None, first: Tensor | None = None
+) -> Sight:
+    """Everything that an evaluator shows of images (n, 3, H, W) in [0, 1].
+
+    Beside ``features`` it may have ``spatial``, ``posterior`` and ``activations``, of the same images: a
+    matrix (n, places), one (n, classes), and a list of (n, channels, height, width).
+    """
+
+    def all_of(name: str) -> Tensor | None:
+        look: Callable[[Tensor], Tensor] | None = getattr(evaluator, name, None)
+        return None if look is None else torch.cat([look(p) for p in torch.split(images, CHUNK)])
+
+    look = getattr(evaluator, "activations", None)
+    perceptual = None
+    with torch.no_grad():
+        if first is not None and look is not None:
+            pairs = zip(torch.split(images, CHUNK), torch.split(first, CHUNK), strict=True)
+            perceptual = torch.cat(
+                [per_image_perceptual_distance(look(a), look(b)) for a, b in pairs]
+            )
+        return Sight(
+            features,
+            all_of("spatial"),
+            all_of("posterior"),
+            perceptual,
+            per_image_statistics(images),
+        )
+
+
+def further(mine: Sight, origin: Sight, real: Sight | None) -> dict[str, Estimate]:
+    """By name, all that can be measured; ``origin`` is the first arm."""
+    found: dict[str, Estimate] = {}
+    for name, part in SETS.items():
+        distance, x = _DISTANCES[name][0], getattr(mine, part)
+        if x is not None and mine is not origin:
+            other = getattr(origin, part)
+            found[f"{name}_full_precision"] = distance(x, other, paired_reference=True)
+        if x is not None and real is not None:
+            found[f"{name}_reference"] = distance(x, getattr(real, part))
+    if mine.posterior is not None:
+        found["inception_score"] = inception_score(mine.posterior)
+    found |= {name: mean_estimate(values) for name, values in _per_image(mine, real).items()}
+    for name, values in mine.statistics.items():
+        found[name] = shift(values, origin.statistics[name])
+    return found
+
+
+def further_differences(
+    mine: Sight, quantized: Sight, origin: Sight, real: Sight | None
+) -> dict[str, Estimate]:
+    """The same, this arm minus the quantized one, paired."""
+    found: dict[str, Estimate] = {}
+    for name, part in SETS.items():
+        difference = _DISTANCES[name][1]
+        a, b = (getattr(sight, part) for sight in (mine, quantized))
+        if a is None:
+            continue
+        found[f"{name}_full_precision"] = difference(
+            a, b, getattr(origin, part), paired_reference=True
+        )
+        if real is not None:
+            found[f"{name}_reference"] = difference(a, b, getattr(real, part))
+    if mine.posterior is not None and quantized.posterior is not None:
+        found["inception_score"] = inception_score_difference(mine.posterior, quantized.posterior)
+    others = _per_image(quantized, real)
+    for name, values in _per_image(mine, real).items():
+        found[name] = mean_difference(values, others[name])
+    for name, values in mine.statistics.items():
+        origins = origin.statistics[name]
+        found[name] = shift_difference(values, quantized.statistics[name], origins)
+    return found
+
+
+def _per_image(mine: Sight, real: Sight | None) -> dict[str, Tensor]:
+    found = {} if mine.perceptual is None else {"perceptual": mine.perceptual}
+    theirs = None if real is None else real.features
+    if mine.features is not None and theirs is not None and len(theirs) > NEIGHBOURS:
+        found["precision"] = per_image_precision(mine.features, theirs)
+        found["recall"] = per_image_recall(mine.features, theirs)
+    return found
