@@ -245,7 +245,7 @@ def test_a_trained_pipeline_comes_nearer_and_stays_within_its_budget():
     output, local = report.candidates
     assert (output.metric, local.metric) == ("output", "local")
     assert all(c.predicted < 0.5 for c in report.candidates)
-    assert "nearer on held-out pairs" in report.text()
+    assert f"nearer on {report.pairs} held-out pairs" in report.text()
     assert all(torch.equal(v, before[k]) for k, v in quantized.state_dict().items())
     assert not quantized.transformer_blocks[0].attn1.to_q._forward_hooks
 
@@ -278,10 +278,12 @@ def test_pairs_are_disjoint(flux):
         assert len(set(seeds)) == len(seeds)
         assert pairs.choose.stop == pairs.confirm.start
         assert len(pairs.confirm) >= 8
-        assert pairs.confirm.stop == len(held_out.prompts)
+        assert pairs.confirm.stop == pairs.further.start
+        assert pairs.further.stop == len(held_out.prompts)
+        assert len(pairs.further) == 3 * len(pairs.confirm)
         if n >= 8:
             texts = [held_out.prompts.texts[i] for i in pairs.choose]
-            others = [held_out.prompts.texts[i] for i in pairs.confirm]
+            others = [held_out.prompts.texts[i] for i in (*pairs.confirm, *pairs.further)]
             sets = [set(pairs.fit.prompts.texts), set(texts), set(others)]
             assert sum(map(len, sets)) == len(set.union(*sets)) == n
         without = Pairs.of(run(n), choosing=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from evenkeel.corrections.composite import Composite
 from evenkeel.corrections.readout import Readout
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import EvenkeelError
+from evenkeel.fitting.adapters.confirming import Confirmation, confirmation
 from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.fit_adapters import AdapterReport, Fitted, fitted
 from evenkeel.fitting.adapters.kept import Kept
@@ -28,7 +30,6 @@ from evenkeel.hosts.run import Run
 from evenkeel.quantizers import load_quantized, save_quantized
 from evenkeel.quantizers.layers.quantized_layers import Quantized
 from evenkeel.record import load, save
-from evenkeel.statistics.student import mean_and_bound
 
 RESTORED = "restored"
 OTHER_STEPS = (4, 50)  # measured beside the fitted number
@@ -42,12 +43,12 @@ class Restored:
         adapters: empty where they were not confirmed.
         report: of their fit.
         readout: fitted on top; None where it was not confirmed or cannot be.
-        readout_gain: dB on the confirming pairs that it adds, with its one-sided 95 % bound.
+        readout_gain: what the confirming pairs say that it adds.
         no_readout: why there is none.
         measured: number of steps -> comparison on other prompts.
         refitted: the denoiser with its own branches refitted, which all parts belong to; None where it has
             none, or where that was not confirmed.
-        refit_gain: dB on the confirming pairs that the refit brings, with its bound.
+        refit_gain: what they say that the refit brings.
         unmeasured: number of steps -> why nothing was measured there.
 
     """
@@ -55,10 +56,10 @@ class Restored:
     adapters: RecoveryAdapters
     report: AdapterReport
     readout: Readout | None
-    readout_gain: tuple[float, float] | None
+    readout_gain: Confirmation | None
     no_readout: str
     refitted: nn.Module | None = None
-    refit_gain: tuple[float, float] | None = None
+    refit_gain: Confirmation | None = None
     measured: dict[int, Comparison] = field(default_factory=dict)
     unmeasured: dict[int, str] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class Restored:
         if self.adapters.layers:
             found = self.report.text().splitlines()[0]
         if self.refitted is not None and self.refit_gain is not None:
-            gain, bound = self.refit_gain
+            gain, bound, _ = self.refit_gain
             found = f"refitted branches bring {gain:+.2f} dB (bound {bound:+.2f}); on top, {found}"
         if self.readout is not None and self.readout_gain is not None:
             found += f"; a readout adds {self.readout_gain[0]:+.2f} dB (bound {self.readout_gain[1]:+.2f})"
@@ -231,9 +232,7 @@ def _identity(run: Run) -> dict[str, Any]:
     return {**run.key(*run.pair), **size, "prompts": run.prompts.keys}
 
 
-def _refitted(
-    run: Run, progress: bool, kept: Kept
-) -> tuple[nn.Module | None, tuple[float, float] | None]:
+def _refitted(run: Run, progress: bool, kept: Kept) -> tuple[nn.Module | None, Confirmation | None]:
     """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
     pairs = Pairs.of(run, choosing=False)
     if len(pairs.fit.prompts) < 2:
@@ -250,13 +249,14 @@ def _refitted(
     if place is not None:  # what comes later is kept for the denoiser as it comes from its folder
         module = load_quantized(place)[0]
     assert module is not None
-    said = mean_and_bound(FinalSamples(pairs.held_out, kept).gains_of(module, pairs.confirm))
-    return (module if said[1] > 0 else None), said
+    held_out = FinalSamples(pairs.held_out, kept, len(pairs.further))
+    said = confirmation(pairs, partial(held_out.gains_of, module))
+    return (module if said.holds else None), said
 
 
 def _readout(
     run: Run, found: Fitted, progress: bool, kept: Kept
-) -> tuple[Readout | None, tuple[float, float] | None, str]:
+) -> tuple[Readout | None, Confirmation | None, str]:
     """A readout of the denoiser with its adapters, what it adds, and why there is none."""
     _, quantized = run.pair
     fit = Pairs.of(run).fit
@@ -274,8 +274,10 @@ def _readout(
             return None, None, str(e)
         if place is not None and processes().main:
             save(readout, place)
-    gains = found.held_out.gains(found.confirm, found.adapters.layers, readout) - found.gains
-    said = mean_and_bound(gains)
-    if said[1] > 0:
+    layers, held_out = found.adapters.layers, found.held_out
+    said = confirmation(
+        found.pairs, lambda over: held_out.gains(over, layers, readout) - found.gains_over(over)
+    )
+    if said.holds:
         return readout, said, ""
     return None, said, "no certain improvement on held-out pairs"

@@ -10,10 +10,10 @@ from torch import Tensor
 CONFIDENCE = 0.95
 
 
-def student_margin(values: Tensor) -> float:
-    """How far the mean of (n,) values may be off to one side, with 95 % confidence.
+def student_margin(values: Tensor, confidence: float = CONFIDENCE) -> float:
+    """How far the mean of (n,) values may be off to one side, with 95 % confidence or another.
 
-    ``t s / sqrt(n)`` with s the standard deviation and t the 95 % quantile of Student's t with n - 1
+    ``t s / sqrt(n)`` with s the standard deviation and t that quantile of Student's t with n - 1
     degrees of freedom; infinity for fewer than two values.
 
     >>> import torch
@@ -24,12 +24,12 @@ def student_margin(values: Tensor) -> float:
     n = len(values)
     if n < 2:
         return float("inf")
-    quantile = float(scipy.stats.t.ppf(CONFIDENCE, n - 1))
+    quantile = float(scipy.stats.t.ppf(confidence, n - 1))
     return quantile * float(values.double().std()) / math.sqrt(n)
 
 
-def mean_and_bound(values: Tensor) -> tuple[float, float]:
-    """The mean of (n,) values, and its lower bound with 95 % confidence.
+def mean_and_bound(values: Tensor, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The mean of (n,) values, and its lower bound with 95 % confidence or another.
 
     >>> import torch
     >>> [round(v, 3) for v in mean_and_bound(torch.tensor([1.0, 2.0, 3.0, 4.0]))]
@@ -37,4 +37,4 @@ def mean_and_bound(values: Tensor) -> tuple[float, float]:
 
     """
     mean = float(values.mean())
-    return mean, mean - student_margin(values)
+    return mean, mean - student_margin(values, confidence)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +29,41 @@ class FinalSamples:
     Args:
         run: of these pairs, with a quantized twin.
         kept: where finished samples are, and are looked for.
+        later: so many of the last pairs are sampled for themselves, and only if they are asked for.
 
     """
 
-    def __init__(self, run: Run, kept: Kept = NOTHING) -> None:
+    def __init__(self, run: Run, kept: Kept = NOTHING, later: int = 0) -> None:
         self.run, self.kept = run, kept
-        self._full = self._sampled(run, denoiser=run.denoiser)
+        cut = len(run.prompts) - later
+        self._blocks = (range(cut), range(cut, len(run.prompts)))
+        self._full: dict[range, Tensor] = {}
+        self._before: dict[range, Tensor] = {}
 
-    @cached_property
-    def _before(self) -> Tensor:
+    def _of_block(
+        self, known: dict[range, Tensor], over: range, make: Callable[[range], Tensor]
+    ) -> Tensor:
+        """Of these pairs, made for the block that they lie in when it is first asked for."""
+        block = next(b for b in self._blocks if over.start in b)
+        assert over.stop <= block.stop
+        if block not in known:
+            known[block] = make(block)
+        return known[block][over.start - block.start : over.stop - block.start]
+
+    def _full_of(self, over: range) -> Tensor:
+        return self._of_block(
+            self._full,
+            over,
+            lambda block: self._sampled(self._part(block), denoiser=self.run.denoiser),
+        )
+
+    def _before_of(self, over: range) -> Tensor:
         """Errors of the quantized denoiser alone; who compares others among themselves needs none."""
-        return self._errors(self._sampled(self.run), self._full)
+        return self._of_block(
+            self._before,
+            over,
+            lambda block: self._errors(self._sampled(self._part(block)), block),
+        )
 
     def gains(
         self,
@@ -58,27 +82,24 @@ class FinalSamples:
             CalibrationError: a sample that is not finite.
 
         """
-        before = self._before[over.start : over.stop]
-        some = self._part(over)
+        before, some = self._before_of(over), self._part(over)
         with beside(self.run, adapters):
             found = self._sampled(some, correction=correction, adapters=adapters)
-        return gain(before, self._errors(found, self._full[over.start : over.stop]))
+        return gain(before, self._errors(found, over))
 
     def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
         """The same for another quantized denoiser in place of the run's."""
-        return gain(self._before[over.start : over.stop], self.errors_of(quantized, over))
+        return gain(self._before_of(over), self.errors_of(quantized, over))
 
     def errors_of(self, quantized: nn.Module, over: range) -> Tensor:
         """(pairs,) float64, squared error of the final sample with this denoiser."""
-        found = self._sampled(self._part(over), denoiser=quantized)
-        return self._errors(found, self._full[over.start : over.stop])
+        return self._errors(self._sampled(self._part(over), denoiser=quantized), over)
 
     def _part(self, over: range) -> Run:
         return part(self.run, list(over), self.run.seed + over.start)
 
-    @staticmethod
-    def _errors(found: Tensor, full: Tensor) -> Tensor:
-        each = (found.double() - full.double()).flatten(1).square().mean(1)
+    def _errors(self, found: Tensor, over: range) -> Tensor:
+        each = (found.double() - self._full_of(over).double()).flatten(1).square().mean(1)
         if not bool(each.isfinite().all()):
             raise CalibrationError(
                 "a final sample is not finite (NaN or infinity); the quantized pipeline, or the "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from evenkeel.corrections.recovery_adapters import RecoveryAdapters
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.collect import collect
+from evenkeel.fitting.adapters.confirming import confirmation
 from evenkeel.fitting.adapters.final_samples import FinalSamples
 from evenkeel.fitting.adapters.kept import Kept
 from evenkeel.fitting.adapters.pairs import Pairs
@@ -25,7 +27,6 @@ from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.low_rank.factors import BITS
-from evenkeel.statistics.student import mean_and_bound
 
 METRICS = ("output", "uniform", "local")
 TRIED_BITS = (3, 4)
@@ -69,6 +70,7 @@ class AdapterReport:
         chosen: index of the one that was kept.
         gain: dB on the confirming pairs, mean.
         bound: one-sided 95 % lower bound of it.
+        pairs: that were asked.
         confirmed: whether the bound is above zero; else the adapters are empty.
 
     """
@@ -81,6 +83,7 @@ class AdapterReport:
     chosen: int
     gain: float
     bound: float
+    pairs: int
     confirmed: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,12 +96,14 @@ class AdapterReport:
         share = 100 * kept.bytes / self.quantized_bytes
         found = (
             f"adapters of {kept.bytes / 1e6:.3f} MB (+{share:.1f} % of the quantized denoiser) bring the "
-            f"final samples {self.gain:+.2f} dB nearer on held-out pairs (95 % bound {self.bound:+.2f})"
+            f"final samples {self.gain:+.2f} dB nearer on {self.pairs} held-out pairs (95 % bound "
+            f"{self.bound:+.2f})"
         )
         if not self.confirmed:
             found = (
-                f"nothing helped, nothing is added: the best of {len(self.candidates)} fits changes held-out "
-                f"final samples by {self.gain:+.2f} dB (95 % bound {self.bound:+.2f})"
+                f"nothing helped, nothing is added: the best of {len(self.candidates)} fits changes final "
+                f"samples of {self.pairs} held-out pairs by {self.gain:+.2f} dB (95 % bound "
+                f"{self.bound:+.2f})"
             )
         lines = [
             f"  {c.metric:7s} {c.target:10s} {c.bits:2d} bits  {c.bytes / 1e6:.3f} MB  predicted "
@@ -142,8 +147,9 @@ def fit_adapters(
     map of the input, the penalty cross-validated over prompts (``rounding_slope``).
 
     Several such fits are tried (metric, D) and one is chosen by the final samples of held-out
-    (prompt, seed) pairs; others confirm it, by a one-sided 95 % bound. Unconfirmed, the result has no
-    adapters and changes nothing. Under torchrun the processes share the prompts; all return the same.
+    (prompt, seed) pairs; others confirm it, by a one-sided 95 % bound: eight pairs or more, and four
+    times as many where these lean to yes and are not sure. Unconfirmed, the result has no adapters and
+    changes nothing. Under torchrun the processes share the prompts; all return the same.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -205,16 +211,16 @@ class Fitted:
 
     Attributes:
         held_out: for whatever is to be fitted on top.
-        confirm: which of its pairs confirm.
-        gains: dB on these.
+        pairs: that it is of.
+        gains_over: dB of the adapters on some of these.
 
     """
 
     adapters: RecoveryAdapters
     report: AdapterReport
     held_out: FinalSamples
-    confirm: range
-    gains: Tensor
+    pairs: Pairs
+    gains_over: Callable[[range], Tensor]
 
 
 def fitted(
@@ -249,16 +255,18 @@ def fitted(
             (Candidate(*t, s.bits, s.stored_bytes, s.predicted), tuple(s.layers))
             for t, s in solutions.items()
         ]
-        held_out = FinalSamples(pairs.held_out, kept)
+        held_out = FinalSamples(pairs.held_out, kept, len(pairs.further))
+        chosen = 0
         if len(found) > 1:
+            gains = [held_out.gains(pairs.choose, layers) for _, layers in found]
             found = [
-                (replace(said, gain=float(held_out.gains(pairs.choose, layers).mean())), layers)
-                for said, layers in found
+                (replace(said, gain=float(g.mean())), layers)
+                for (said, layers), g in zip(found, gains, strict=True)
             ]
-        chosen = max(range(len(found)), key=lambda i: found[i][0].gain or 0.0)
+            chosen = _best([said.predicted for said, _ in found], gains)
         best, layers = found[chosen]
-        gains = held_out.gains(pairs.confirm, layers)
-        mean, bound = mean_and_bound(gains)
+        gains_over: Callable[[range], Tensor] = cache(partial(held_out.gains, adapters=layers))
+        said = confirmation(pairs, gains_over)
         report = AdapterReport(
             prompts=len(run.prompts),
             layers=count,
@@ -266,15 +274,39 @@ def fitted(
             budget=spend,
             candidates=tuple(c for c, _ in found),
             chosen=chosen,
-            gain=mean,
-            bound=bound,
-            confirmed=bound > 0,
+            gain=said.mean,
+            bound=said.bound,
+            pairs=said.pairs,
+            confirmed=said.holds,
         )
         made_for = run.provenance(collected.law, collected.first[:1, None], correction="adapters")
     if not report.confirmed:
-        layers, gains = (), torch.zeros_like(gains)
+        layers, gains_over = (), _none
     adapters = RecoveryAdapters(made_for, best.metric, best.bits, layers)
-    return Fitted(adapters, report, held_out, pairs.confirm, gains)
+    return Fitted(adapters, report, held_out, pairs, gains_over)
+
+
+def _none(over: range) -> Tensor:
+    return torch.zeros(len(over), dtype=torch.float64)
+
+
+def _best(predicted: Sequence[float], gains: Sequence[Tensor]) -> int:
+    """Of those that the pairs cannot tell from the best, within one standard error: what the metric prefers.
+
+    A few pairs tell fits of which one is clearly better; where they do not, their order is chance.
+
+    >>> _best([0.1, 0.2], [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.5, 3.0])])
+    0
+    >>> _best([0.1, 0.2], [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 4.0])])
+    1
+
+    """
+    most = max(gains, key=lambda g: float(g.mean()))
+    behind = [(most - g).double() for g in gains]
+    if len(most) < 2:
+        return min(range(len(gains)), key=lambda i: predicted[i])
+    close = [i for i, d in enumerate(behind) if float(d.mean()) <= float(d.std()) / len(d) ** 0.5]
+    return min(close, key=lambda i: predicted[i])
 
 
 def _tried(metric: str | None, *, rounding: bool) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from evenkeel.errors import CalibrationError
 from evenkeel.hosts.run import Run
 
 HELD_OUT = 8  # pairs that confirm, at least
+FURTHER = 3  # times as many are asked, too, where these do not decide
 CHOOSING = 4  # pairs that choose, at least
 ENOUGH = 8  # from so many prompts on, those held out are others
 
@@ -23,14 +24,16 @@ class Pairs:
 
     Attributes:
         fit: on which the sums are collected.
-        held_out: pairs that choose, then pairs that confirm.
+        held_out: pairs that choose, pairs that confirm, and further ones for what these do not decide.
         choosing: how many of them choose.
+        confirming: how many of them confirm.
 
     """
 
     fit: Run
     held_out: Run
     choosing: int
+    confirming: int
 
     @classmethod
     def of(cls, run: Run, *, choosing: bool = True) -> Pairs:
@@ -40,8 +43,8 @@ class Pairs:
             CalibrationError: the noise of too few prompts is given, so that none is left for the others.
 
         """
-        n = len(run.prompts)
-        if n < ENOUGH and "latents" in run.prompts.columns:
+        n, given = len(run.prompts), "latents" in run.prompts.columns
+        if n < ENOUGH and given:
             raise CalibrationError(
                 f"latents give the noise of {n} prompts, and none is left to hold out: pass at least "
                 f"{ENOUGH} prompts, or leave latents out."
@@ -51,13 +54,19 @@ class Pairs:
             quarter = n // 4
             first = n - quarter * (2 if choosing else 1)
             fit, choose, confirm = range(first), range(first, n - quarter), range(n - quarter, n)
-        chosen_by = max(CHOOSING, min(len(choose), HELD_OUT)) if choosing else 0
+        # A prompt may serve again with other noise; not where its noise is given.
+        chosen_by = 0
+        if choosing:
+            chosen_by = len(choose) if given else max(CHOOSING, min(len(choose), HELD_OUT))
+        confirmed_by = len(confirm) if given else max(HELD_OUT, len(confirm))
+        further = 0 if given else FURTHER * confirmed_by
         choose_all = [choose[i % len(choose)] for i in range(chosen_by)]
-        confirm_all = [confirm[i % len(confirm)] for i in range(max(HELD_OUT, len(confirm)))]
+        confirm_all = [confirm[i % len(confirm)] for i in range(confirmed_by + further)]
         return cls(
             part(run, list(fit), run.seed),
             part(run, choose_all + confirm_all, run.seed + n),
             chosen_by,
+            confirmed_by,
         )
 
     @property
@@ -68,7 +77,12 @@ class Pairs:
     @property
     def confirm(self) -> range:
         """Which of those held out say whether the best one is better than nothing."""
-        return range(self.choosing, len(self.held_out.prompts))
+        return range(self.choosing, self.choosing + self.confirming)
+
+    @property
+    def further(self) -> range:
+        """Which are asked, too, where those do not decide."""
+        return range(self.confirm.stop, len(self.held_out.prompts))
 
 
 def part(run: Run, which: list[int], seed: int) -> Run:

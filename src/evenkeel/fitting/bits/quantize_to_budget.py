@@ -13,6 +13,7 @@ from torch import nn
 
 from evenkeel.errors import QuantizationError
 from evenkeel.fitting.adapters.collect import collect
+from evenkeel.fitting.adapters.confirming import confirmation
 from evenkeel.fitting.adapters.final_samples import FinalSamples, gain
 from evenkeel.fitting.adapters.fit_adapters import PROBED
 from evenkeel.fitting.adapters.pairs import Pairs
@@ -40,7 +41,6 @@ from evenkeel.quantizers.methods.base import quantize_module
 from evenkeel.quantizers.methods.per_layer import PerLayer
 from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
 from evenkeel.quantizers.saved.folder import save_quantized
-from evenkeel.statistics.student import mean_and_bound
 from evenkeel.storage import write_folder, write_json
 
 WEIGHT_ONLY = RoundToNearest(weight_bits=4, activation_bits=16)
@@ -146,7 +146,7 @@ def quantize_to_budget(
         with opened(sites_of(run), rows, memory, gradients=True) as sites:
             collect(pairs.fit, sites, probed=PROBED, progress=progress)
             options = options_of(family, layers, lambda n: _metric(family, n, sites), along)
-        held_out = FinalSamples(pairs.held_out)
+        held_out = FinalSamples(pairs.held_out, later=len(pairs.further))
 
         def damage(names: list[str]) -> float:
             made = built(family, denoiser, dict.fromkeys(names, along))
@@ -176,8 +176,9 @@ def quantize_to_budget(
         best = max(range(len(tried)), key=lambda i: tried[i][0].gain or 0.0)
         chosen = tried[best][1]
         mix = built(family, denoiser, words(chosen))
-        gains = gain(*(held_out.errors_of(module, pairs.confirm) for module in (rival, mix)))
-        mean, bound = mean_and_bound(gains)
+        said = confirmation(
+            pairs, lambda over: gain(*(held_out.errors_of(m, over) for m in (rival, mix)))
+        )
         report = BitsReport(
             family=family.name,
             bits=bits,
@@ -193,9 +194,9 @@ def quantize_to_budget(
                 )
                 for n, o in chosen.items()
             ),
-            gain=mean,
-            bound=bound,
-            confirmed=bound > 0,
+            gain=said.mean,
+            bound=said.bound,
+            confirmed=said.holds,
             guarded=guard,
         )
         found = mix if report.mixed else rival
