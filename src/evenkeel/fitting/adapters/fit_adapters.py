@@ -302,7 +302,7 @@ def _best(predicted: Sequence[float], gains: Sequence[Tensor]) -> int:
 
     """
     most = max(gains, key=lambda g: float(g.mean()))
-    behind = [(most - g).double() for g in gains]
+    behind = [most - g for g in gains]
     if len(most) < 2:
         return min(range(len(gains)), key=lambda i: predicted[i])
     close = [i for i, d in enumerate(behind) if float(d.mean()) <= float(d.std()) / len(d) ** 0.5]
