@@ -33,7 +33,7 @@ import evenkeel
 from evenkeel import zoo
 from evenkeel.errors import EvenkeelError
 from evenkeel.fitting.adapters.effective_weight import effective_weight, reference_weight
-from evenkeel.fitting.adapters.final_samples import FinalSamples
+from evenkeel.fitting.adapters.final_samples import FinalSamples, gain
 from evenkeel.fitting.adapters.fit_adapters import stored_size
 from evenkeel.fitting.adapters.sites import Place, sites_of
 from evenkeel.fitting.adapters.solve import LayerProblem, Solution
@@ -410,8 +410,8 @@ def branches(spec: str, pairs: int) -> list[dict[str, Any]]:
     for metric in ("output", "uniform", "local"):
         adapters, report = setting.fit(stripped, rank=16, bits=16, metric=metric)
         target = report.candidates[report.chosen].target
-        before = held_out._before.log10() - beside._before.log10()
-        found = beside.gains(setting.over, adapters.layers) + 10 * before
+        before = gain(held_out.before(setting.over), beside.before(setting.over))
+        found = before + beside.gains(setting.over, adapters.layers)
         gains[f"engine of the adapters, {metric} ({target})"] = found
     adapters, _ = setting.fit(refitted, budget=BUDGET)
     after = FinalSamples(setting.run(refitted, pairs, 1)).gains(setting.over, adapters.layers)
@@ -437,7 +437,7 @@ def after(name: str, pairs: int) -> list[dict[str, Any]]:
     held_out = setting.measured(quantized)
     kept = report.candidates[report.chosen]
     label = f"{kept.metric}, {kept.bits} bits" if adapters.layers else "nothing confirmed"
-    error = 10 * float(held_out._before.log10().mean())
+    error = 10 * float(held_out.before(setting.over).log10().mean())
     found = rows_from(
         {label: held_out.gains(setting.over, adapters.layers)}, {label: kept.predicted}
     )

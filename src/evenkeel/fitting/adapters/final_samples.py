@@ -57,8 +57,11 @@ class FinalSamples:
             lambda block: self._sampled(self._part(block), denoiser=self.run.denoiser),
         )
 
-    def _before_of(self, over: range) -> Tensor:
-        """Errors of the quantized denoiser alone; who compares others among themselves needs none."""
+    def before(self, over: range) -> Tensor:
+        """(pairs,) float64, errors of the quantized denoiser alone.
+
+        Sampled when first asked for: who compares others among themselves needs none.
+        """
         return self._of_block(
             self._before,
             over,
@@ -82,14 +85,14 @@ class FinalSamples:
             CalibrationError: a sample that is not finite.
 
         """
-        before, some = self._before_of(over), self._part(over)
+        before, some = self.before(over), self._part(over)
         with beside(self.run, adapters):
             found = self._sampled(some, correction=correction, adapters=adapters)
         return gain(before, self._errors(found, over))
 
     def gains_of(self, quantized: nn.Module, over: range) -> Tensor:
         """The same for another quantized denoiser in place of the run's."""
-        return gain(self._before_of(over), self.errors_of(quantized, over))
+        return gain(self.before(over), self.errors_of(quantized, over))
 
     def errors_of(self, quantized: nn.Module, over: range) -> Tensor:
         """(pairs,) float64, squared error of the final sample with this denoiser."""
