@@ -219,6 +219,27 @@ def test_both_runs_go_through_the_states_of_the_chosen_one(
     assert same == {name: name == trajectory for name in free}
 
 
+def test_noised_states_hold_the_result_and_fresh_noise_of_every_level(
+    dit: TinyPipeline, twin: nn.Module
+) -> None:
+    with inputs_of(dit.model) as for_reference, inputs_of(twin) as for_quantized:
+        made = measure(dit, twin, trajectory="noised")
+    law, led, noised = made.law, for_reference[:3], for_reference[3:6]
+    assert law is not None and made.provenance.trajectory == "noised"
+    for a, b in zip(noised, for_quantized[:3], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(led[0], noised[0]) and not torch.equal(led[2], noised[2])
+    rows = len(noised[0]) // 2  # both branches of guidance see the same state
+    assert torch.equal(noised[2][:rows], noised[2][rows:])
+    # x_1 and x_2 hold the same x_0: without it, what is left is white, of unit variance, and new each step.
+    a, s = law.alpha, law.sigma
+    both = float(s[1] / a[1]) ** 2 + float(s[2] / a[2]) ** 2
+    left = (noised[1] / float(a[1]) - noised[2] / float(a[2]))[:rows] / both**0.5
+    assert left.std().item() == pytest.approx(1.0, abs=0.1) and abs(left.mean().item()) < 0.1
+    one, two = (measure(dit, twin, trajectory="noised", batch_size=n) for n in (1, 2))
+    assert torch.allclose(one.moments.mean_e, two.moments.mean_e, atol=1e-4)
+
+
 def test_prompt_i_starts_from_seed_plus_i_whatever_the_batch_size(
     dit: TinyPipeline, twin: nn.Module
 ) -> None:
@@ -509,8 +530,8 @@ def test_a_correction_goes_with_the_corrected_trajectory_only(
 def test_an_unknown_trajectory_and_an_unknown_argument_are_named(
     dit: TinyPipeline, twin: nn.Module
 ) -> None:
-    with pytest.raises(CalibrationError, match="'noised'"):
-        measure(dit, twin, trajectory="noised")
+    with pytest.raises(CalibrationError, match="'driven'"):
+        measure(dit, twin, trajectory="driven")
     with pytest.raises(UnsupportedPipeline, match="does not take hieght"):
         measure(dit, twin, call={"hieght": 32})
 

@@ -52,7 +52,7 @@ def add_calibrate(commands: Any) -> None:
     _prompts(parser)
     output(parser, record, default=Path("record.safetensors"), help="the record")
     parser.add_argument(
-        "--trajectory", choices=("full-precision", "quantized"), default="full-precision"
+        "--trajectory", choices=("full-precision", "quantized", "noised"), default="full-precision"
     )
     parser.add_argument(
         "--closed-loop",

@@ -39,12 +39,13 @@ class Makers:
 
     Attributes:
         run: the calibration, with ``quantized``.
-        subset: see ``Cell``.
+        subset, trajectory: see ``Cell``.
 
     """
 
     run: Run
     subset: Mapping[str, Any] | None = None
+    trajectory: str = "full-precision"
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Makers:
     @cached_property
     def evidence(self) -> Evidence:
         """Of all calibration prompts, or of the subset."""
-        whole = calibrate(self.run.pipeline, **self._asked).evidence
+        whole = calibrate(self.run.pipeline, trajectory=self.trajectory, **self._asked).evidence
         return whole if self.subset is None else most_deviating(whole, self.run, **self.subset)
 
     @cached_property

@@ -32,6 +32,7 @@ class Cell:
         labels: class of every image; None draws prompts.
         subset: so many of the calibration prompts are used, those subsets of which the factors deviate
             most, by what Q-Drift's Table 3 calls it; None uses all.
+        trajectory: of the calibration, as of ``calibrate``.
 
     """
 
@@ -45,6 +46,7 @@ class Cell:
     sampler: str | None = None
     labels: int | None = None
     subset: Mapping[str, Any] | None = None
+    trajectory: str = "full-precision"
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def run_cell(
     else:
         module, quantizer = bench.as_damaged(row, said)
     said("calibrate and fit")
-    makers = Makers(bench.run(module), cell.subset)
+    makers = Makers(bench.run(module), cell.subset, cell.trajectory)
     asked = {**cell.arms, **{name: name for name in cell.also}}
     arms, refused = {}, {}
     for name, what in asked.items():

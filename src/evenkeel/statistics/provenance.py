@@ -24,7 +24,7 @@ class Provenance:
         num_inference_steps, guidance_scale: as passed to the pipeline.
         timesteps, alpha, sigma: of the sampler's calls.
         call: further JSON-safe arguments of the pipeline call.
-        trajectory: whose outputs advanced the sample: full-precision, quantized or corrected.
+        trajectory: whose outputs advanced the sample: full-precision, quantized or corrected; or noised.
         layout: LatentLayout fields.
         latent_shape: of one prompt.
         dtype: of the samples that entered the scheduler.

@@ -22,6 +22,8 @@ from evenkeel.statistics.exact import Pending, settled, sum_pair, working
 from evenkeel.statistics.histogram import Frame
 
 FULL_PRECISION = "full-precision"
+NOISED = "noised"
+_FRESH = 1 << 40  # beyond all seeds that initial noise is drawn from
 
 
 class SideBySide:
@@ -38,7 +40,7 @@ class SideBySide:
     ) -> None:
         self._run, self._trajectory, self._correction = run, trajectory, correction
         self._histograms = histograms
-        self._leads = trajectory == FULL_PRECISION  # the full-precision one
+        self._leads = trajectory in (FULL_PRECISION, NOISED)  # the full-precision one
         self._leader, self._follower = run.pair if self._leads else run.pair[::-1]
         self._alone: Tape | None = None  # of the reference and a batch of one prompt
 
@@ -46,6 +48,8 @@ class SideBySide:
         """The batch's record, its histograms in this frame or one of its own."""
         self._alone = None
         tape = self._led(batch, self._leader, self._correction)
+        if self._trajectory == NOISED:
+            tape = self._noised(batch, tape)
         kept: StepStatistics | None = None
 
         def see(step: int, output: Tensor, reached: Pending[None]) -> None:
@@ -132,6 +136,35 @@ class SideBySide:
         self._sample(batch, leader, [GuidanceMeter(self._run, leader), *interceptors])
         # Now, or the replay would seem to differ.
         settled(finite(x, self._whose(leader), step) for step, x in enumerate(tape.outputs))
+        return tape
+
+    def _noised(self, batch: Batch, led: Tape) -> Tape:
+        """The leader's answers at its results, made noisy again step by step (DCNC, Algorithm 1, line 4).
+
+        ``x_k = alpha_k x_0 + sigma_k eps_k`` with an eps of its own for every prompt and step; the first
+        state is the pipeline's own.
+        """
+        law = led.law
+        assert law is not None
+        clean = led.results[-1]
+        each = len(clean) // len(batch) if len(clean) % len(batch) == 0 else 0
+        if each not in (1, 2):  # class-conditional guidance hands over every row twice
+            one_per_prompt(clean, len(batch))
+        generators = [torch.Generator().manual_seed(_FRESH + seed) for seed in batch.seeds]
+        states = led.samples[:1]
+        for k in range(1, len(led.samples)):
+            eps = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators])
+            eps = eps.repeat(each, *[1] * (eps.ndim - 1)).to(clean)
+            states.append(float(law.alpha[k]) * clean + float(law.sigma[k]) * eps)
+        tape = Tape(states, led.outputs, [*states[1:], clean], law)
+        checks: list[Pending[None]] = []
+
+        def see(step: int, output: Tensor, reached: Pending[None]) -> None:
+            tape.outputs[step] = output.clone()
+            checks.extend((reached, finite(output, self._whose(self._leader), step)))
+
+        self._follow(batch, self._leader, tape, see)
+        settled(checks)
         return tape
 
     def _follow(

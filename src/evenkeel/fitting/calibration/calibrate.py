@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from evenkeel.corrections.base import Correction
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.calibration.batch import FULL_PRECISION, SideBySide
+from evenkeel.fitting.calibration.batch import FULL_PRECISION, NOISED, SideBySide
 from evenkeel.fitting.calibration.kept_batches import Parts
 from evenkeel.fitting.closed_loop.fit_stepbaq import StepbaQFit
 from evenkeel.fitting.closed_loop.fit_tac import TACFit
@@ -67,7 +67,9 @@ def calibrate(
         seed: of the first prompt's initial noise.
         batch_size: prompts per pipeline call.
         trajectory: whose outputs advance the sample: ``full-precision`` (as published),
-            ``quantized``, or ``corrected`` (quantized with ``correction`` applied).
+            ``quantized``, or ``corrected`` (quantized with ``correction`` applied). ``noised``: no
+            trajectory, but the full-precision results with fresh noise of every step's level (DCNC,
+            Algorithm 1, whose x_0 are photographs); takes half as long again.
         correction: needed for, and only for, ``corrected``.
         histograms: also keep error histograms, for trimming.
         closed_loop: also fit what needs it (TAC, StepbaQ) and keep it in the record; takes as long again
@@ -147,7 +149,7 @@ def calibrate(
     return record
 
 
-TRAJECTORIES = (FULL_PRECISION, "quantized", "corrected")
+TRAJECTORIES = (FULL_PRECISION, "quantized", "corrected", NOISED)
 
 
 def _check_trajectory(trajectory: str, correction: Correction | None) -> None:
