@@ -228,10 +228,6 @@ def test_random_interruptions_leave_the_next_run_as_it_was(rig: Rig) -> None:
         assert torch.equal(rig.sample(), corrected)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="a hook that one thread takes off while another is about to call it may lose its keywords",
-)
 def test_a_service_under_load_leaves_nothing_behind() -> None:
     service, before = Service(threads=4), threading.active_count()
     service.run(20)

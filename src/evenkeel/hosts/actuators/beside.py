@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from evenkeel.corrections.base import Correction
 from evenkeel.errors import Incompatible
 from evenkeel.hosts.actuators.head_rows import border, sizes
+from evenkeel.hosts.actuators.keyworded import keyworded
 from evenkeel.hosts.pipeline.fingerprint import BESIDE
 from evenkeel.hosts.pipeline.pipelines import forget_graphs, uncompiled
 from evenkeel.hosts.scheduler.groups import Turn
@@ -183,6 +184,7 @@ class _Addition:
     def __deepcopy__(self, memo: Any) -> _Addition:
         return copy.copy(self)  # nobody writes to the factors
 
+    @keyworded
     def __call__(
         self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
     ) -> Tensor:

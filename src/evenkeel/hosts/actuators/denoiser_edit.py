@@ -12,6 +12,7 @@ from evenkeel.corrections.base import Correction
 from evenkeel.corrections.plan import OutputEdit, SamplerPlan
 from evenkeel.errors import Incompatible, OutOfRange, UnsupportedPipeline, UnsupportedSampler
 from evenkeel.hosts.actuators.corrector import Corrector
+from evenkeel.hosts.actuators.keyworded import keyworded
 from evenkeel.hosts.actuators.planned import planned
 from evenkeel.hosts.actuators.told_level import SAMPLE_NAMES, TIME_NAMES, LevelTeller, argument_of
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
@@ -172,6 +173,7 @@ class DenoiserEdit(Interceptor):
 
     # Counting calls inside a graph would compile it anew for every step.
     @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
+    @keyworded
     def _called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> Any:
         if self.is_idle:  # of another thread, or another pipeline: nothing of ours may move
             return None

@@ -21,6 +21,7 @@ from evenkeel.errors import Incompatible, UnsupportedPipeline
 from evenkeel.hosts.actuators.corrector import Corrector
 from evenkeel.hosts.actuators.head_rows import Head, border, sizes
 from evenkeel.hosts.actuators.heads import find_head, is_plain, layer_of
+from evenkeel.hosts.actuators.keyworded import keyworded
 from evenkeel.hosts.actuators.told_level import TIME_NAMES, argument_of
 from evenkeel.hosts.pipeline.pipelines import forget_graphs
 from evenkeel.hosts.scheduler.interception import Interceptor
@@ -145,6 +146,7 @@ class HeadSwitch(Interceptor):
 
     # Kept out of compiled graphs: a graph per step would be made.
     @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
+    @keyworded
     def _called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> None:
         self._put(None)
         scheduler = None if self._scheduler is None else self._scheduler()

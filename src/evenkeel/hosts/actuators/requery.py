@@ -18,6 +18,7 @@ from evenkeel.errors import (
     UnsupportedSampler,
 )
 from evenkeel.hosts.actuators.corrector import Corrector
+from evenkeel.hosts.actuators.keyworded import keyworded
 from evenkeel.hosts.actuators.step_change import ImageNoise
 from evenkeel.hosts.pipeline.denoiser_calls import (
     Call,
@@ -199,6 +200,7 @@ class Requery(Interceptor):
 
     # Kept out of compiled graphs: it would compile them anew for every step.
     @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
+    @keyworded
     def _remember(self, denoiser: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
         scheduler = self._scheduler() if self._scheduler is not None else None
         ours = [] if scheduler is None else installed(scheduler)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import Incompatible
+from evenkeel.hosts.actuators.keyworded import keyworded
 from evenkeel.hosts.pipeline.callers import is_inside
 from evenkeel.hosts.pipeline.denoiser_calls import answer_of
 from evenkeel.hosts.scheduler.groups import Turn
@@ -68,8 +69,9 @@ class Stamp:
             return True
         return bool(getattr(here, "taken", None) == _key(timestep))
 
-    def called(self, denoiser: nn.Module, arguments: Any, keywords: Any = None) -> None:
-        """Before a call; without keywords where another thread takes the hook off just now."""
+    @keyworded
+    def called(self, denoiser: nn.Module, arguments: Any, keywords: Any) -> None:
+        """Before a call."""
         if self._light and torch.compiler.is_compiling():
             self._traced = True
             return
