@@ -78,6 +78,9 @@ def test_batches_cover_every_prompt_once_each_with_its_own_seed(dit: TinyPipelin
         ({"prompts": []}, "non-empty list"),
         ({"prompts": "a cat"}, "non-empty list"),
         ({"batch_size": 0}, "at least 1"),
+        ({"prompts": [3, 5000]}, "5000 is no class .* 0 to"),
+        ({"prompts": [-1]}, "-1 is no class"),
+        ({"prompts": ["3", "a cat"]}, "'a cat' is no class"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(

@@ -18,6 +18,7 @@ from evenkeel.hosts.pipeline.contents import described, unknown
 from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipeline.pipelines import (
+    call_parameters,
     default_guidance,
     denoiser_name,
     denoiser_swapped,
@@ -25,7 +26,7 @@ from evenkeel.hosts.pipeline.pipelines import (
     run_pipeline,
     uncompiled,
 )
-from evenkeel.hosts.pipeline.prompts import Prompt, Prompts
+from evenkeel.hosts.pipeline.prompts import Prompt, Prompts, refuse_unknown_labels
 from evenkeel.hosts.processes import processes
 from evenkeel.hosts.scheduler.interception import Interceptor, install, plain_class, set_aside
 from evenkeel.hosts.scheduler.schedulers import config_of
@@ -141,6 +142,10 @@ class Run:
         self.prompts, self.call = self._inputs(Prompts.of(prompts), dict(call or {}))
         self.name = denoiser_name(pipeline)
         self.denoiser: nn.Module = getattr(pipeline, self.name)
+        parameters = call_parameters(pipeline)
+        if "class_labels" in parameters and "prompt" not in parameters:
+            config = getattr(uncompiled(self.denoiser), "config", {})
+            refuse_unknown_labels(self.prompts, config)
         if quantized is self.denoiser:
             raise CalibrationError(
                 "quantized is the pipeline's own denoiser object; pass the quantized copy, and keep the "

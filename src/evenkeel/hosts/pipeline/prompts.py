@@ -172,6 +172,33 @@ class Prompts(Sequence[Prompt]):
         return ({"batch_size": len(self)} if "batch_size" in parameters else {}) | given
 
 
+def refuse_unknown_labels(prompts: Prompts, config: Mapping[str, Any]) -> None:
+    """Of a class-conditional pipeline: what is no class, or none that this denoiser knows.
+
+    Diffusers looks a label up in the denoiser's table in the middle of a run, unchecked.
+
+    Args:
+        prompts: labels, or texts that are numbers.
+        config: of the denoiser.
+
+    Raises:
+        CalibrationError: naming the first such entry.
+
+    >>> refuse_unknown_labels(Prompts((3, "7")), {"num_class_embeds": 10})
+
+    """
+    classes = config.get("num_class_embeds")
+    if classes is None and config.get("num_embeds_ada_norm") is not None:
+        classes = config["num_embeds_ada_norm"] + 1  # and one for none of them
+    for value in prompts.values:
+        label = int(value) if str(value).strip().removeprefix("-").isdecimal() else -1
+        if label < 0 or (classes is not None and label >= classes):
+            raise CalibrationError(
+                f"{value!r:.40} is no class of this pipeline; expected a number from 0 to "
+                f"{'its number of classes' if classes is None else classes - 1}."
+            )
+
+
 # ---- which arguments of diffusers' pipelines come per prompt
 
 _TEXTS = {f"{n}prompt{i}" for n in ("", "negative_") for i in ("", "_2", "_3", "_4")} - {"prompt"}
