@@ -178,3 +178,36 @@ def test_labels_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read(tmp_path, "cat\n", labels=True)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff" + "\n".join(TWO)))
     assert read_prompts("-", TAKES).texts == TWO
+
+
+@pytest.mark.parametrize(
+    ("holds", "count", "images", "fitted", "measured", "unseen"),
+    [
+        (16, None, 16, range(12), range(12, 16), "prompts and noise"),
+        (16, None, 2, range(14), range(14, 16), "prompts and noise"),
+        (16, 4, 16, range(4), range(4, 16), "prompts and noise"),
+        (16, 16, 8, range(16), range(8), "noise"),
+        (3, None, 16, range(3), range(3), "noise"),
+        (16, None, 0, range(16), range(0), "noise"),
+    ],
+)
+def test_restore_measures_on_prompts_that_it_does_not_fit_on(
+    tmp_path, holds, count, images, fitted, measured, unseen
+):
+    from argparse import Namespace
+
+    from evenkeel.cli.restoring import _prompts
+
+    class Pipeline:
+        def __call__(self, prompt: Any = None) -> None: ...
+
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(f"prompt {i}" for i in range(holds)))
+    asked = Namespace(prompts=str(file), count=count, images=images, seed=0)
+    fit, others, said = _prompts(asked, Pipeline())
+    assert fit.texts == [f"prompt {i}" for i in fitted]
+    assert others.texts == [f"prompt {i}" for i in measured]
+    assert said == unseen
+    if holds == 3:
+        with pytest.raises(EvenkeelError, match="holds 3 prompts, 4 were asked for"):
+            _prompts(Namespace(**{**vars(asked), "count": 4}), Pipeline())

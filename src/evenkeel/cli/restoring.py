@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evenkeel.cli.options import (
     command,
@@ -20,7 +19,12 @@ from evenkeel.cli.options import (
     several,
 )
 from evenkeel.cli.outputs import output, restored
+from evenkeel.errors import EvenkeelError
 
+if TYPE_CHECKING:
+    from evenkeel.hosts.pipeline.prompts import Prompts
+
+UNSEEN = "prompts and noise"
 UNFINISHED = ".evenkeel-unfinished"  # in the folder, until it is complete
 
 
@@ -36,7 +40,9 @@ def add_restore(commands: Any) -> None:
     sampling(parser)
     several(parser)
     parser.add_argument(
-        "--count", type=positive, help="fit on so many prompts (default: all, or 32)"
+        "--count",
+        type=positive,
+        help="fit on so many prompts (default: 32 of a twin's, three quarters of a file's)",
     )
     parser.add_argument(
         "--budget",
@@ -49,7 +55,7 @@ def add_restore(commands: Any) -> None:
         "--images",
         type=not_negative,
         default=16,
-        help="other images to measure on; 0 measures nothing",
+        help="to measure on, of prompts that are not fitted on where there are enough; 0 measures nothing",
     )
     parser.add_argument("--no-readout", action="store_true", help="adapters alone")
     said = "folder; after a kill the same command goes on with what it finds there"
@@ -66,23 +72,40 @@ def share(text: str) -> float:
     return value
 
 
+def _prompts(options: argparse.Namespace, pipeline: Any) -> tuple[Prompts, Prompts, str]:
+    """To fit on, to measure on, and what of the latter the fit has not seen.
+
+    A twin draws others. Of a file the last quarter is held out, or what ``--count`` leaves; where nothing
+    is left the same prompts are measured with other noise, and that is said.
+    """
+    from evenkeel.cli.sources import load_prompts
+
+    given, images = options.prompts, options.images
+    if given is None:
+        others = load_prompts(None, pipeline, max(images, 1), options.seed + 1)
+        fit = load_prompts(None, pipeline, options.count, options.seed)
+        return fit, others[:images], UNSEEN
+    found = load_prompts(given, pipeline, None, options.seed)
+    count = options.count or len(found) - min(images, len(found) // 4)
+    if count > len(found):
+        raise EvenkeelError(f"{given} holds {len(found)} prompts, {count} were asked for.")
+    if count < len(found):
+        return found[:count], found[count : count + images], UNSEEN
+    return found, found[:images], "noise"
+
+
 def _run_restore(options: argparse.Namespace) -> None:
-    from evenkeel.cli.sources import evaluator_for, load_prompts
+    from evenkeel.cli.sources import evaluator_for
     from evenkeel.comparing.restore import restore
-    from evenkeel.hosts.pipeline.prompts import Prompt
     from evenkeel.hosts.processes import processes
     from evenkeel.reports.restored import write_restored
 
     pipeline, quantized, settings = loaded(options)
-    measured_on: Sequence[Prompt] = []
-    if options.images:
-        measured_on = load_prompts(options.prompts, pipeline, None, options.seed + 1)[
-            : options.images
-        ]
+    prompts, measured_on, unseen = _prompts(options, pipeline)
     found = restore(
         pipeline,
         quantized=quantized,
-        prompts=load_prompts(options.prompts, pipeline, options.count, options.seed),
+        prompts=prompts,
         measured_on=measured_on,
         budget=options.budget,
         seed=options.seed,
@@ -99,6 +122,7 @@ def _run_restore(options: argparse.Namespace) -> None:
         "scheduler": type(pipeline.scheduler).__name__,
         "budget": options.budget,
         "seed": options.seed,
+        "unseen": unseen,
         **settings,
     }
     written = bool(found.parts) or found.refitted is not None

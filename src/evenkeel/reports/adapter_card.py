@@ -52,7 +52,7 @@ def card(found: Restored, settings: dict[str, Any], *, loader: bool) -> str:
         "**Never merge it.** Fused into the weights and quantized again, 84 to 118 % of what it brings was "
         "lost wherever that was measured. It belongs beside this quantized network and no other.",
         "",
-        "## Measured on prompts and noise that the fit has not seen",
+        f"## Measured on {settings.get('unseen', 'prompts and noise')} that the fit has not seen",
         "",
         *_measured(found),
         "",
