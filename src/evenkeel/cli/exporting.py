@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def add_export(commands: Any) -> None:
 def _run_export(options: argparse.Namespace) -> None:
     from evenkeel.corrections import Composite, Correction, RecoveryAdapters
     from evenkeel.errors import RecordError
+    from evenkeel.hosts.recognition import RECOGNITION, in_comfyui
     from evenkeel.record import load
     from evenkeel.record.lora_file import write_lora
 
@@ -48,7 +50,12 @@ def _run_export(options: argparse.Namespace) -> None:
         raise RecordError(
             f"{options.folder} holds no recovery adapters; expected what evenkeel restore wrote."
         )
-    write_lora(adapters[0], options.out, options.layout)
+    known = None
+    kept = options.folder / RECOGNITION
+    if options.layout == "comfyui" and kept.is_file():
+        made_for = adapters[0].provenance
+        known = in_comfyui(json.loads(kept.read_text()), made_for.pipeline_class)
+    write_lora(adapters[0], options.out, options.layout, known)
     left = [part.name for part in parts if part is not adapters[0] and isinstance(part, Correction)]
     size = options.out.stat().st_size
     said = {

@@ -127,7 +127,8 @@ def _run_restore(options: argparse.Namespace) -> None:
     }
     written = bool(found.parts) or found.refitted is not None
     if written and processes().main:
-        write_restored(options.out, found, described, [*map(str, measured_on)])
+        base = quantized if found.refitted is None else found.refitted
+        write_restored(options.out, found, described, [*map(str, measured_on)], base)
     if processes().main:
         shutil.rmtree(options.out / UNFINISHED, ignore_errors=True)
         with contextlib.suppress(OSError):  # what is there stays

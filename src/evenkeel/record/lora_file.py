@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ _DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 
 def write_lora(
-    adapters: RecoveryAdapters, path: str | os.PathLike[str], layout: str = "peft"
+    adapters: RecoveryAdapters,
+    path: str | os.PathLike[str],
+    layout: str = "peft",
+    recognition: Mapping[str, Any] | None = None,
 ) -> Path:
     """The same values in 16 bits, as a LoRA: ``pipe.load_lora_weights`` loads it.
 
@@ -39,6 +43,7 @@ def write_lora(
         layout: ``peft`` (diffusers, peft: ``transformer.<layer>.lora_A.weight``) or ``kohya``
             (``lora_unet_<layer with underscores>.lora_down.weight``, with ``.alpha``) or ``comfyui``
             (the names of ComfyUI's own model: ``diffusion_model.<its layer>.lora_down.weight``).
+        recognition: how the quantized denoiser is recognised there, see ``hosts.recognition``.
 
     Raises:
         RecordError: no adapters, an unknown layout, or layers whose place in ComfyUI is not known.
@@ -57,6 +62,8 @@ def write_lora(
         for layer in adapters.layers:
             tensors |= _peft(layer, denoiser) if layout == "peft" else _kohya(layer)
     metadata = {"format": "pt", **_said(adapters)}
+    if recognition:
+        metadata["evenkeel.recognition"] = json.dumps(recognition, sort_keys=True)
     if layout == "peft":
         config = {f"{denoiser}.{key}": value for key, value in _config(adapters).items()}
         metadata[_DIFFUSERS_METADATA] = json.dumps(config, sort_keys=True)

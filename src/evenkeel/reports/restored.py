@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from torch import nn
 
 from evenkeel.comparing.restore import Restored
+from evenkeel.hosts.recognition import RECOGNITION, recognition
 from evenkeel.quantizers import save_quantized
 from evenkeel.record import save
 from evenkeel.record.correction_file import RESTORED
@@ -29,6 +31,7 @@ def write_restored(
     found: Restored,
     settings: dict[str, Any],
     prompts: list[str],
+    denoiser: nn.Module | None = None,
 ) -> Path:
     """All files at once, whole or not at all; ``evenkeel.load(folder)`` gives the correction back.
 
@@ -39,6 +42,8 @@ def write_restored(
         found: with at least one part, or a refitted denoiser.
         settings: of the run, for card and report.
         prompts: of the images that were measured.
+        denoiser: the quantized one that the adapters stand beside; other programs recognise it by what
+            is kept of it in ``recognition.json``.
 
     """
     results = json_safe({"settings": settings, **found.as_dict()})
@@ -51,6 +56,9 @@ def write_restored(
         files[FILE] = partial(_lora, found)
     elif found.adapters.layers:
         files |= peft_files(found.adapters, hub_id(settings["pipeline"]))
+    if denoiser is not None and found.adapters.layers:
+        known = recognition(denoiser, [layer.name for layer in found.adapters.layers])
+        files[RECOGNITION] = valid_json(known) + "\n"
     files["README.md"] = card(found, settings, loader=loader)
     files["results.json"] = valid_json(results, indent=1) + "\n"
     report = _report(found, settings, prompts)
