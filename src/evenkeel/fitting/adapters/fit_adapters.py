@@ -263,7 +263,7 @@ def fitted(
                 (replace(said, gain=float(g.mean())), layers)
                 for (said, layers), g in zip(found, gains, strict=True)
             ]
-            chosen = _best([said.predicted for said, _ in found], gains)
+            chosen = _best(gains)
         best, layers = found[chosen]
         gains_over: Callable[[range], Tensor] = cache(partial(held_out.gains, adapters=layers))
         said = confirmation(pairs, gains_over)
@@ -290,23 +290,24 @@ def _none(over: range) -> Tensor:
     return torch.zeros(len(over), dtype=torch.float64)
 
 
-def _best(predicted: Sequence[float], gains: Sequence[Tensor]) -> int:
-    """Of those that the pairs cannot tell from the best, within one standard error: what the metric prefers.
+def _best(gains: Sequence[Tensor]) -> int:
+    """The first of those that the pairs cannot tell from the best, within one standard error.
 
-    A few pairs tell fits of which one is clearly better; where they do not, their order is chance.
+    A few pairs tell fits of which one is clearly better; where they do not, their order is chance, and the
+    order in which they are tried is that of what they know of the output. What each one's metric predicts does
+    not help: it is said in that metric.
 
-    >>> _best([0.1, 0.2], [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.5, 3.0])])
+    >>> _best([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.5, 3.0])])
     0
-    >>> _best([0.1, 0.2], [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 4.0])])
+    >>> _best([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.1, 4.0])])
     1
 
     """
     most = max(gains, key=lambda g: float(g.mean()))
-    behind = [most - g for g in gains]
     if len(most) < 2:
-        return min(range(len(gains)), key=lambda i: predicted[i])
-    close = [i for i, d in enumerate(behind) if float(d.mean()) <= float(d.std()) / len(d) ** 0.5]
-    return min(close, key=lambda i: predicted[i])
+        return 0
+    behind = [most - g for g in gains]
+    return next(i for i, d in enumerate(behind) if d.mean() <= d.std() / len(d) ** 0.5)
 
 
 def _tried(metric: str | None, *, rounding: bool) -> list[tuple[str, str]]:
