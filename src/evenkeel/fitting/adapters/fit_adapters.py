@@ -293,9 +293,9 @@ def _none(over: range) -> Tensor:
 def _best(gains: Sequence[Tensor]) -> int:
     """The first of those that the pairs cannot tell from the best, within one standard error.
 
-    A few pairs tell fits of which one is clearly better; where they do not, their order is chance, and the
-    order in which they are tried is that of what they know of the output. What each one's metric predicts does
-    not help: it is said in that metric.
+    A few pairs tell fits of which one is clearly better; where they do not, their order is chance, and
+    the order in which they are tried is that of what they know of the output. What each one's metric
+    predicts does not help: it is said in that metric.
 
     >>> _best([torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.5, 3.0])])
     0
