@@ -56,7 +56,7 @@ from evenkeel.zoo.pictures import KINDS
 HERE = Path(__file__).parent
 RESULTS = HERE / "adapters_forms"
 FIT, BUDGET, TOKENS = 16, 0.11, 6
-FEW = {"steps": 20, "iterations": 300, "rounding_rate": 0.02}  # of 20,000, as in quantizers.py
+FEW = {"iterations": 300, "rounding_rate": 0.02}  # of 20,000, as in quantizers.py
 AFTER: dict[str, dict[str, Any]] = {
     "gptq": {
         "method": "rtn",
