@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         fitting.add_refit,
         fitting.add_fold,
         fitting.add_inspect,
+        fitting.add_recommend,
         generating.add_sample,
         generating.add_compare,
         reproducing.add_reproduce,

@@ -225,6 +225,25 @@ def _run_fold(options: argparse.Namespace) -> None:
     say(options, found, f"quantized denoiser: {options.out}")
 
 
+def add_recommend(commands: Any) -> None:
+    """``evenkeel recommend``."""
+    parser = command(
+        commands,
+        "recommend",
+        _run_recommend,
+        "Say from a record what will help, by how much, and how sure that is, before anything is made.",
+    )
+    parser.add_argument("record", type=Path)
+
+
+def _run_recommend(options: argparse.Namespace) -> None:
+    from evenkeel.record import Record
+    from evenkeel.reproduction.recommend import advice, advice_text
+
+    found = advice(Record.load(options.record))
+    say(options, found, advice_text(found))
+
+
 def add_inspect(commands: Any) -> None:
     """``evenkeel inspect``."""
     parser = command(commands, "inspect", _run_inspect, "Say what a record measured, and for what.")

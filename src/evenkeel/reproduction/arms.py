@@ -19,6 +19,7 @@ from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
 from evenkeel.fitting.closed_loop.fit_tac import fit_tac
 from evenkeel.fitting.readout.fit_readout import fit_readout
 from evenkeel.hosts.run import Run
+from evenkeel.record import Record
 from evenkeel.statistics.evidence import Evidence
 
 ADAPTERS = 0.11  # share of the quantized denoiser's bytes
@@ -62,9 +63,14 @@ class Makers:
         }
 
     @cached_property
+    def record(self) -> Record:
+        """Of all calibration prompts."""
+        return calibrate(self.run.pipeline, trajectory=self.trajectory, **self._asked)
+
+    @cached_property
     def evidence(self) -> Evidence:
         """Of all calibration prompts, or of the subset."""
-        whole = calibrate(self.run.pipeline, trajectory=self.trajectory, **self._asked).evidence
+        whole = self.record.evidence
         return whole if self.subset is None else most_deviating(whole, self.run, **self.subset)
 
     @cached_property

@@ -1,0 +1,199 @@
+"""Every twin at W4A8 and W3A4 under a dozen corrections: what helps where.
+
+Frozen: each pipeline with its original's sampler, steps and guidance; plain rounding in groups of 32;
+calibrated on 32 prompts (seed 0); images of other prompts (seed 1), the same noise in every arm. Each cell
+is a file in matrix/, written when done: the command resumes. Then writes MATRIX.md and what `evenkeel
+recommend` reads.
+
+    python experiments/matrix.py [CELL ...] [--images 100]     # default: all
+    python experiments/matrix.py --table                       # from the results on disk
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from measured_cells import Cells, finish, known, not_run
+
+from evenkeel import zoo
+from evenkeel.comparing.comparison import compare, standard_arms
+from evenkeel.errors import EvenkeelError
+from evenkeel.hosts.pipeline.pipelines import denoiser_of
+from evenkeel.hosts.run import Run
+from evenkeel.quantizers import QuantizerSpec, quantize_module
+from evenkeel.reproduction.arms import Makers
+from evenkeel.reproduction.recommend import MATRIX, Case, features_of, hit_rates
+from evenkeel.zoo.pictures import KINDS
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "matrix"
+TWINS = (
+    "flux-schnell",
+    "sdxl-turbo",
+    "ldm-8",
+    "flux-dev",
+    "pixart-sigma",
+    "sana",
+    "dit-xl",
+    "ldm-4",
+    "sdxl",
+    "sd-v1.4",
+    "sd-v2.1",
+)
+SPECS = ("w3a4-g32", "w4a8-g32")
+EVIDENCE = (
+    "q-drift:published",
+    "q-drift",
+    "exact-drift",
+    "d2-dpm:published",
+    "ptqd:published",
+    "cnc",
+    "dcnc+dns:published",
+    "dns",
+    "epsilon-scaling",
+    "tsr",
+)
+FITTED = ("tac:published", "tac-ibc", "readout", "adapters")
+SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc")
+CELLS = {f"{twin} {spec}": (twin, spec) for spec in SPECS for twin in TWINS}
+KEYS = ("psnr", "frechet_full_precision", "perceptual", "contrast")
+
+
+def measure(name: str, images: int, work: Path) -> dict[str, Any]:
+    twin, spec = CELLS[name]
+    entry, kind = zoo.twin(twin), KINDS[zoo.twin(twin).pictures]
+    pipeline = zoo.load(twin)
+    denoiser = denoiser_of(pipeline)
+    quantized, _ = quantize_module(denoiser, QuantizerSpec.parse(spec))
+    settings = {
+        "num_inference_steps": entry.num_inference_steps,
+        "guidance_scale": entry.guidance_scale,
+    }
+    asked = Run(pipeline, kind.prompts(32, 0), batch_size=32, quantized=quantized, **settings)
+    makers, arms, refused = Makers(asked), {}, {}
+    for arm in (*EVIDENCE, *FITTED):
+        try:
+            arms[arm] = makers.make(arm)
+        except EvenkeelError as error:
+            refused[arm] = str(error)
+    prompts = kind.prompts(images, 1)
+    found = compare(
+        pipeline,
+        standard_arms(pipeline, quantized, arms),
+        prompts=prompts,
+        batch_size=50,
+        evaluator=kind.evaluator(zoo.path_of(twin)),
+        folder=work / name.replace(" ", "-"),
+        more=True,
+        progress=False,
+        **settings,
+    )
+    shutil.rmtree(work / name.replace(" ", "-"), ignore_errors=True)
+    quantized_arm = found["quantized"].measures
+    return {
+        "twin": twin,
+        "quantizer": spec,
+        "images": images,
+        "features": features_of(makers.record),
+        "quantized": {k: quantized_arm[k].value for k in KEYS},
+        "refused": refused,
+        "changes": {
+            arm: {
+                k: [change.value, change.stderr, change.low, change.high]
+                for k, change in found[arm].difference_to_quantized.items()
+                if k in KEYS
+            }
+            for arm in arms
+        },
+    }
+
+
+def publish() -> None:
+    cells = known(RESULTS, CELLS)
+    cases = [
+        {
+            "twin": c["twin"],
+            "quantizer": c["quantizer"],
+            "features": {k: round(v, 4) for k, v in c["features"].items()},
+            "gains": {
+                arm: [round(v, 4) for v in change["psnr"][:2]]
+                for arm, change in c["changes"].items()
+                if "psnr" in change
+            },
+        }
+        for c in cells.values()
+    ]
+    MATRIX.write_text(json.dumps(cases, separators=(",", ":")) + "\n")
+    (HERE / "MATRIX.md").write_text(table(cells, cases))
+
+
+def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
+    arms = (*EVIDENCE, *FITTED)
+    measured = [Case(**case) for case in cases]
+    lines = ["# What helps where", "", *(__doc__ or "").split("\n\n")[1].splitlines(), ""]
+    lines += not_run(CELLS, cells)
+    lines += [
+        "Change of PSNR to full precision against the plain quantized arm, dB, paired. **Bold**: its 95 % "
+        "interval excludes zero. Error: that of quantization over the output, mean squares; correlation: of "
+        "the error between neighbouring steps; common: its share that is the same in all prompts.",
+        "",
+        f"| twin | weights | images | error | correlation | common | quantized | {' | '.join(arms)} |",
+        f"|{'---|' * (7 + len(arms))}",
+    ]
+    for cell in cells.values():
+        f = cell["features"]
+        start = (
+            f"| {cell['twin']} | {cell['quantizer']} | {cell['images']} | "
+            f"{math.exp(f['relative error']):.4f} | "
+            f"{f['correlation']:.2f} | {f['common']:.3f} | {cell['quantized']['psnr']:.1f} |"
+        )
+        lines.append(start + "".join(f" {_change(cell, arm)} |" for arm in arms))
+    for title, allowed in (("All corrections", arms), ("Sampler side only", SAMPLER_SIDE)):
+        if len({c.twin for c in measured}) < 2:
+            continue
+        lines += [
+            "",
+            f"## {title}: the recommendation on twins that it has not seen",
+            "",
+            "| rule | cells | best within 0.1 dB | mean change, dB | worst |",
+            "|---|---|---|---|---|",
+        ]
+        rates = hit_rates(measured, allowed)
+        for rate in sorted(rates, key=lambda r: -r.gain):
+            lines.append(
+                f"| {rate.rule} | {rate.cells} | {rate.hits} | {rate.gain:+.2f} | {rate.worst:+.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _change(cell: dict[str, Any], arm: str) -> str:
+    if arm not in cell["changes"] or "psnr" not in cell["changes"][arm]:
+        return "-"
+    value, _, low, high = cell["changes"][arm]["psnr"]
+    return f"**{value:+.2f}**" if low > 0 or high < 0 else f"{value:+.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="default: all")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=Path("runs/matrix"))
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if not options.table:
+        finish(
+            options.cells or CELLS,
+            RESULTS,
+            lambda name: measure(name, options.images, options.work),
+            publish,
+        )
+    publish()
+
+
+if __name__ == "__main__":
+    main()

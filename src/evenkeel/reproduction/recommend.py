@@ -1,0 +1,240 @@
+"""What will help here, from a record alone: the nearest cells of a matrix of measured ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from evenkeel.errors import EvenkeelError
+from evenkeel.record import Record
+
+MATRIX = Path(__file__).resolve().parent / "matrix.json"
+# What a record says of a case, and by how much two cases must differ to be unlike.
+FEATURES = {
+    "relative error": 0.7,  # natural logarithm of E|D|^2 / E|e|^2
+    "correlation": 0.3,  # of the error between neighbouring steps
+    "common": 0.2,  # share of the error that is the same in all prompts, by channel
+    "steps": 0.7,  # natural logarithm
+}
+SURE = 0.75  # a recommendation that harms more often than one time in four is none
+PRIOR = 1.0  # dB: scatter of a gain between cells, as long as there are few
+
+
+def features_of(record: Record) -> dict[str, float]:
+    """What ``FEATURES`` names, of a record.
+
+    The share that is common is |mean over prompts and places of D|^2 over E|D|^2, by channel; a step
+    counts as much as its error.
+    """
+    pooled = record.moments.pooled(0)
+    mean = pooled.mean_d
+    square = pooled.s(0, 2) / pooled.count + mean.square()
+    target = pooled.s(2, 0) / pooled.count + pooled.mean_e.square()
+    lag = record.step_correlation().diagonal(1)
+    return {
+        "relative error": math.log(float(square.sum() / target.sum())),
+        "correlation": float(lag.mean()) if len(lag) else 0.0,
+        "common": float(mean.square().sum() / square.sum()),
+        "steps": math.log(len(mean)),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measured cell.
+
+    Attributes:
+        twin, quantizer: what it was.
+        features: of its record.
+        gains: by correction, change of PSNR against quantized in dB, and its standard error.
+
+    """
+
+    twin: str
+    quantizer: str
+    features: Mapping[str, float]
+    gains: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a correction is expected to do.
+
+    Attributes:
+        name: of the correction.
+        gain: change of PSNR to full precision, dB.
+        low, high: 95 % interval of what another pipeline like these will see, not of the mean.
+        cells: how many measured ones it rests on, the near ones counted in full.
+
+    """
+
+    name: str
+    gain: float
+    low: float
+    high: float
+    cells: float
+
+    @property
+    def sure(self) -> float:
+        """Probability that it helps at all, by the same distribution."""
+        half = (self.high - self.low) / 2
+        spread = half / float(stats.t.ppf(0.975, max(self.cells - 1, 1)))
+        return float(stats.t.cdf(self.gain / spread, max(self.cells - 1, 1)))
+
+
+@cache
+def matrix() -> tuple[Case, ...]:
+    """The cells that were measured; made by ``experiments/matrix.py``."""
+    found = json.loads(MATRIX.read_text(encoding="utf-8"))
+    return tuple(
+        Case(
+            c["twin"],
+            c["quantizer"],
+            c["features"],
+            {k: (v[0], v[1]) for k, v in c["gains"].items()},
+        )
+        for c in found
+    )
+
+
+def expected(features: Mapping[str, float], cases: Sequence[Case]) -> list[Expected]:
+    """By correction, best first: the mean gain of the cases, weighted by their likeness.
+
+    A case weighs exp(-d^2 / 2), d the distance in ``FEATURES``, each in its own unit; so cases far away say
+    nothing. The interval is that of one new case: scatter between cases, drawn to ``PRIOR`` as one
+    case's worth of evidence, and the error of the mean.
+
+    Raises:
+        EvenkeelError: no cases.
+
+    >>> far, near = ({"relative error": x, "correlation": 0, "common": 0, "steps": 3} for x in (-9.0, -4.0))
+    >>> cases = [Case("a", "w4", near, {"cnc": (1.0, 0.1)}), Case("b", "w4", far, {"cnc": (-1.0, 0.1)})]
+    >>> round(expected(near, cases)[0].gain, 3)
+    1.0
+
+    """
+    if not cases:
+        raise EvenkeelError("there are no measured cells to compare with.")
+    weights = [_likeness(features, case.features) for case in cases]
+    top = max(weights)
+    found = []
+    for name in sorted({name for case in cases for name in case.gains}):
+        known = [
+            (w / top, *case.gains[name])
+            for w, case in zip(weights, cases, strict=True)
+            if name in case.gains
+        ]
+        total = sum(w for w, _, _ in known)
+        if total < 1e-3:
+            continue
+        mean = sum(w * g for w, g, _ in known) / total
+        cells = total**2 / sum(w * w for w, _, _ in known)
+        scatter = sum(w * ((g - mean) ** 2 + s * s) for w, g, s in known) / total
+        variance = (cells * scatter + PRIOR**2) / (cells + 1)
+        half = float(stats.t.ppf(0.975, max(cells - 1, 1))) * math.sqrt(variance * (1 + 1 / cells))
+        found.append(Expected(name, mean, mean - half, mean + half, cells))
+    return sorted(found, key=lambda e: -e.gain)
+
+
+def _likeness(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    squares = ((a[name] - b[name]) / unit for name, unit in FEATURES.items())
+    return math.exp(-sum(x**2 for x in squares) / 2) + 1e-12
+
+
+@dataclass(frozen=True)
+class HitRate:
+    """How a rule did on cells of twins that it had not seen.
+
+    Attributes:
+        rule: its name.
+        cells: how many.
+        hits: in how many its choice was best, or within 0.1 dB of it.
+        gain: mean change of PSNR of its choices, dB.
+        worst: the lowest of them.
+
+    """
+
+    rule: str
+    cells: int
+    hits: int
+    gain: float
+    worst: float
+
+
+def hit_rates(cases: Sequence[Case], allowed: Sequence[str]) -> list[HitRate]:
+    """Of the recommendation with the case's twin left out, of every single correction, and of nothing.
+
+    Recommended is what gains most in the mean, or nothing where it is not ``SURE`` to help. Only cases that measured one of the ``allowed`` are counted.
+    """
+    cases = [c for c in cases if any(name in c.gains for name in allowed)]
+
+    def recommended(case: Case) -> float:
+        others = [c for c in cases if c.twin != case.twin]
+        for choice in expected(case.features, others) if others else []:
+            if choice.name in allowed and choice.name in case.gains and choice.gain > 0:
+                return case.gains[choice.name][0] if choice.sure > SURE else 0.0
+        return 0.0
+
+    def single(name: str, case: Case) -> float:
+        return case.gains[name][0] if name in case.gains else 0.0
+
+    found = [
+        _rate("recommended", cases, [recommended(c) for c in cases], allowed),
+        _rate("always nothing", cases, [0.0 for _ in cases], allowed),
+    ]
+    return found + [
+        _rate(f"always {name}", cases, [single(name, c) for c in cases], allowed)
+        for name in allowed
+    ]
+
+
+def _rate(
+    rule: str, cases: Sequence[Case], got: Sequence[float], allowed: Sequence[str]
+) -> HitRate:
+    best = [max(0.0, *(c.gains[n][0] for n in allowed if n in c.gains)) for c in cases]
+    hits = sum(g > b - 0.1 for g, b in zip(got, best, strict=True))
+    return HitRate(rule, len(cases), hits, sum(got) / len(got), min(got))
+
+
+def advice(record: Record) -> dict[str, Any]:
+    """For JSON: the record's features, the nearest cells, and every correction with what to expect."""
+    features, cases = features_of(record), matrix()
+    near = sorted(cases, key=lambda c: -_likeness(features, c.features))[:3]
+    return {
+        "features": features,
+        "nearest": [f"{c.twin} {c.quantizer}" for c in near],
+        "expected": [
+            {
+                "correction": e.name,
+                "gain": e.gain,
+                "low": e.low,
+                "high": e.high,
+                "sure": e.sure,
+                "cells": e.cells,
+            }
+            for e in expected(features, cases)
+        ],
+    }
+
+
+def advice_text(found: Mapping[str, Any]) -> str:
+    """The same for a terminal."""
+    lines = [
+        "expected change of PSNR to full precision, from cells like this one "
+        f"(nearest: {', '.join(found['nearest'])}); twins of a few million parameters, so a guess elsewhere",
+        "",
+        f"{'correction':<22}  {'dB':>6}  {'95 % of pipelines':>17}  helps",
+    ]
+    for row in found["expected"]:
+        between = f"{row['low']:+.2f} to {row['high']:+.2f}"
+        lines.append(
+            f"{row['correction']:<22}  {row['gain']:+6.2f}  {between:>17}  {100 * row['sure']:.0f} %"
+        )
+    return "\n".join(lines)
