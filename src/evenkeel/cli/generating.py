@@ -151,12 +151,18 @@ def add_compare(commands: Any) -> None:
         action="store_true",
         help="spatial and kernel distances, class score, precision and recall, perceptual distance, shifts",
     )
+    parser.add_argument(
+        "--evaluator",
+        metavar="KIND:FOLDER",
+        help="clip or dinov2 and a local folder of its weights (default: the twin's own, if it is one)",
+    )
     output(parser, comparison, default=Path("evenkeel-compare"), help="folder")
 
 
 def _run_compare(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import evaluator_for, load_prompts, references_for
     from evenkeel.comparing.comparison import compare, standard_arms
+    from evenkeel.comparing.evaluators import evaluator_named
     from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
     from evenkeel.hosts.processes import processes
@@ -172,7 +178,9 @@ def _run_compare(options: argparse.Namespace) -> None:
         enough_images(options.images)
     names = None if options.corrections == "all" else options.corrections.split(",")
     chosen, reasons, record = corrections(options.record, names)
+    evaluator = None if options.evaluator is None else evaluator_named(options.evaluator)
     pipeline, quantized, settings = loaded(options)
+    evaluator = evaluator or evaluator_for(pipeline)
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
     law = Run(pipeline, prompts, **settings).law(quantized)
     chosen, others = applicable(chosen, law, allow_range="range" in options.allow)
@@ -186,7 +194,7 @@ def _run_compare(options: argparse.Namespace) -> None:
         prompts=prompts,
         seed=1_000_000 + options.seed,
         batch_size=options.batch_size,
-        evaluator=evaluator_for(pipeline),
+        evaluator=evaluator,
         reference_images=references_for(pipeline, prompts, options.seed + 1),
         folder=options.out / "images",
         more=options.more,

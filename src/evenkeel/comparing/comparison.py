@@ -258,7 +258,7 @@ def measure(
             theirs = None
             if reference_images is not None:
                 theirs = seen(evaluator, reference_images.float() / 255, real)
-            _add_further(results, evaluator, floats, features, theirs)
+            _add_further(results, evaluator, floats, features, theirs, prompts)
     for result in results:
         result.black = black[result.name]
     return results
@@ -306,10 +306,11 @@ def _add_further(
     floats: Mapping[str, Tensor],
     features: Mapping[str, Tensor | None],
     real: Sight | None,
+    prompts: Sequence[Prompt],
 ) -> None:
     names = list(floats)
     first = floats[names[0]]
-    sights = {name: seen(evaluator, floats[name], features[name], first) for name in names}
+    sights = {n: seen(evaluator, floats[n], features[n], first, prompts) for n in names}
     for result in results:
         mine, origin = sights[result.name], sights[names[0]]
         result.measures |= further(mine, origin, real)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.estimate import Estimate
+from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.metrics import (
     frechet_difference,
     frechet_distance,
@@ -46,6 +47,7 @@ class Sight:
         posterior: (n, classes).
         perceptual: (n,) distance to the first arm's pictures; None for real ones.
         statistics: of the pictures themselves, (n,) each.
+        prompt_score: (n,) how well each picture fits its prompt.
 
     """
 
@@ -54,15 +56,21 @@ class Sight:
     posterior: Tensor | None
     perceptual: Tensor | None
     statistics: Mapping[str, Tensor]
+    prompt_score: Tensor | None = None
 
 
 def seen(
-    evaluator: Any, images: Tensor, features: Tensor | None, first: Tensor | None = None
+    evaluator: Any,
+    images: Tensor,
+    features: Tensor | None,
+    first: Tensor | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> Sight:
     """Everything that an evaluator shows of images (n, 3, H, W) in [0, 1].
 
     Beside ``features`` it may have ``spatial``, ``posterior`` and ``activations``, of the same images: a
-    matrix (n, places), one (n, classes), and a list of (n, channels, height, width).
+    matrix (n, places), one (n, classes), and a list of (n, channels, height, width); and ``score``, (n,) of
+    images and their prompts.
     """
 
     def all_of(name: str) -> Tensor | None:
@@ -83,6 +91,9 @@ def seen(
             all_of("posterior"),
             perceptual,
             per_image_statistics(images),
+            evaluator.score(images, prompts)
+            if prompts is not None and hasattr(evaluator, "score")
+            else None,
         )
 
 
@@ -132,6 +143,8 @@ def further_differences(
 
 def _per_image(mine: Sight, real: Sight | None) -> dict[str, Tensor]:
     found = {} if mine.perceptual is None else {"perceptual": mine.perceptual}
+    if mine.prompt_score is not None:
+        found["prompt_score"] = mine.prompt_score
     theirs = None if real is None else real.features
     if mine.features is not None and theirs is not None and len(theirs) > NEIGHBOURS:
         found["precision"] = per_image_precision(mine.features, theirs)

@@ -123,6 +123,12 @@ FURTHER: tuple[Measure, ...] = (
         "the distance to full precision in a network's activations (as LPIPS, unweighted)",
         "lower",
     ),
+    Measure(
+        "prompt_score",
+        "prompt score",
+        "how well pictures fit their prompts, by the evaluator (CLIP score)",
+        "higher",
+    ),
     *(
         Measure(name, f"shift of {name}", f"how far the mean {name} has moved", "lower")
         for name in STATISTICS

@@ -171,7 +171,8 @@ class HitRate:
 def hit_rates(cases: Sequence[Case], allowed: Sequence[str]) -> list[HitRate]:
     """Of the recommendation with the case's twin left out, of every single correction, and of nothing.
 
-    Recommended is what gains most in the mean, or nothing where it is not ``SURE`` to help. Only cases that measured one of the ``allowed`` are counted.
+    Recommended is what gains most in the mean, or nothing where it is not ``SURE`` to help. Only cases
+    that measured one of the ``allowed`` are counted.
     """
     cases = [c for c in cases if any(name in c.gains for name in allowed)]
 
