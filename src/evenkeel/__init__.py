@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from evenkeel.record import load as load
     from evenkeel.record import save as save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Arm": "comparing.generation",

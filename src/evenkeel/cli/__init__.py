@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 
@@ -15,6 +16,7 @@ from evenkeel.cli import (
     exporting,
     fitting,
     generating,
+    hub,
     planning,
     quantizing,
     reproducing,
@@ -85,6 +87,32 @@ def _forget_stdout() -> None:
         return
 
 
+_FIRST = (
+    restoring.add_restore,
+    generating.add_compare,
+    quantizing.add_quantize,
+    generating.add_sample,
+    zoo.add_zoo,
+)
+_EXPERTS = (
+    generating.add_demo,
+    planning.add_plan,
+    exporting.add_export,
+    hub.add_push,
+    hub.add_pull,
+    fitting.add_calibrate,
+    fitting.add_readout,
+    fitting.add_refit,
+    fitting.add_fold,
+    fitting.add_inspect,
+    fitting.add_recommend,
+    reproducing.add_reproduce,
+)
+_CODES = (
+    "Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM."
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from evenkeel import __version__
@@ -92,26 +120,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evenkeel",
         description="Quantized diffusion models that sample as if they had never been quantized.",
-        epilog="Exit codes: 0 done, 1 it could not be done, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"evenkeel {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        generating.add_demo,
-        planning.add_plan,
-        restoring.add_restore,
-        exporting.add_export,
-        quantizing.add_quantize,
-        fitting.add_calibrate,
-        fitting.add_readout,
-        fitting.add_refit,
-        fitting.add_fold,
-        fitting.add_inspect,
-        fitting.add_recommend,
-        generating.add_sample,
-        generating.add_compare,
-        reproducing.add_reproduce,
-        zoo.add_zoo,
-    ):
+    for add in (*_FIRST, *_EXPERTS):
         add(commands)
+    listed = commands._choices_actions
+    lines = [
+        textwrap.fill(
+            f"{c.dest:<10} {(c.help or '').partition('.')[0]}",
+            100,
+            initial_indent="  ",
+            subsequent_indent=" " * 13,
+        )
+        for c in listed
+    ]
+    first = len(_FIRST)
+    # They are listed here, in two groups, instead of in one long list.
+    commands._choices_actions = []
+    commands.help = "one of these; evenkeel COMMAND --help ends with an example"
+    parser.epilog = "\n".join(
+        ["what people want first:", *lines[:first], "", "for experts:", *lines[first:], "", _CODES]
+    )
     return parser

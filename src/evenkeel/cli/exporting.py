@@ -22,6 +22,7 @@ def add_export(commands: Any) -> None:
         "Write the adapters that evenkeel restore fitted as a LoRA of 16 bits, with the names of the "
         "tool that loads it. What is written is the same; load it beside the quantized layers, never "
         "merge it into them.",
+        example="export restored --layout comfyui --out restored-comfyui.safetensors",
     )
     parser.add_argument(
         "folder", type=Path, help="what evenkeel restore wrote, or adapters.safetensors"

@@ -48,6 +48,7 @@ def add_calibrate(commands: Any) -> None:
         "calibrate",
         _run_calibrate,
         "Run full-precision and quantized denoiser on the same states and keep statistics.",
+        example="calibrate zoo:flux-schnell --quantized w4a16-g32 --count 8 --out record.safetensors",
     )
     _prompts(parser)
     output(parser, record, default=Path("record.safetensors"), help="the record")
@@ -127,6 +128,7 @@ def add_readout(commands: Any) -> None:
         "readout",
         _run_readout,
         "Refit the output head of the quantized denoiser per step, in closed form.",
+        example="readout zoo:flux-schnell --quantized w4a16-g32 --form shared --out readout.safetensors",
     )
     _prompts(parser)
     output(parser, readout, default=Path("readout.safetensors"), help="the file")
@@ -166,6 +168,7 @@ def add_refit(commands: Any) -> None:
         "refit",
         _run_refit,
         "Refit the low-rank branches, weight scales and biases of the quantized layers, in closed form.",
+        example="refit zoo:flux-schnell --quantized w4a16-g32-r8 --count 8 --out refitted",
     )
     _prompts(parser)
     output(parser, denoiser, required=True, help="folder for the denoiser")
@@ -195,6 +198,7 @@ def add_fold(commands: Any) -> None:
         "fold",
         _run_fold,
         "Write a readout of form shared into the quantized denoiser's own weights.",
+        example="fold zoo:flux-schnell --quantized w4a16-g32 --record readout.safetensors --out new",
     )
     parser.add_argument("pipeline", help="as for evenkeel readout")
     parser.add_argument("--quantized", required=True, metavar="Q", help="as for evenkeel readout")
@@ -232,6 +236,7 @@ def add_recommend(commands: Any) -> None:
         "recommend",
         _run_recommend,
         "Say from a record what will help, by how much, and how sure that is, before anything is made.",
+        example="recommend record.safetensors",
     )
     parser.add_argument("record", type=Path)
 
@@ -246,7 +251,13 @@ def _run_recommend(options: argparse.Namespace) -> None:
 
 def add_inspect(commands: Any) -> None:
     """``evenkeel inspect``."""
-    parser = command(commands, "inspect", _run_inspect, "Say what a record measured, and for what.")
+    parser = command(
+        commands,
+        "inspect",
+        _run_inspect,
+        "Say what a record measured, and for what.",
+        example="inspect record.safetensors",
+    )
     parser.add_argument("record", type=Path)
 
 

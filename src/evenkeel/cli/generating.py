@@ -26,6 +26,7 @@ def add_demo(commands: Any) -> None:
         "demo",
         _run_demo,
         "Quantize the embedded pipeline, restore it, and show what that changed.",
+        example="demo --images 8 --out demo",
     )
     parser.add_argument("--images", type=positive, default=256, help="per arm")
     parser.add_argument("--calibration-prompts", type=positive, default=32)
@@ -84,7 +85,13 @@ def _duration(images: int, prompts: int) -> str:
 
 def add_sample(commands: Any) -> None:
     """``evenkeel sample``."""
-    parser = command(commands, "sample", _run_sample, "Generate images, corrected or not.")
+    parser = command(
+        commands,
+        "sample",
+        _run_sample,
+        "Generate images, corrected or not.",
+        example="sample zoo:flux-schnell --quantized w4a16-g32 --images 4 --out images",
+    )
     several(parser)
     sampling(parser)
     correcting(parser)
@@ -140,6 +147,7 @@ def add_compare(commands: Any) -> None:
         "compare",
         _run_compare,
         "Same prompts, same noise: full precision, quantized, and every correction, with intervals.",
+        example="compare zoo:flux-schnell --quantized w4a16-g32 --record record.safetensors --images 4",
     )
     several(parser)
     sampling(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ _QUANTIZED = "quantizer specification (w3a4-g32-r16), folder, or hub id of the q
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A subcommand with ``--json``."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+def command(
+    commands: Any, name: str, run: Any, text: str, *, example: str
+) -> argparse.ArgumentParser:
+    """A subcommand with ``--json``, whose help ends with an example that runs."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=textwrap.fill(text, 100),
+        epilog=f"Example:\n  evenkeel {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line, to be copied
+    )
     parser.set_defaults(run=run)
     parser.add_argument(
         "--json",

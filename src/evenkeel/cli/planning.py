@@ -15,6 +15,7 @@ def add_plan(commands: Any) -> None:
         "plan",
         _run_plan,
         "Say what every job will take in memory, denoiser calls and files, from configurations alone.",
+        example="plan zoo:flux-schnell --quantized w4a16-g32",
     )
     parser.add_argument(
         "pipeline",

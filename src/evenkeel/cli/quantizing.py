@@ -28,6 +28,7 @@ def add_quantize(commands: Any) -> None:
         "quantize",
         _run_quantize,
         "Quantize a pipeline's denoiser with a method of the literature (simulated, reference quality).",
+        example="quantize zoo:flux-schnell --method rtn --bits w4a16 --out quantized",
     )
     parser.add_argument("pipeline", help=PIPELINE)
     how = parser.add_mutually_exclusive_group(required=True)

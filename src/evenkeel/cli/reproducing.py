@@ -21,6 +21,7 @@ def add_reproduce(commands: Any) -> None:
         "reproduce",
         _run_reproduce,
         "Run the cells of a paper's tables on the zoo and judge its claims: reproduced, null, opposite.",
+        example="reproduce q-drift --list",
     )
     parser.add_argument("paper", help="q-drift, dcnc-dns, tac or sampling-aware")
     parser.add_argument("--cell", action="append", metavar="ID", help="only these (repeatable)")

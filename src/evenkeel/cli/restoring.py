@@ -36,6 +36,7 @@ def add_restore(commands: Any) -> None:
         _run_restore,
         "Fit small adapters beside the layers of a quantized denoiser, keep what held-out pairs confirm, "
         "and write one folder with adapters, model card and what was measured.",
+        example="restore zoo:flux-schnell --quantized w4a16-g32 --budget 11% --out restored",
     )
     sampling(parser)
     several(parser)

@@ -19,6 +19,7 @@ from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_name
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
 from evenkeel.quantizers.saved.foreign_folder import save_foreign
 from evenkeel.quantizers.saved.report import report_on
+from evenkeel.storage.hub import holds, is_hub_id, local
 from evenkeel.zoo.parts import signed
 from evenkeel.zoo.pictures import KINDS, Pictures
 
@@ -86,6 +87,8 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
         EvenkeelError: none of these, or their backend is not installed.
 
     """
+    if is_hub_id(source) and holds(source, "quantized.json"):
+        source = str(local(source))
     place = Path(source)
     if (place / "quantized.json").is_file():
         return load_quantized(place)[0]

@@ -14,10 +14,28 @@ def add_zoo(commands: Any) -> None:
     text = "The small trained twins: which there are, where they are, how good they are."
     parser = commands.add_parser("zoo", help=text, description=text)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|card|path")
-    command(actions, "list", _run_list, "All twins, with their originals' settings.")
-    card = command(actions, "card", _run_card, "The model card of a twin.")
+    command(
+        actions,
+        "list",
+        _run_list,
+        "All twins, with their originals' settings.",
+        example="zoo list",
+    )
+    card = command(
+        actions,
+        "card",
+        _run_card,
+        "The model card of a twin.",
+        example="zoo card flux-schnell",
+    )
     card.add_argument("name", metavar="NAME")
-    path = command(actions, "path", _run_path, "The folder of a twin.")
+    path = command(
+        actions,
+        "path",
+        _run_path,
+        "The folder of a twin.",
+        example="zoo path flux-schnell",
+    )
     path.add_argument("name", metavar="NAME")
 
 

@@ -15,6 +15,7 @@ from evenkeel.record.record import Record
 from evenkeel.record.schema import check_provenance, readable
 from evenkeel.statistics.provenance import Provenance
 from evenkeel.storage import Kind, check_json, kind_of, read_folder, read_tensors, write_tensors
+from evenkeel.storage.hub import local
 
 
 def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
@@ -48,12 +49,15 @@ def save(found: Record | Correction, path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> Record | Correction:
     """A record, or a correction that has a file of its own, by what the file says it is.
 
-    Of a folder that ``evenkeel restore`` wrote, everything in it as one correction.
+    Of a folder that ``evenkeel restore`` wrote, everything in it as one correction. ``user/name`` of the
+    hub is such a folder, ``user/name/file`` a file.
 
     Raises:
         RecordError: neither, or missing, damaged, changed, or of another schema version.
+        StorageError: the hub is out of reach, or does not have it.
 
     """
+    path = local(path)
     if Path(path).is_dir():
         return load_restored(path)
     name = kind_of(path)
@@ -72,7 +76,7 @@ def load_correction(name: str, path: str | os.PathLike[str]) -> Correction:
         RecordError: as for ``load``, or the file holds something else.
 
     """
-    kind = _kind(name)
+    kind, path = _kind(name), local(path)
     header, tensors = read_tensors(path, kind)
     with kind.valid(path):
         made_for = Provenance(**header["provenance"])
