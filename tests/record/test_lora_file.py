@@ -100,7 +100,7 @@ def test_the_plain_file_says_what_it_is_for(tmp_path):
 def restored(tiny: TinyPipeline, folder: Path, pipeline: str = "zoo:tiny") -> RecoveryAdapters:
     kind = type(tiny.pipe).__name__
     adapters = made_adapters(tiny.model, kind, denoiser=tiny.denoiser)
-    report = AdapterReport(2, 9, 10**6, None, (), 0, 1.0, 0.5, confirmed=True)
+    report = AdapterReport(2, 9, 10**6, None, (), 0, 1.0, 0.5, pairs=2, confirmed=True)
     found = Restored(
         adapters, replace(report, candidates=(_candidate(adapters),)), None, None, "none was tried"
     )
