@@ -37,6 +37,10 @@ class Confirmation(NamedTuple):
 def confirmation(pairs: Pairs, gains: Callable[[range], torch.Tensor]) -> Confirmation:
     """Ask the confirming pairs; the further ones, too, where these lean to yes and are not sure.
 
+    The further pairs have the prompts of the first with other noise, and what a prompt gains is alike
+    for any noise. So the second bound is over the means of each pair and its repetitions, as many values
+    as at the first look.
+
     Args:
         pairs: of the fit.
         gains: of held-out pairs (``Pairs.held_out``), (pairs,) dB.
@@ -46,5 +50,6 @@ def confirmation(pairs: Pairs, gains: Callable[[range], torch.Tensor]) -> Confir
     mean, bound = mean_and_bound(found, 1 - ERRORS[0])
     if mean > 0 >= bound and pairs.further:
         found = torch.cat([found, gains(pairs.further)])
-        mean, bound = mean_and_bound(found, 1 - ERRORS[1])
+        each = found.view(-1, len(pairs.confirm)).mean(0)
+        mean, bound = mean_and_bound(each, 1 - ERRORS[1])
     return Confirmation(mean, bound, len(found))

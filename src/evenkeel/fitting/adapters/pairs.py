@@ -59,12 +59,12 @@ class Pairs:
         if choosing:
             chosen_by = len(choose) if given else max(CHOOSING, min(len(choose), HELD_OUT))
         confirmed_by = len(confirm) if given else max(HELD_OUT, len(confirm))
-        further = 0 if given else FURTHER * confirmed_by
         choose_all = [choose[i % len(choose)] for i in range(chosen_by)]
-        confirm_all = [confirm[i % len(confirm)] for i in range(confirmed_by + further)]
+        confirm_all = [confirm[i % len(confirm)] for i in range(confirmed_by)]
+        further_all = [] if given else FURTHER * confirm_all
         return cls(
             part(run, list(fit), run.seed),
-            part(run, choose_all + confirm_all, run.seed + n),
+            part(run, choose_all + confirm_all + further_all, run.seed + n),
             chosen_by,
             confirmed_by,
         )
@@ -81,7 +81,7 @@ class Pairs:
 
     @property
     def further(self) -> range:
-        """Which are asked, too, where those do not decide."""
+        """Which are asked, too, where those do not decide: their prompts again, in turn, with other noise."""
         return range(self.confirm.stop, len(self.held_out.prompts))
 
 
