@@ -494,7 +494,7 @@ def test_restore_writes_a_folder_that_any_loader_takes(tmp_path, capsys):
     written = {path.name for path in out.iterdir()}
     assert written == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
-        "report.html", "restored.json", "results.json",
+        "recognition.json", "report.html", "restored.json", "results.json",
     }  # fmt: skip
     card = (out / "README.md").read_text()
     assert "Never merge it" in card

@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,7 @@ class Service:
         evidence = drawn_evidence(tiny_law(), 0.3)
         self.corrections = {n: MADE[n](evidence) for n in names if n != "plain"}
         self.state = {n: t.clone() for n, t in self.denoiser.state_dict().items()}
+        self._others = weakref.WeakSet(_bindings())  # of whoever shares this process
         self._base, self._local = base, threading.local()
         self.alone = {name: self.image(base, name) for name in names}
         self.done: Counter[str] = Counter()
@@ -71,7 +73,7 @@ class Service:
         found = [n for n, t in self.state.items() if not torch.equal(now[n], t)]
         parts = list(self.denoiser.modules())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts)
-        bound = sum(type(o) is Binding for o in gc.get_objects())
+        bound = sum(b not in self._others for b in _bindings())
         found += [f"{hooks} hooks"] if hooks else []
         found += [f"{bound} corrections"] if bound else []
         return found
@@ -129,6 +131,10 @@ class Service:
             found = sampled(twin)
             evenkeel.remove(twin)
         return found
+
+
+def _bindings() -> list[Binding]:
+    return [o for o in gc.get_objects() if type(o) is Binding]
 
 
 def resources() -> dict[str, int]:
