@@ -1,14 +1,18 @@
 """A seeded part of ``scripts/fuzz``: damaged files are refused by name, or say the same."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 from fuzzing import damage, files
 from fuzzing.command_line import Outcome
 from fuzzing.sandbox import sandbox
+from safetensors.torch import load_file, save_file
 
+from evenkeel.cli.sources import load_denoiser, load_pipeline
 from evenkeel.errors import EvenkeelError, StorageError
 from evenkeel.hosts.foreign_files import check_diffusers_folder, loading
 from evenkeel.storage import Kind, parse_json, read_json, write_json
@@ -58,6 +62,8 @@ def test_the_judge_sees_faults():
     assert judged(lambda _: "good") == "same"
     assert judged(lambda _: "other") == "SILENT CHANGE"
     assert judged(lambda _: "other", ours=False) == judged(lambda _: "other", signed=True)
+    drawn = iter("ab")
+    assert judged(lambda _: next(drawn), ours=False) == "BY CHANCE"
     assert judged(raising(KeyError("x"))) == "TRACEBACK"
     assert judged(raising(EvenkeelError("something is wrong"))) == "NAMELESS"
     assert judged(raising(EvenkeelError("bad/file.json is damaged"))) == "refused"
@@ -98,6 +104,30 @@ def test_a_forged_folder_is_refused_before_a_network_without_end_is_built():
         path.write_bytes(files._signed_json(json.dumps(found).encode()))
         with pytest.raises(StorageError, match="num_layers holds a number of 32 bits"):
             files.KINDS["quantized"].load(place)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("how", ["gone", "renamed"])
+def test_weights_that_no_file_holds_are_not_made_up(part, how, tmp_path):
+    tiny_pipelines.pixart_sigma().pipe.save_pretrained(tmp_path)
+    assert load_pipeline(str(tmp_path)).text_encoder is not None
+    path = next((tmp_path / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    lost = tensors.pop(name)
+    save_file(tensors | ({"another": lost} if how == "renamed" else {}), path, {"format": "pt"})
+    with pytest.raises(StorageError, match=rf"its {part} is incomplete: .*{re.escape(name)}"):
+        load_pipeline(str(tmp_path))
+    if part == "transformer":
+        whole = tiny_pipelines.pixart_sigma().pipe
+        with pytest.raises(StorageError, match=rf"{part} is incomplete: .*{re.escape(name)}"):
+            load_denoiser(str(tmp_path / part), whole)
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', b'{"\xed\xa0\x80": 1}'])
+def test_half_a_character_is_no_text(text):
+    with pytest.raises(ValueError, match="surrogates"):
+        parse_json(text)
 
 
 def test_what_others_raise_is_one_error_with_the_source():

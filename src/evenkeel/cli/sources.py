@@ -12,7 +12,13 @@ from evenkeel import zoo
 from evenkeel.cli.prompt_files import FORMS, read_prompts
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.comfy_checkpoint import is_comfy_checkpoint, load_comfy
-from evenkeel.hosts.foreign_files import check_diffusers_folder, check_gguf, loading
+from evenkeel.hosts.foreign_files import (
+    check_complete,
+    check_complete_pipeline,
+    check_diffusers_folder,
+    check_gguf,
+    loading,
+)
 from evenkeel.hosts.pipeline.pipelines import call_parameters, denoiser_of, load
 from evenkeel.hosts.pipeline.prompts import Prompts
 from evenkeel.hosts.scheduler.schedulers import change_scheduler, scheduler_names
@@ -52,6 +58,7 @@ def load_pipeline(source: str, dtype: str = "float32", scheduler: str | None = N
     )
     with loading(source, expected):
         pipeline = load(place, local_files_only=local, torch_dtype=getattr(torch, dtype))
+        check_complete_pipeline(source, pipeline)
     if chosen is not None:
         change_scheduler(pipeline, chosen.scheduler, **chosen.changes)
     return pipeline
@@ -103,6 +110,7 @@ def load_denoiser(source: str, pipeline: Any) -> nn.Module:
         check_diffusers_folder(place)
     with loading(source, expected):
         model: nn.Module = _loaded(source, place, reference, type(pipeline).__name__).eval()
+    check_complete(source, model)
     return model
 
 

@@ -1,17 +1,20 @@
 """What other tools wrote, looked through before their own loaders read it.
 
 Their formats carry no digest. What they allow to be checked is: JSON that can be read, with numbers a
-network can have; headers of safetensors; and in a GGUF file that every tensor lies where the one before
-it ends. What was loaded is told apart by its fingerprint.
+network can have; headers of safetensors; in a GGUF file that every tensor lies where the one before it
+ends; and that the files held a value for every parameter, which their loaders otherwise draw at random or
+leave empty. What was loaded is told apart by its fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 
 from evenkeel.errors import EvenkeelError, StorageError, UnsupportedPipeline
 from evenkeel.storage import check_configuration, parse_json
@@ -61,6 +64,51 @@ def check_diffusers_folder(folder: Path) -> None:
             _check_json(path)
         elif path.suffix == ".safetensors":
             _check_safetensors(path)
+
+
+def check_complete(source: str, network: nn.Module) -> None:
+    """Raise unless the file of a diffusers network held every parameter; what it lacks was left empty.
+
+    Raises:
+        StorageError: names the source and the parameters.
+
+    """
+    _refuse_missing(source, [n for n, p in network.named_parameters() if p.is_meta])
+
+
+def check_complete_pipeline(source: str, pipeline: Any) -> None:
+    """The same for every network of a pipeline; transformers draws at random what its files lack.
+
+    Raises:
+        StorageError: names the component and the parameters.
+
+    """
+    from transformers import PreTrainedModel
+
+    for name, part in pipeline.components.items():
+        place = f"{source}: its {name}"
+        if isinstance(part, PreTrainedModel) and getattr(part, "hf_quantizer", None) is None:
+            # Without data it reads headers alone, and says what it would draw.
+            _, found = type(part).from_pretrained(
+                pipeline.config._name_or_path,
+                subfolder=name,
+                local_files_only=True,
+                output_loading_info=True,
+                device_map="meta",
+            )
+            _refuse_missing(place, found["missing_keys"])
+        elif isinstance(part, nn.Module):
+            check_complete(place, part)
+
+
+def _refuse_missing(what: str, names: Iterable[str]) -> None:
+    missing = sorted(names)
+    if missing:
+        raise StorageError(
+            f"{what} is incomplete: there is no value for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if missing[3:] else ''}. Its configuration does not fit its "
+            f"weights, or the file is damaged; get it again."
+        )
 
 
 def _check_json(path: Path) -> None:

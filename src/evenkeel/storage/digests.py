@@ -67,7 +67,8 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads`` that a hostile text cannot take along.
 
     Raises:
-        ValueError: not JSON, nested too deep, or a number of thousands of digits.
+        ValueError: not JSON, nested too deep, a number of thousands of digits, or half of a character,
+            which nothing can write.
 
     >>> parse_json("[1, 2]")
     [1, 2]
@@ -88,6 +89,7 @@ def parse_json(text: str | bytes) -> Any:
             if isinstance(value, (list, dict))
             for inner in (value.values() if isinstance(value, dict) else value)
         ]
+    json.dumps(found, ensure_ascii=False).encode()
     return found
 
 
