@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from evenkeel.cli import main
 from evenkeel.errors import EvenkeelError
 from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
+from evenkeel.reproduction.page import page
 from evenkeel.reproduction.run_cell import run_cell
 
 ROW = Row(
@@ -55,6 +57,11 @@ def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
     assert said == ["quantize", "calibrate and fit", "4 arms, 8 images each"]
     assert json.loads(json.dumps(found)) == found
     assert judged(-1 / 12, _estimate(claimed), before) == verdict
+    text = page(replace(paper("q-drift"), rows=(ROW,)), {("1-tiny", "bits"): found})
+    assert verdict.word in text and "nothing such was not made" in text
+    line = next(line for line in text.splitlines() if line.startswith("| both |"))
+    gain = arms["both"]["difference_to_quantized"]["psnr"]
+    assert "| -4.2 % |" in line and f"{gain['value']:+.2f} dB" in line
 
 
 def _estimate(arm: dict[str, object]) -> object:
@@ -83,3 +90,5 @@ def test_the_command_lists_and_refuses(
     place.write_text("mine")
     assert main(["reproduce", "q-drift", "--cell", "1-pixart"]) == 1
     assert "--force" in capsys.readouterr().err and place.read_text() == "mine"
+    assert main(["reproduce", "tac", "--table"]) == 0
+    assert "1-w3a8" in (tmp_path / "reproduced" / "tac" / "tables.md").read_text()

@@ -6,10 +6,14 @@ import argparse
 import itertools
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evenkeel.cli.options import command, positive
+
+if TYPE_CHECKING:
+    from evenkeel.reproduction import Paper, Row
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -25,7 +29,11 @@ def add_reproduce(commands: Any) -> None:
     )
     parser.add_argument("paper", help="q-drift, dcnc-dns, tac or sampling-aware")
     parser.add_argument("--cell", action="append", metavar="ID", help="only these (repeatable)")
-    parser.add_argument("--list", action="store_true", help="the cells, and why others have none")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="the cells, and why others have none")
+    what.add_argument(
+        "--table", action="store_true", help="the page of what is on disk, and no run"
+    )
     parser.add_argument("--severity", choices=("bits", "damage", "both"), default="bits")
     parser.add_argument("--images", type=positive, help="per arm (default: what the gain needs)")
     parser.add_argument(
@@ -49,7 +57,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     from evenkeel.reproduction import paper
     from evenkeel.reproduction.page import page, summary
     from evenkeel.reproduction.run_cell import KIND, SEVERITIES, run_cell
-    from evenkeel.storage import FileOutput, read_json, valid_json, write_atomically, write_json
+    from evenkeel.storage import FileOutput, valid_json, write_atomically, write_json
 
     found = paper(options.paper)
     wanted = [found.row(name) for name in options.cell or ()]
@@ -61,31 +69,52 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     tables = folder / "tables.md"
     FileOutput("page of reproduced tables", found.wrote).check(tables, options.force)
     severities = SEVERITIES if options.severity == "both" else (options.severity,)
-    results = []
-    for row, severity in itertools.product(rows, severities):
-        place = folder / f"{row.id}-{severity}.json"
-        if not place.is_file():
-            if options.budget is not None and time.monotonic() - began > options.budget:
-                continue
-            options.stage = f"cell {row.id}"
+    asked = [] if options.table else list(itertools.product(rows, severities))
+    left = 0
 
-            def said(text: str, cell: str = row.id) -> None:
-                if not options.json:
-                    print(f"{cell}: {text}", flush=True)
+    def told(cell: str) -> Callable[[str], None]:
+        return lambda text: None if options.json else print(f"{cell}: {text}", flush=True)
 
-            result = run_cell(
-                row, folder / place.stem, severity=severity, images=options.images, said=said
-            )
-            write_json(place, KIND, result)
-        results.append(read_json(place, KIND))
-        done = {(r["row"], r["severity"]): r for r in results}
-        write_atomically(tables, page(found, done))
+    for row, severity in asked:
+        place = _place(folder, row, severity)
+        if place.is_file():
+            continue
+        if options.budget is not None and time.monotonic() - began > options.budget:
+            left += 1
+            continue
+        options.stage = f"cell {row.id}"
+        result = run_cell(
+            row,
+            folder / place.stem,
+            severity=severity,
+            images=options.images,
+            said=told(row.id),
+        )
+        write_json(place, KIND, result)
+        write_atomically(tables, page(found, _known(folder, found)))
+    known = _known(folder, found)
+    write_atomically(tables, page(found, known))
+    results = [known[row.id, severity] for row, severity in asked if (row.id, severity) in known]
+    results = results or list(known.values())
     if options.json:
         print(valid_json([{k: v for k, v in r.items() if k != "arms"} for r in results]))
     else:
-        left = len(rows) * len(severities) - len(results)
         print(summary(results))
         print(f"{tables}" + (f"; {left} cells are left, run again" if left else ""))
+
+
+def _place(folder: Path, row: Row, severity: str) -> Path:
+    return folder / f"{row.id}-{severity}.json"
+
+
+def _known(folder: Path, found: Paper) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every cell that is on disk, in the order of the paper."""
+    from evenkeel.reproduction.run_cell import KIND, SEVERITIES
+    from evenkeel.storage import read_json
+
+    cells = [(r, s) for r in found.rows if r.cell is not None for s in SEVERITIES]
+    places = {(row.id, severity): _place(folder, row, severity) for row, severity in cells}
+    return {key: read_json(place, KIND) for key, place in places.items() if place.is_file()}
 
 
 def _list(found: Any, as_json: bool) -> None:

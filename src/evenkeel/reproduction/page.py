@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evenkeel.reproduction.cells import Paper, Row
-from evenkeel.reproduction.run_cell import SEVERITIES
+from evenkeel.reports.measures import MEASURES
+from evenkeel.reproduction.cells import QUANTIZED, Paper, Row
+from evenkeel.reproduction.run_cell import OURS, SEVERITIES
 from evenkeel.reproduction.verdict import Verdict
+
+_HEADINGS = {m.key: m.heading for m in MEASURES}
 
 
 def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -27,7 +30,13 @@ def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> st
         if row.cell is None:
             without.append(row)
             continue
-        lines += [_line(row, severity, found.get((row.id, severity))) for severity in SEVERITIES]
+        lines.append(_line(row, "bits", found.get((row.id, "bits"))))
+        if (row.id, "damage") in found:
+            lines.append(_line(row, "damage", found[row.id, "damage"]))
+    for row in paper.rows:
+        for severity in SEVERITIES:
+            if (row.id, severity) in found:
+                lines += _arms(row, severity, found[row.id, severity])
     notes = [f"- {row.id}: {row.note}." for row in paper.rows if row.cell is not None and row.note]
     if notes:
         lines += ["", "## What differs from the paper", "", *notes]
@@ -49,6 +58,56 @@ def _line(row: Row, severity: str, result: Mapping[str, Any] | None) -> str:
         f"{start} {result['quantizer']} | {result['images']} | {100 * verdict.published:+.1f} % | {here} | "
         f"{verdict.word} |"
     )
+
+
+def _arms(row: Row, severity: str, result: Mapping[str, Any]) -> list[str]:
+    """Every arm of a cell, and what could not be made, with the reason."""
+    assert row.claim is not None
+    claimed = row.claim[1]
+    measures = list(dict.fromkeys((OURS[claimed], "frechet_full_precision", "psnr")))
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    full, quantized = arms.pop("full-precision"), arms.pop("quantized")
+    levels = [f"{_HEADINGS[m]} {quantized[m]['value']:.4g}" for m in measures]
+    if OURS[claimed] in full:
+        levels[0] += f" (full precision {full[OURS[claimed]]['value']:.4g})"
+    lines = [
+        "",
+        f"## {row.id}, {severity}: {row.model}",
+        "",
+        f"{result['twin']}, {result['quantizer']}, {result['images']} images. "
+        f"Quantized: {', '.join(levels)}.",
+        "",
+        f"| arm | {claimed}, published | {' | '.join(_HEADINGS[m] for m in measures)} |",
+        f"|{'---|' * (2 + len(measures))}",
+    ]
+    for name, arm in arms.items():
+        changes = " | ".join(_change(arm, quantized, measure) for measure in measures)
+        lines.append(f"| {name} | {_published(row, name)} | {changes} |")
+    lines += [f"\n{name} was not made: {why}" for name, why in result["refused"].items()]
+    return lines
+
+
+def _published(row: Row, arm: str) -> str:
+    """The paper's change of the claimed measure by this arm; empty where it prints none."""
+    assert row.claim is not None
+    before = row.numbers[QUANTIZED][row.claim[1]]
+    after = row.numbers.get(arm, {}).get(row.claim[1])
+    return "" if after is None else f"{100 * (after / before - 1):+.1f} %"
+
+
+def _change(arm: Mapping[str, Any], quantized: Mapping[str, Any], measure: str) -> str:
+    """Against the quantized arm, with its interval: in dB, or relative; bold where it excludes zero."""
+    change = arm["difference_to_quantized"].get(measure)
+    if change is None or change["value"] is None:
+        return "-"
+    decibels = measure == "psnr"
+    scale = 1.0 if decibels else 100 / quantized[measure]["value"]
+    value, low, high = (scale * change[k] for k in ("value", "low", "high"))
+    digits = 2 if decibels else 1
+    text = (
+        f"{value:+.{digits}f}{' dB' if decibels else ' %'} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    )
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
