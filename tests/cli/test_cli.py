@@ -131,7 +131,7 @@ def test_compare_gives_the_promised_keys(capsys, record, tmp_path):
     assert names[:2] == ["full-precision", "quantized"]
     assert {*names[2:], *found["not_applicable"]} == OF_A_RECORD
     assert {"q-drift", "ptqd", "dcnc+dns", "covariance-drift"} <= set(names)
-    assert {"tac", "stepbaq", "qncd", "tcec-window-1"} == set(found["not_applicable"])
+    assert {"tac", "tac-ibc", "stepbaq", "qncd", "tcec-window-1"} == set(found["not_applicable"])
     assert "--closed-loop" in found["not_applicable"]["tac"]
     for arm in found["arms"]:
         for measure in (
@@ -282,7 +282,7 @@ def test_calibrate_ends_with_verdicts_and_keeps_what_was_fitted_in_closed_loop(c
     check = json.loads(out)["check"]
     assert code == 0
     assert {a["name"] for a in check["arms"]} | set(check["not_applicable"]) == OF_A_RECORD
-    assert {"tac", "stepbaq"} <= {a["name"] for a in check["arms"]}
+    assert {"tac", "tac-ibc", "stepbaq"} <= {a["name"] for a in check["arms"]}
     verdicts = {"expected to help", "neutral", "expected to hurt"}
     assert {a["verdict"] for a in check["arms"]} <= verdicts
     sample = ["sample", *SAMPLING, "--record", path, "--correction", "tac", "--images", "2"]

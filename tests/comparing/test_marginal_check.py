@@ -19,10 +19,18 @@ from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import Identity
 from evenkeel.corrections.base import Correction
 from evenkeel.corrections.plan import OutputEdit, plain_plan
-from evenkeel.errors import CalibrationError, UnsupportedSampler
+from evenkeel.errors import CalibrationError, EvenkeelError, UnsupportedSampler
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.scheduler.interception import installed, plain_class
-from evenkeel.metrics.state_scores import HELP, HURT, NEUTRAL, PRACTICAL, scores_of, verdict_of
+from evenkeel.metrics.state_scores import (
+    HELP,
+    HURT,
+    NEUTRAL,
+    PRACTICAL,
+    SCORES,
+    scores_of,
+    verdict_of,
+)
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reports.verdicts import check_text
 from evenkeel.statistics.error_structure import radial_spectrum
@@ -327,13 +335,29 @@ def test_json_and_text(check):
     read = json.loads(json.dumps(check.as_dict(), allow_nan=False))
     assert [a["verdict"] for a in read["arms"]] == [NEUTRAL, HURT, HELP]
     assert read["arms"][0]["scores"]["squared_error"]["value"] == 0
+    for by in SCORES:
+        values = [check[name].scores[by].value for name in read["ranking"][by]]
+        assert read["ranking"][by][0] == "oracle" and values == sorted(values)
     text = check_text(check)
+    assert text.index("\noracle ") < text.index("\nidentity ") < text.index("\nsabotage ")
+    assert f"By the marginal: {', '.join(read['ranking']['marginal'])}." in text
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert HURT in lines["sabotage"] and "+0.0% [+0.0%, +0.0%]" in lines["identity"]
     assert "-100.0% [-100.0%, -100.0%]" in lines["oracle"]
     assert text.endswith("- failing: this sampler cannot be corrected.")
     empty = replace(check, arms=[], not_applicable={})
     assert check_text(empty).endswith("No correction could be checked.")
+
+
+def test_ranking_takes_what_is_not_finite_last_and_known_scores_only(check):
+    far = Estimate(math.nan, math.nan, math.nan, math.nan, 6)
+    oracle = check["oracle"]
+    spoilt = replace(oracle, scores={**oracle.scores, "marginal": far})
+    others = [spoilt, *(a for a in check.arms if a is not oracle)]
+    ranked = replace(check, arms=others).ranked("marginal")
+    assert [a.name for a in check.ranked("marginal")][0] == "oracle" == ranked[-1].name
+    with pytest.raises(EvenkeelError, match="squared_error, systematic, marginal"):
+        check.ranked("beauty")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])

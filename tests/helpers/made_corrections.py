@@ -77,6 +77,7 @@ MADE: dict[str, Callable[[Evidence], Correction]] = {
     "dcnc": dcnc,
     "dcnc+dns": lambda evidence: Composite((dcnc(evidence), DNS(evidence))),
     "tac": tac,
+    "tac-ibc": lambda evidence: replace(tac(evidence), gain=None, reconstruction=None),
     "stepbaq": stepbaq,
     "readout": readout,
     "adapters": adapters,

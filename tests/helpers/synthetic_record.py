@@ -143,4 +143,6 @@ def closed_loop() -> ClosedLoop:
         relabel_time=False,
         source=source,
     )
-    return ClosedLoop({"tac": tac, "stepbaq": stepbaq})
+    return ClosedLoop(
+        {"tac": tac, "tac-ibc": replace(tac, gain=None, reconstruction=None), "stepbaq": stepbaq}
+    )

@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     options: dict[str, Any] = {"quantized": quantized, "num_inference_steps": 2, "progress": False}
     options |= {"prompts": tiny.prompts, "guidance_scale": tiny.guidance_scale, "call": tiny.call}
     record = calibrate(tiny.pipe, closed_loop=True, **options)
-    assert set(record.closed_loop.corrections) == {"tac", "stepbaq"}
+    assert set(record.closed_loop.corrections) == {"tac", "tac-ibc", "stepbaq"}
     readout = fit_readout(tiny.pipe, **options)
     assert readout.evidence is not None
     plain = replace(record, closed_loop=ClosedLoop())
@@ -162,7 +162,11 @@ def test_fields_are_what_the_page_lists(files: dict[str, Path], kind: str) -> No
         found |= {f"{part}.{key}": v for part, keys in flat for key, v in keys.items()}
     said = {name: row[1] for row in tables("field") for name in names_of(row[0])}
     own: dict[str, tuple[str, ...]]
-    own = {"record": (), "readout": ("readout.",), "record in closed loop": ("tac.", "stepbaq.")}
+    own = {
+        "record": (),
+        "readout": ("readout.",),
+        "record in closed loop": ("tac.", "tac-ibc.", "stepbaq."),
+    }
     assert found.keys() == {n for n in said if "." not in n or n.startswith(own[kind])}
     for name, value in found.items():
         kinds = [said[name]] if said[name] in JSON_TYPES else said[name].split(" or ")

@@ -249,7 +249,7 @@ def test_what_was_measured_in_closed_loop_travels_with_the_record(tmp_path: Path
         assert digest_of(found) == digest_of(correction)
         assert found.source == correction.source
     made, reasons = loaded.corrections()
-    assert {"tac", "stepbaq", "q-drift"} <= set(made) and "tac" not in reasons
+    assert {"tac", "tac-ibc", "stepbaq", "q-drift"} <= set(made) and "tac" not in reasons
 
 
 def closed_loop_names(record: Record) -> dict[str, Any]:

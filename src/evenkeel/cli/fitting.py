@@ -58,7 +58,7 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument(
         "--closed-loop",
         action="store_true",
-        help="also fit TAC and StepbaQ and keep them in the record",
+        help="also fit TAC, its input bias alone and StepbaQ, and keep them in the record",
     )
     parser.add_argument(
         "--check",

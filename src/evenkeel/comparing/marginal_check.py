@@ -27,7 +27,7 @@ from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, watched
 from evenkeel.metrics.mean import mean_difference
-from evenkeel.metrics.state_scores import PRACTICAL, Verdict, scores_of, verdict_of
+from evenkeel.metrics.state_scores import PRACTICAL, SCORES, Verdict, scores_of, verdict_of
 from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
 
 
@@ -86,6 +86,18 @@ class MarginalCheck:
     def __getitem__(self, name: str) -> ArmCheck:
         return next(a for a in self.arms if a.name == name)
 
+    def ranked(self, by: str = "squared_error") -> list[ArmCheck]:
+        """The arms, best first by a score of ``metrics.state_scores.SCORES``; where it is NaN, last.
+
+        Raises:
+            EvenkeelError: no such score.
+
+        """
+        if by not in SCORES:
+            raise EvenkeelError(f"expected one of {', '.join(SCORES)}, got {by!r}.")
+        values = {arm.name: arm.scores[by].value for arm in self.arms}
+        return sorted(self.arms, key=lambda a: math.inf if math.isnan(v := values[a.name]) else v)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -94,6 +106,7 @@ class MarginalCheck:
             "practical_size": PRACTICAL,
             "quantized": self.quantized.as_dict(),
             "arms": [a.as_dict() for a in self.arms],
+            "ranking": {score: [arm.name for arm in self.ranked(score)] for score in SCORES},
             "not_applicable": dict(self.not_applicable),
         }
 

@@ -77,6 +77,7 @@ ALL: dict[str, Entry] = {
     "epsilon-scaling": Entry(EVIDENCE, lambda evidence: EpsilonScaling()),
     "tsr": Entry(EVIDENCE, lambda evidence: TemporalScoreRescaling()),
     "tac": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-ibc": Entry(CLOSED_LOOP, TAC.from_tables),
     "stepbaq": Entry(CLOSED_LOOP, StepbaQ.from_tables),
     "readout": Entry(FILE, Readout.from_tables),
     "readout+drift": Entry("readout", Readout.with_drift),

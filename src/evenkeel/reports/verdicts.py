@@ -9,12 +9,21 @@ from evenkeel.comparing.marginal_check import ArmCheck, MarginalCheck
 from evenkeel.estimate import Estimate
 
 ABSENT = "-"
-HEADINGS = ("correction", "verdict", "confidence", "squared error", "shared error", "ms/step")
+HEADINGS = (
+    "correction",
+    "verdict",
+    "confidence",
+    "squared error",
+    "shared error",
+    "marginal",
+    "ms/step",
+)
 LEGEND = (
     "Squared error: change of the final latents' squared error to full precision against the "
     "quantized arm, 95 % interval. Shared error: change of the part that is the same for every "
-    "prompt, in percent of the quantized arm's squared error. ms/step: extra time per prompt. Neutral "
-    "with low confidence means: not to be told from so few prompts."
+    "prompt, in percent of the quantized arm's squared error. Marginal: change of the Fréchet distance "
+    "between the latents' channel means and spreads. ms/step: extra time per prompt. Best first by squared "
+    "error; neutral with low confidence means: not to be told from so few prompts."
 )
 
 
@@ -30,11 +39,12 @@ def check_text(check: MarginalCheck) -> str:
         "",
     ]
     if check.arms:
-        rows = [HEADINGS, *(_row(arm) for arm in check.arms)]
+        rows = [HEADINGS, *(_row(arm) for arm in check.ranked())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [_line(rows[0], widths), "  ".join("-" * w for w in widths)]
         lines += [_line(row, widths) for row in rows[1:]]
-        lines += ["", *textwrap.wrap(LEGEND, 100)]
+        best = [arm.name for arm in check.ranked("marginal")[:3]]
+        lines += ["", f"By the marginal: {', '.join(best)}.", "", *textwrap.wrap(LEGEND, 100)]
     else:
         lines.append("No correction could be checked.")
     if check.not_applicable:
@@ -51,6 +61,7 @@ def _row(arm: ArmCheck) -> tuple[str, ...]:
         f"{min(arm.confidence, 0.999):.1%}",
         _interval(_ratio(arm.scores["squared_error"])),
         _interval(arm.scores["systematic"]),
+        _interval(arm.scores["marginal"]),
         ABSENT if arm.extra_seconds is None else f"{1000 * arm.extra_seconds.value:+.1f}",
     )
 

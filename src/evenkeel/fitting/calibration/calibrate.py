@@ -72,8 +72,8 @@ def calibrate(
             Algorithm 1, whose x_0 are photographs); takes half as long again.
         correction: needed for, and only for, ``corrected``.
         histograms: also keep error histograms, for trimming.
-        closed_loop: also fit what needs it (TAC, StepbaQ) and keep it in the record; takes as long again
-            for each, with both denoisers in memory.
+        closed_loop: also fit what needs it (TAC, its input bias alone, StepbaQ) and keep it in the record;
+            takes as long again for each of the three, with both denoisers in memory.
         side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
         layout: where the latent's channels are; found by itself for known pipelines.
@@ -144,8 +144,10 @@ def calibrate(
             parts.tidy()
     if closed_loop:
         tac = TACFit(Reconstruction()).fitted(run, progress=progress)
+        bias = TACFit(None).fitted(run, progress=progress)
         stepbaq = StepbaQFit().fitted(run, progress=progress)
-        record = replace(record, closed_loop=ClosedLoop({"tac": tac, "stepbaq": stepbaq}))
+        measured = ClosedLoop({"tac": tac, "tac-ibc": bias, "stepbaq": stepbaq})
+        record = replace(record, closed_loop=measured)
     return record
 
 
