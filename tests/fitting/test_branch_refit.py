@@ -9,24 +9,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refits import SPEC, TEST, TRAIN, inputs_of, make, refit
 from tiny_pipelines import ALL
 from torch import nn
 
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.refit.refit_branches import RefitReport, refit_branches
+from evenkeel.fitting.refit.refit_branches import RefitReport
 from evenkeel.fitting.refit.site import LayerRefit, Site, fold_index, spread
 from evenkeel.hosts.pipeline.fingerprint import fingerprint
-from evenkeel.hosts.pipeline.pipelines import denoiser_swapped
 from evenkeel.quantizers import QuantizerSpec, load_quantized, quantize_module, save_quantized
 from evenkeel.quantizers.layers.input_quantizers import fake_quantize
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 from evenkeel.statistics.normal_equations import NormalEquations
 from evenkeel.statistics.reduced_rank import HeldOut, LowRank, held_out, reduced_rank
-
-STEPS = 2
-SPEC = QuantizerSpec(3, 4, group=16, rank=4)
-TRAIN = ("a cat on a mat", "two dogs in the rain", "red house", "the sea at night", "old tree", "7")
-TEST = ("a green lamp", "snow on a hill", "three birds")
 
 
 def rows(count=200, features=6, targets=5, seed=0):
@@ -340,41 +335,6 @@ def test_rows_of_a_single_fold_or_none_at_all():
 
 
 # ---- pipelines
-
-
-def make(name, spec=SPEC):
-    tiny = ALL[name]()
-    quantized, report = quantize_module(tiny.model, spec)
-    return tiny, quantized, report
-
-
-def refit(tiny, quantized, prompts=TRAIN, **extra):
-    settled = {"num_inference_steps": STEPS, "guidance_scale": tiny.guidance_scale, "batch_size": 6}
-    call = {k: v for k, v in tiny.call.items() if k != "output_type"}
-    return refit_branches(
-        tiny.pipe,
-        quantized=quantized,
-        prompts=prompts,
-        call=call,
-        progress=False,
-        **{**settled, **extra},
-    )
-
-
-def inputs_of(tiny, model, prompts):
-    """Every call of ``model`` while the pipeline samples with it."""
-    calls = []
-    hook = model.register_forward_pre_hook(
-        lambda m, a, k: calls.append((a, dict(k))), with_kwargs=True
-    )
-    generators = [torch.Generator().manual_seed(900 + i) for i in range(len(prompts))]
-    settled = {"num_inference_steps": STEPS, "guidance_scale": tiny.guidance_scale}
-    with denoiser_swapped(tiny.pipe, model), torch.no_grad():
-        out = tiny.pipe(
-            list(prompts), **tiny.call, **settled, generator=generators, return_dict=False
-        )[0]
-    hook.remove()
-    return calls, out
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "pixart_sigma"])

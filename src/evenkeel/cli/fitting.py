@@ -171,6 +171,11 @@ def add_refit(commands: Any) -> None:
         example="refit zoo:flux-schnell --quantized w4a16-g32-r8 --count 8 --out refitted",
     )
     _prompts(parser)
+    parser.add_argument(
+        "--metric",
+        choices=("output", "uniform", "local"),
+        help="refit branches alone, in the metric of recovery adapters (default: each layer's own error)",
+    )
     output(parser, denoiser, required=True, help="folder for the denoiser")
 
 
@@ -180,10 +185,7 @@ def _run_refit(options: argparse.Namespace) -> None:
     from evenkeel.hosts.processes import processes
 
     pipeline, asked = _asked(options)
-    refitted, report = refit_branches(
-        pipeline,
-        **asked,
-    )
+    refitted, report = refit_branches(pipeline, metric=options.metric, **asked)
     if not processes().main:
         return
     save_denoiser(refitted, options.out)

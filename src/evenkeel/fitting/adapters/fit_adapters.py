@@ -341,6 +341,11 @@ def _check(
         raise CalibrationError(f"rank must be at least 1, got {rank}.")
     if bits is not None and bits not in BITS:
         raise CalibrationError(f"bits must be one of {BITS}, got {bits}.")
+    check_metric(metric, rows)
+
+
+def check_metric(metric: str | None, rows: int) -> None:
+    """Refuse a metric that there is not, and too few rows for any."""
     if metric is not None and metric not in METRICS:
         raise CalibrationError(f"metric must be one of {METRICS}, got {metric!r}.")
     if rows < 64:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.fit_adapters import check_metric
+from evenkeel.fitting.refit.in_metric import branches_in_metric, put
 from evenkeel.fitting.refit.site import LayerRefit, Site
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
@@ -87,6 +89,8 @@ def refit_branches(
     seed: int = 0,
     batch_size: int = 8,
     penalty: float | None = None,
+    metric: str | None = None,
+    rows: int = 4096,
     memory: float = 2e9,
     call: dict[str, Any] | None = None,
     progress: bool = True,
@@ -111,6 +115,10 @@ def refit_branches(
     adapts to the trajectory that the first has changed; give it other prompts, as the first has
     seen these and its branches would be judged too well on them.
 
+    With a ``metric`` branches alone are refitted, by the engine of ``fit_adapters``: the new one is the
+    truncated SVD of what should stand beside the layer, in the metric of the final sample, from the rows that
+    are kept. A layer changes where a fold of these says so. One prompt is enough.
+
     Prompt i starts from noise of seed ``seed + i``, whatever the batch size. Corrections that are
     installed are off during the run.
 
@@ -125,6 +133,9 @@ def refit_branches(
         batch_size: prompts per pipeline call.
         penalty: p, in units of s; None chooses it for every layer by leave-prompts-out
             cross-validation.
+        metric: None fits each layer's own error as above; ``output``, ``uniform`` or ``local`` is that of
+            ``fit_adapters``.
+        rows: kept of each layer with a ``metric``, at most.
         memory: bytes for the layers' sums; beyond it, layers take turns in several runs. One
             layer's sums are needed in any case: about 16 F^2 + 32 F O bytes for F to O features.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
@@ -151,10 +162,15 @@ def refit_branches(
         call=call,
         quantized=quantized,
     )
-    _check(prompts, penalty, memory)
+    _check(prompts, penalty, memory, metric, rows)
     refitted = copy.deepcopy(quantized)
-    folds = min(FOLDS, len(prompts))
     sites = _sites(refitted, run.denoiser)
+    if metric is not None:
+        found, branches = branches_in_metric(run, metric, rows, memory, progress=progress)
+        put(refitted, branches)
+        said = [found.get(s.name, LayerRefit(s.name, 0, reason="no branch")) for s in sites]
+        return _with_report(refitted, RefitReport(tuple(said), len(prompts), frozenset(found)))
+    folds = min(FOLDS, len(prompts))
     groups, us = _groups(sites, memory / folds), processes()
     batches = run.lockstep_share()
     hidden = not (progress and us.main)
@@ -186,6 +202,10 @@ def refit_branches(
         len(prompts),
         frozenset(site.name for site in sites if site.layer.bias is None),
     )
+    return _with_report(refitted, report)
+
+
+def _with_report(refitted: nn.Module, report: RefitReport) -> tuple[nn.Module, RefitReport]:
     refitted.evenkeel_refit = report.text().splitlines()[0]  # type: ignore[assignment]
     return refitted, report
 
@@ -234,8 +254,16 @@ def _groups(sites: list[Site], memory: float) -> list[list[Site]]:
     return groups
 
 
-def _check(prompts: Sequence[Prompt], penalty: float | None, memory: float) -> None:
-    if len(prompts) == 1:
+def _check(
+    prompts: Sequence[Prompt], penalty: float | None, memory: float, metric: str | None, rows: int
+) -> None:
+    if metric is not None:
+        check_metric(metric, rows)
+        if penalty is not None:
+            raise CalibrationError(
+                "a penalty belongs to the refit without a metric; give one of them."
+            )
+    elif len(prompts) == 1:
         raise CalibrationError(
             "a refit needs at least two prompts, because layers are judged on prompts they have not "
             "seen: fitted to the words of a single one they fail on every other. A few are enough."

@@ -1,0 +1,105 @@
+"""Branches refitted by the engine of recovery adapters: for the final sample, not for their layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.errors import CalibrationError
+from evenkeel.fitting.adapters.collect import collect
+from evenkeel.fitting.adapters.fit_adapters import PROBED
+from evenkeel.fitting.adapters.sites import Site, opened, sites_of
+from evenkeel.fitting.adapters.solve import Measured
+from evenkeel.fitting.refit.site import LayerRefit
+from evenkeel.hosts.processes import processes
+from evenkeel.hosts.run import Run
+from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
+
+Branch = tuple[Tensor, Tensor]
+
+
+def branches_in_metric(
+    run: Run, metric: str, rows: int, memory: float, *, progress: bool
+) -> tuple[dict[str, LayerRefit], dict[str, Branch]]:
+    """The best branch of every layer that has one, along the run of the network with its present ones.
+
+    With U V the branch there is and D the change of weight that would be right beside it (``LayerProblem``),
+    the new branch is the truncated SVD of D + U V in the metric, of the same rank. It is taken where rows of
+    one fold say that it is better than the present one.
+
+    Args:
+        run: with a quantized twin that has branches.
+        metric: of ``fit_adapters``.
+        rows: kept of each layer, at most.
+        memory: bytes for them.
+        progress: show a bar.
+
+    Returns:
+        What was found for each of these layers, and the new branches, down (r, F) and up (O, r), of those
+        that change. ``before`` and ``after`` are the metric's value on these rows over that without a branch.
+
+    Raises:
+        CalibrationError: no layer has a branch.
+
+    """
+    places = {name: p for name, p in sites_of(run).items() if branch_of(p.quantized) is not None}
+    if not places:
+        raise CalibrationError(
+            f"no layer has a low-rank branch, so there is nothing to refit in the metric {metric!r}. Leave "
+            f"the metric out to refit scales and biases, or fit recovery adapters."
+        )
+    found: dict[str, LayerRefit] = {}
+    branches: dict[str, Branch] = {}
+    probed = 0 if metric == "local" else PROBED
+    with processes().telling(), opened(places, rows, memory, gradients=probed > 0) as sites:
+        collect(run, sites, probed=probed, progress=progress)
+        for name, site in sites.items():
+            found[name], branch = _decided(name, site, metric)
+            if branch is not None:
+                branches[name] = branch
+    return found, branches
+
+
+def branch_of(layer: object) -> Branch | None:
+    """Down (r, F) and up (O, r) of one of our layers, if it has a branch."""
+    if not isinstance(layer, QuantizedLinear) or layer.down is None or layer.up is None:
+        return None
+    return (layer.down, layer.up) if len(layer.down) else None
+
+
+def put(network: nn.Module, branches: Mapping[str, Branch]) -> None:
+    """Give layers these branches."""
+    layers = dict(network.named_modules())
+    for name, (down, up) in branches.items():
+        layer = layers[name]
+        assert isinstance(layer, QuantizedLinear)
+        layer.down, layer.up = down, up
+
+
+@torch.no_grad()
+def _decided(name: str, site: Site, metric: str) -> tuple[LayerRefit, Branch | None]:
+    layer: QuantizedLinear = site.quantized
+    present = branch_of(layer)
+    assert present is not None
+    rank = len(present[0])
+    measured = Measured.of(name, site, {metric})
+    problem = None if measured is None else measured.problem(metric, "regressed")
+    if problem is None:
+        why = "was not called" if measured is None else "the output does not depend on it"
+        return LayerRefit(name, rank, reason=why, what="branch"), None
+    stretch = 1.0 if layer.smoothing is None else layer.smoothing.float()
+    old = present[0].float() / stretch, present[1].float().T
+    change = problem.change + problem.metric.working(old[1].T @ old[0])
+    best = problem.metric.components(change, rank)
+    down, up = (best.down.float() * stretch).to(present[0]), best.up.T.to(present[1])
+    new = down.float() / stretch, up.float().T
+    alone = problem.held_out.error(change)
+    before, after = (alone - problem.held_out.gained(change, *b) for b in (old, new))
+    said = LayerRefit(name, rank, before / alone, after / alone, what="branch")
+    if after < before:
+        return said, (down, up)
+    return LayerRefit(
+        name, rank, said.before, said.after, None, "no gain on held-out rows", "branch"
+    ), None
