@@ -5,7 +5,8 @@ of other prompts (seed 1), the same noise in every arm. Budgets are bytes of the
 quantized denoiser. Baselines get the same rows, the same sharing out of bytes and the same rounding of
 factors: plain SVD (LoftQ: S = G = 1), diagonal (LQER: diagonal of S), local (QERA, EoRA: S); besides,
 16-bit factors in the output's metric, and the same weights with one more bit each. `chosen` is what
-`fit_adapters` gives, held-out pairs included. Where layers have branches, `refit` is refit_branches.
+`fit_adapters` gives, held-out pairs included. Where layers have branches, `refit` is refit_branches as
+it comes, `refit in the metric` that with metric="output".
 
 Every cell is a file in experiments/recovery/; the command resumes.
 
@@ -187,26 +188,28 @@ def measure(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 def refitted(run: Run, cell: Cell, bytes_of: dict[str, int], said: dict[str, str]) -> list[Arm]:
-    """Today's refit of the branches, and adapters beside the refitted layers."""
+    """Branches refitted, each way, and adapters beside the refitted layers."""
     asked: dict[str, Any] = {
         "prompts": run.prompts.values,
         "num_inference_steps": run.num_inference_steps,
         "guidance_scale": run.guidance_scale,
         "batch_size": run.batch_size,
     }
-    module, _ = evenkeel.refit_branches(
-        run.pipeline, quantized=run.pair[1], progress=False, **asked
-    )
-    budget = cell.budgets[0]
-    adapters, report = evenkeel.fit_adapters(
-        run.pipeline, quantized=module, budget=budget, seed=1000, progress=False, **asked
-    )
-    label = f"refit, chosen, +{100 * budget:.0f} %"
-    bytes_of |= {"refit": 0, label: adapters.stored_bytes}
-    said[label] = report.text()
-    print(report.text(), flush=True)
-    beside = [Arm(label, module, adapters)] if adapters.layers else []
-    return [Arm("refit", module), *beside]
+    budget, arms = cell.budgets[0], []
+    for name, metric in (("refit", None), ("refit in the metric", "output")):
+        module, _ = evenkeel.refit_branches(
+            run.pipeline, quantized=run.pair[1], metric=metric, progress=False, **asked
+        )
+        adapters, report = evenkeel.fit_adapters(
+            run.pipeline, quantized=module, budget=budget, seed=1000, progress=False, **asked
+        )
+        label = f"{name}, chosen, +{100 * budget:.0f} %"
+        arms.append(Arm(name, module))
+        arms += [Arm(label, module, adapters)] if adapters.layers else []
+        bytes_of |= {name: 0, label: adapters.stored_bytes}
+        said[label] = report.text()
+        print(report.text(), flush=True)
+    return arms
 
 
 def fitted_by_rivals(
