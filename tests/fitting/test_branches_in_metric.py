@@ -34,21 +34,23 @@ def test_final_samples_of_other_prompts_come_nearer(name, metric):
     assert all(x.after < x.before <= 1.5 for x in report.changed)
 
 
-def test_branches_alone_change_and_the_given_denoiser_does_not():
+def test_branches_and_their_biases_change_and_the_given_denoiser_does_not():
     _, quantized, found, report = refitted("flux")
     assert not any(m._forward_hooks for m in found.modules())
-    changed = {x.name for x in report.changed}
+    changed = {x.name: found.get_submodule(x.name) for x in report.changed}
     before, after = quantized.state_dict(), found.state_dict()
     others = {k for k in before if not torch.equal(before[k], after[k])}
-    assert others == {f"{n}.{side}" for n in changed for side in ("down", "up")}
+    parts = ("down", "up", "bias")
+    assert others == {
+        f"{n}.{p}" for n, m in changed.items() for p in parts if getattr(m, p) is not None
+    }
     assert found.evenkeel_refit == report.text().splitlines()[0]
     layers = [n for n, m in quantized.named_modules() if isinstance(m, QuantizedLinear)]
     assert {x.name for x in report.layers} >= set(layers)
-    assert "bias" not in report.text()
 
 
 def test_a_change_of_the_branch_s_rank_is_found_through_smoothing():
-    """Weights rounded to what W - U V is exactly: then U V is the best branch, and it is given back."""
+    """Weights are W - U V exactly and biases are off: then U V is the best branch, and all is given back."""
     tiny, quantized, _ = make("pixart_sigma")
     torch.manual_seed(0)
     expected = {}
@@ -60,11 +62,15 @@ def test_a_change_of_the_branch_s_rank_is_found_through_smoothing():
         weight = tiny.model.get_submodule(name).weight.detach()
         layer.weight = weight * layer.smoothing - up @ down
         layer.down, layer.up = torch.zeros_like(layer.down), torch.zeros_like(layer.up)
+        if layer.bias is not None:
+            layer.bias = layer.bias + 0.3
         expected[name] = up @ down
     found, report = refit(tiny, quantized, metric="local")
     assert {x.name for x in report.changed} == set(expected)
     for name, layer in branched(found).items():
         assert torch.allclose(layer.up @ layer.down, expected[name], atol=2e-3), name
+        if layer.bias is not None:
+            assert torch.allclose(layer.bias, tiny.model.get_submodule(name).bias, atol=2e-3), name
     assert max(x.after for x in report.changed) < 1e-4
 
 

@@ -174,7 +174,7 @@ def add_refit(commands: Any) -> None:
     parser.add_argument(
         "--metric",
         choices=("output", "uniform", "local"),
-        help="refit branches alone, in the metric of recovery adapters (default: each layer's own error)",
+        help="of recovery adapters, for layers with branches alone (default: each layer's own error)",
     )
     output(parser, denoiser, required=True, help="folder for the denoiser")
 

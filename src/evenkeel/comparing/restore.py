@@ -135,7 +135,8 @@ def restore(
     """Adapters within a budget, a readout on top, each kept only if held-out pairs confirm it.
 
     Where layers of this library's quantizers have low-rank branches, these are refitted first
-    (``refit_branches``), and kept on the same condition. Under torchrun the processes share the prompts.
+    (``refit_branches`` in the metric of the output), and kept on the same condition. Under torchrun the
+    processes share the prompts.
 
     Args:
         pipeline: a diffusers pipeline with its full-precision denoiser.
@@ -235,13 +236,13 @@ def _identity(run: Run) -> dict[str, Any]:
 def _refitted(run: Run, progress: bool, kept: Kept) -> tuple[nn.Module | None, Confirmation | None]:
     """The denoiser with refitted branches, where held-out pairs confirm it, and what these say."""
     pairs = Pairs.of(run, choosing=False)
-    if len(pairs.fit.prompts) < 2:
-        return None, None  # one prompt is not enough for a refit
     made_by = {} if kept.folder is None else _identity(pairs.fit)
     place = kept.path("refitted", made_by, "")
     module: nn.Module | None = None
     if kept.get("refit", made_by) is None:
-        module, _ = refit_branches(run.pipeline, progress=progress, **_as_asked(pairs.fit))
+        module, _ = refit_branches(
+            run.pipeline, metric="output", progress=progress, **_as_asked(pairs.fit)
+        )
         if place is not None and processes().main:
             save_quantized(module, place)
             kept.put("refit", made_by, "done", {})

@@ -91,8 +91,13 @@ class Measured:
     gradients: dict[str, tuple[Moment, Moment]]
 
     @classmethod
-    def of(cls, name: str, site: Site, metrics: Collection[str]) -> Measured | None:
-        """None for a layer that computes with its full-precision weight; ``metrics`` will be asked for."""
+    def of(
+        cls, name: str, site: Site, metrics: Collection[str], *, centred: bool = False
+    ) -> Measured | None:
+        """None for a layer that computes with its full-precision weight; ``metrics`` will be asked for.
+
+        ``centred``: about the mean, where a bias takes that.
+        """
         keys, x = site.inputs.sorted()
         weight = effective_weight(site.quantized, site.dtype)
         difference = reference_weight(site.reference) - weight
@@ -100,13 +105,16 @@ class Measured:
             return None
         kernel = sizes(site.reference.kernel_size) if site.head.kind == "convolution" else ()
         gradients = _gradients(site, metrics)
-        regressed = None
+        middle, regressed = x.mean(0) if centred else torch.zeros(()), None
         if site.outputs is not None:
             bias = reference_bias(site.reference)
             noise = x @ weight.T - site.outputs.sorted()[1].to(x) + (0.0 if bias is None else bias)
+            noise = noise - noise.mean(0) if centred else noise
             outputs = next((g for g, _ in gradients.values()), None)
-            regressed = difference + rounding_slope(x, noise, folds_of(keys), outputs)
-        return cls(name, kernel, difference, regressed, _both(x, folds_of(keys)), gradients)
+            regressed = difference + rounding_slope(x - middle, noise, folds_of(keys), outputs)
+        return cls(
+            name, kernel, difference, regressed, _both(x - middle, folds_of(keys)), gradients
+        )
 
     def problem(self, metric: str, target: str = "difference") -> LayerProblem | None:
         """None where an output's metric is asked for and the output does not depend on the layer."""

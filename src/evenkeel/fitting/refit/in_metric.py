@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.adapters.collect import collect
+from evenkeel.fitting.adapters.effective_weight import reference_bias, reference_weight
 from evenkeel.fitting.adapters.fit_adapters import PROBED
 from evenkeel.fitting.adapters.sites import Site, opened, sites_of
 from evenkeel.fitting.adapters.solve import Measured
@@ -20,14 +23,23 @@ from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 Branch = tuple[Tensor, Tensor]
 
 
+class Refitted(NamedTuple):
+    """What a layer gets: down (r, F), up (O, r), and its bias (O,) if it has one."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+
+
 def branches_in_metric(
     run: Run, metric: str, rows: int, memory: float, *, progress: bool
-) -> tuple[dict[str, LayerRefit], dict[str, Branch]]:
+) -> tuple[dict[str, LayerRefit], dict[str, Refitted]]:
     """The best branch of every layer that has one, along the run of the network with its present ones.
 
     With U V the branch there is and D the change of weight that would be right beside it (``LayerProblem``),
-    the new branch is the truncated SVD of D + U V in the metric, of the same rank. It is taken where rows of
-    one fold say that it is better than the present one.
+    the new branch is the truncated SVD of D + U V in the metric, of the same rank. A bias takes the mean of
+    what is left, and the metric is centred then. Both are taken where rows of one fold say that the branch
+    is better than the present one.
 
     Args:
         run: with a quantized twin that has branches.
@@ -51,7 +63,7 @@ def branches_in_metric(
             f"the metric out to refit scales and biases, or fit recovery adapters."
         )
     found: dict[str, LayerRefit] = {}
-    branches: dict[str, Branch] = {}
+    branches: dict[str, Refitted] = {}
     probed = 0 if metric == "local" else PROBED
     with processes().telling(), opened(places, rows, memory, gradients=probed > 0) as sites:
         collect(run, sites, probed=probed, progress=progress)
@@ -69,37 +81,51 @@ def branch_of(layer: object) -> Branch | None:
     return (layer.down, layer.up) if len(layer.down) else None
 
 
-def put(network: nn.Module, branches: Mapping[str, Branch]) -> None:
-    """Give layers these branches."""
+def put(network: nn.Module, branches: Mapping[str, Refitted]) -> None:
+    """Give layers these branches and biases."""
     layers = dict(network.named_modules())
-    for name, (down, up) in branches.items():
+    for name, found in branches.items():
         layer = layers[name]
         assert isinstance(layer, QuantizedLinear)
-        layer.down, layer.up = down, up
+        layer.down, layer.up, layer.bias = found
 
 
 @torch.no_grad()
-def _decided(name: str, site: Site, metric: str) -> tuple[LayerRefit, Branch | None]:
+def _decided(name: str, site: Site, metric: str) -> tuple[LayerRefit, Refitted | None]:
     layer: QuantizedLinear = site.quantized
     present = branch_of(layer)
     assert present is not None
-    rank = len(present[0])
-    measured = Measured.of(name, site, {metric})
+    said = LayerRefit(name, len(present[0]), what="branch")
+    measured = Measured.of(name, site, {metric}, centred=layer.bias is not None)
     problem = None if measured is None else measured.problem(metric, "regressed")
     if problem is None:
         why = "was not called" if measured is None else "the output does not depend on it"
-        return LayerRefit(name, rank, reason=why, what="branch"), None
+        return replace(said, reason=why), None
     stretch = 1.0 if layer.smoothing is None else layer.smoothing.float()
     old = present[0].float() / stretch, present[1].float().T
     change = problem.change + problem.metric.working(old[1].T @ old[0])
-    best = problem.metric.components(change, rank)
+    best = problem.metric.components(change, said.rank)
     down, up = (best.down.float() * stretch).to(present[0]), best.up.T.to(present[1])
     new = down.float() / stretch, up.float().T
     alone = problem.held_out.error(change)
     before, after = (alone - problem.held_out.gained(change, *b) for b in (old, new))
-    said = LayerRefit(name, rank, before / alone, after / alone, what="branch")
-    if after < before:
-        return said, (down, up)
-    return LayerRefit(
-        name, rank, said.before, said.after, None, "no gain on held-out rows", "branch"
-    ), None
+    said = replace(said, before=before / alone, after=after / alone)
+    if not after < before:
+        return replace(said, reason="no gain on held-out rows"), None
+    bias = layer.bias
+    if bias is not None:
+        change = new[1].T @ new[0] - old[1].T @ old[0]
+        bias = (bias.float() + _mean_error(site, change)).to(bias)
+    return said, Refitted(down, up, bias)
+
+
+def _mean_error(site: Site, change: Tensor) -> Tensor:
+    """(O,) the full-precision output minus that of the layer with this change (O, F), mean over all rows."""
+    mean = site.inputs.sorted()[1].mean(0)
+    bias = reference_bias(site.reference)
+    exact = reference_weight(site.reference) @ mean + (0.0 if bias is None else bias)
+    if site.outputs is not None:
+        given = site.outputs.sorted()[1].mean(0)
+    else:
+        given = site.quantized(mean.to(site.dtype)).float()
+    return exact - given - change @ mean

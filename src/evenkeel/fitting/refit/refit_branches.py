@@ -115,9 +115,10 @@ def refit_branches(
     adapts to the trajectory that the first has changed; give it other prompts, as the first has
     seen these and its branches would be judged too well on them.
 
-    With a ``metric`` branches alone are refitted, by the engine of ``fit_adapters``: the new one is the
-    truncated SVD of what should stand beside the layer, in the metric of the final sample, from the rows that
-    are kept. A layer changes where a fold of these says so. One prompt is enough.
+    With a ``metric`` layers with branches are refitted, and no others, by the engine of ``fit_adapters``: the
+    new branch is the truncated SVD of what should stand beside the layer, in the metric of the final sample,
+    from the rows that are kept; the bias takes the mean of what is left. A layer changes where a fold of the
+    rows says so. One prompt is enough.
 
     Prompt i starts from noise of seed ``seed + i``, whatever the batch size. Corrections that are
     installed are off during the run.
@@ -165,11 +166,12 @@ def refit_branches(
     _check(prompts, penalty, memory, metric, rows)
     refitted = copy.deepcopy(quantized)
     sites = _sites(refitted, run.denoiser)
+    unbiased = frozenset(site.name for site in sites if site.layer.bias is None)
     if metric is not None:
         found, branches = branches_in_metric(run, metric, rows, memory, progress=progress)
         put(refitted, branches)
         said = [found.get(s.name, LayerRefit(s.name, 0, reason="no branch")) for s in sites]
-        return _with_report(refitted, RefitReport(tuple(said), len(prompts), frozenset(found)))
+        return _with_report(refitted, RefitReport(tuple(said), len(prompts), unbiased))
     folds = min(FOLDS, len(prompts))
     groups, us = _groups(sites, memory / folds), processes()
     batches = run.lockstep_share()
@@ -200,7 +202,7 @@ def refit_branches(
     report = RefitReport(
         tuple(decided[site.name][0] for site in sites),
         len(prompts),
-        frozenset(site.name for site in sites if site.layer.bias is None),
+        unbiased,
     )
     return _with_report(refitted, report)
 
