@@ -7,9 +7,9 @@ the first one with its standard error. Nothing is chosen by these pairs.
     forms-*      W4A16, groups of 32, adapters for 11 % more bytes, 4 bits unless an arm says otherwise. All
                  arms from the same rows: 6 tokens of each image, the same at every step, and one probe per
                  image for all steps.
-    branches-*   layers with branches of rank 16 and 4-bit inputs: refit_branches (32 prompts) against the
-                 adapters' engine in place of the branch (rank 16, factors of 16 bits, D by regression or
-                 W - W_q), and the floor that rounding the inputs alone sets (weights of 8 bits).
+    branches-*   layers with branches of rank 16 and 4-bit inputs: refit_branches (32 prompts) by each layer's
+                 own error and in two metrics, with rows of the network with its branches and without them,
+                 and the floor that rounding the inputs alone sets (weights of 8 bits).
     after-*      adapters (32 prompts) for 11 % more bytes after other quantizers.
 
     python experiments/adapters_forms.py [CELL ...]     # default: all; writes ADAPTERS_FORMS.md
@@ -393,29 +393,33 @@ def branches(spec: str, pairs: int) -> list[dict[str, Any]]:
     quantized, _ = quantize_module(full, QuantizerSpec.parse(spec))
     held_out = setting.measured(quantized)
     gains = {}
-    refitted, _ = evenkeel.refit_branches(
-        setting.pipe,
-        quantized=quantized,
-        prompts=setting.kind.prompts(2 * FIT, 0),
-        num_inference_steps=setting.steps,
-        progress=False,
-        **setting.asked,
-    )
-    gains["refit_branches"] = held_out.gains_of(refitted, setting.over)
+    for metric in (None, "output", "local"):
+        label = f"refit_branches{f', metric {metric}' if metric else ''}"
+        refitted, _ = evenkeel.refit_branches(
+            setting.pipe,
+            quantized=quantized,
+            prompts=setting.kind.prompts(2 * FIT, 0),
+            num_inference_steps=setting.steps,
+            metric=metric,
+            progress=False,
+            **setting.asked,
+        )
+        gains[label] = held_out.gains_of(refitted, setting.over)
+        if metric != "local":
+            adapters, _ = setting.fit(refitted, budget=BUDGET)
+            beside = FinalSamples(setting.run(refitted, pairs, 1))
+            after = beside.gains(setting.over, adapters.layers)
+            gains[f"{label}, adapters beside it, +11 %"] = gains[label] + after
     stripped = copy.deepcopy(quantized)
     for layer in stripped.modules():
         if isinstance(down := getattr(layer, "down", None), Tensor) and len(down):
             layer.down = torch.zeros_like(down)
     beside = FinalSamples(setting.run(stripped, pairs, 1))
-    for metric in ("output", "uniform", "local"):
-        adapters, report = setting.fit(stripped, rank=16, bits=16, metric=metric)
-        target = report.candidates[report.chosen].target
+    for metric in ("output", "local"):
+        adapters, _ = setting.fit(stripped, rank=16, bits=16, metric=metric)
         before = gain(held_out.before(setting.over), beside.before(setting.over))
         found = before + beside.gains(setting.over, adapters.layers)
-        gains[f"engine of the adapters, {metric} ({target})"] = found
-    adapters, _ = setting.fit(refitted, budget=BUDGET)
-    after = FinalSamples(setting.run(refitted, pairs, 1)).gains(setting.over, adapters.layers)
-    gains["refit_branches, adapters beside it, +11 %"] = gains["refit_branches"] + after
+        gains[f"rows of the network without its branches, metric {metric}"] = found
     bits = re.sub(r"^w\d", "w8", spec)
     floor, _ = quantize_module(full, QuantizerSpec.parse(bits))
     gains[f"weights of 8 bits ({bits})"] = held_out.gains_of(floor, setting.over)
