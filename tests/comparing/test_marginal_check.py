@@ -29,6 +29,7 @@ from evenkeel.metrics.state_scores import (
     PRACTICAL,
     SCORES,
     scores_of,
+    shared_part,
     verdict_of,
 )
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -145,6 +146,18 @@ def test_states_that_differ_in_shape_or_are_not_finite_are_refused():
 
 
 # --- scores and verdict ---
+
+
+def test_the_shared_part_is_what_all_prompts_errors_have_in_common():
+    noise = torch.Generator().manual_seed(5)
+    x = [torch.randn(300, 2, 4, 4, generator=noise) for _ in range(2)]
+    common = torch.randn(1, 2, 4, 4, generator=noise)
+    y = [t + common + torch.randn(t.shape, generator=noise) for t in x]
+    found = shared_part(paired(x, y))
+    true = float(common.square().mean() / (1 + common.square().mean()))
+    assert found.low < true < found.high and found.high - found.low < 0.1
+    alone = shared_part(paired(x, [t + torch.randn(t.shape, generator=noise) for t in x]))
+    assert abs(alone.value) < 0.01
 
 
 def test_intervals_are_delete_one_jackknife():
@@ -340,7 +353,9 @@ def test_json_and_text(check):
         assert values == sorted(values)
     assert read["ranking"]["squared_error"] == ["oracle", "identity", "sabotage"]
     assert read["ranking"]["marginal"][0] == "oracle"
+    assert -0.5 < read["shared"]["value"] < 1
     text = check_text(check)
+    assert "is the same for every prompt" in text
     assert text.index("\noracle ") < text.index("\nidentity ") < text.index("\nsabotage ")
     assert f"By the marginal: {', '.join(read['ranking']['marginal'])}." in text
     lines = {line.split("  ")[0]: line for line in text.splitlines()}

@@ -27,7 +27,14 @@ from evenkeel.hosts.processes import Processes, processes
 from evenkeel.hosts.run import Batch, Run
 from evenkeel.hosts.scheduler.interception import Interceptor, watched
 from evenkeel.metrics.mean import mean_difference
-from evenkeel.metrics.state_scores import PRACTICAL, SCORES, Verdict, scores_of, verdict_of
+from evenkeel.metrics.state_scores import (
+    PRACTICAL,
+    SCORES,
+    Verdict,
+    scores_of,
+    shared_part,
+    verdict_of,
+)
 from evenkeel.statistics.marginals import Curves, PairedRun, PairedStates
 
 
@@ -72,6 +79,7 @@ class MarginalCheck:
         prompts: how many.
         num_inference_steps: of the sampler.
         quantized: the quantized arm's states against full precision, per step.
+        shared: share of its final squared error that is the same for every prompt.
         arms: one per correction that could be applied.
         not_applicable: for the others, by name, the reason.
 
@@ -80,6 +88,7 @@ class MarginalCheck:
     prompts: int
     num_inference_steps: int
     quantized: Curves
+    shared: Estimate | None
     arms: list[ArmCheck]
     not_applicable: dict[str, str]
 
@@ -105,6 +114,7 @@ class MarginalCheck:
             "num_inference_steps": self.num_inference_steps,
             "practical_size": PRACTICAL,
             "quantized": self.quantized.as_dict(),
+            "shared": self.shared and self.shared.as_dict(),
             "arms": [a.as_dict() for a in self.arms],
             "ranking": {score: [arm.name for arm in self.ranked(score)] for score in SCORES},
             "not_applicable": dict(self.not_applicable),
@@ -168,8 +178,8 @@ def marginal_check(
         extra = _extra(seen.seconds[name], seen.seconds[base])
         curves = seen.states[name].curves()
         found.append(ArmCheck(name, *verdict_of(scores), scores, curves, extra))
-    quantized = seen.states[base].curves()
-    return MarginalCheck(len(prompts), num_inference_steps, quantized, found, seen.reasons)
+    quantized, shared = seen.states[base].curves(), shared_part(seen.states[base])
+    return MarginalCheck(len(prompts), num_inference_steps, quantized, shared, found, seen.reasons)
 
 
 @dataclass(frozen=True)

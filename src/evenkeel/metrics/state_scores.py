@@ -90,6 +90,19 @@ def scores_of(arm: PairedStates, quantized: PairedStates, resolution: float) -> 
     }
 
 
+def shared_part(sampler: PairedStates) -> Estimate:
+    """Share of a sampler's final squared error that is the same for every prompt, |E delta|^2 / E |delta|^2.
+
+    What a correction that moves every state alike (TAC's input bias) can take off at most; unbiased, so it
+    may be below 0 where nothing is shared. With delete-one jackknife interval over prompts.
+    """
+    shared, squared = (
+        systematic_part(sampler.final_error),
+        mean_of(sampler.squared_error[:, -1]),
+    )
+    return _leaving_one_out(lambda i: shared(i) / squared(i), len(sampler.final_error))
+
+
 def verdict_of(scores: Mapping[str, Estimate]) -> tuple[Verdict, float]:
     """Verdict and confidence by the rule of the module's description.
 

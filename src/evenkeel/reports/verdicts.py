@@ -30,7 +30,7 @@ LEGEND = (
 def check_text(check: MarginalCheck) -> str:
     """One line per correction, then the corrections that do not apply, with the reasons.
 
-    >>> check_text(MarginalCheck(32, 20, None, [], {"q-drift": "no step has noise"})).splitlines()[-1]
+    >>> check_text(MarginalCheck(32, 20, None, None, [], {"q-drift": "no step has noise"})).splitlines()[-1]
     '- q-drift: no step has noise'
     """
     lines = [
@@ -38,6 +38,11 @@ def check_text(check: MarginalCheck) -> str:
         f"the same noise",
         "",
     ]
+    if check.shared is not None:
+        lines[1:1] = [
+            f"Of the quantized arm's squared error {_plain(check.shared)} is the same for every prompt: "
+            f"the most that an input bias can take"
+        ]
     if check.arms:
         rows = [HEADINGS, *(_row(arm) for arm in check.ranked())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -88,3 +93,7 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
+
+
+def _plain(e: Estimate) -> str:
+    return f"{e.value:.1%} [{e.low:.1%}, {e.high:.1%}]"
