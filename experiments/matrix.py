@@ -100,6 +100,7 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
         "quantizer": spec,
         "images": images,
         "features": features_of(makers.record),
+        "shared": makers.shared.as_dict(),
         "quantized": {k: quantized_arm[k].value for k in KEYS},
         "refused": refused,
         "changes": {

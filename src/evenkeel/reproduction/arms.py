@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from evenkeel.comparing.comparison import standard_arms
+from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import TAC, Composite, Correction
 from evenkeel.corrections.catalogue import ALL, FORMS, available
 from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import EvenkeelError
+from evenkeel.estimate import Estimate
 from evenkeel.fitting import calibrate
 from evenkeel.fitting.adapters.fit_adapters import fit_adapters
 from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
@@ -66,6 +69,18 @@ class Makers:
     def record(self) -> Record:
         """Of all calibration prompts."""
         return calibrate(self.run.pipeline, trajectory=self.trajectory, **self._asked)
+
+    @cached_property
+    def shared(self) -> Estimate:
+        """Share of the quantized sampler's state error that all prompts have in common, of 32 of them."""
+        asked = {k: v for k, v in self._asked.items() if k not in ("quantized", "seed")}
+        found = marginal_check(
+            self.run.pipeline,
+            standard_arms(self.run.pipeline, self.run.pair[1], {}),
+            **asked | {"prompts": self.run.prompts.values[:32]},
+        ).shared
+        assert found is not None
+        return found
 
     @cached_property
     def evidence(self) -> Evidence:

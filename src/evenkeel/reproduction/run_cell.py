@@ -30,7 +30,18 @@ KIND = Kind(
     "reproduced cell",
     1,
     "run the cell again",
-    keys=("row", "severity", "twin", "quantizer", "images", "verdict", "refused", "arms"),
+    keys=(
+        "row",
+        "severity",
+        "twin",
+        "quantizer",
+        "images",
+        "calibration_prompts",
+        "shared",
+        "verdict",
+        "refused",
+        "arms",
+    ),
 )
 # Plain rounding from mild to harsh, for a damage that is the paper's.
 LADDER = ("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64", "w2a8-g32")
@@ -103,6 +114,8 @@ def run_cell(
         "twin": cell.twin,
         "quantizer": quantizer,
         "images": count,
+        "calibration_prompts": cell.calibration_prompts,
+        "shared": makers.shared.as_dict(),
         "verdict": vars(_verdict(row, results)),
         "refused": refused,
         "arms": [arm.as_dict() for arm in results.values()],
