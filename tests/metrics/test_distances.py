@@ -27,6 +27,8 @@ import evenkeel.metrics as metrics
 from evenkeel.errors import MetricError
 from evenkeel.metrics import (
     Gaussian,
+    cmmd,
+    cmmd_difference,
     frechet_between,
     frechet_difference,
     frechet_distance,
@@ -205,6 +207,28 @@ def test_kernel_distance_equals_torchmetrics() -> None:
     theirs.update(fake, real=False)
     ours = kernel_distance(FirstPixels()(fake), FirstPixels()(real)).value
     assert ours == pytest.approx(float(theirs.compute()[0]), rel=1e-9)
+
+
+def cmmd_as_published(x: Tensor, y: Tensor) -> float:
+    """Of the paper's code, equal indices too: 1000 (mean k_xx + mean k_yy - 2 mean k_xy)."""
+    kernels = [
+        torch.exp(-torch.cdist(a, b).square() / 200).mean() for a, b in ((x, x), (y, y), (x, y))
+    ]
+    return 1000 * float(kernels[0] + kernels[1] - 2 * kernels[2])
+
+
+def test_cmmd_is_the_published_one_but_for_equal_indices() -> None:
+    x, y = (torch.nn.functional.normalize(correlated(n, 5, seed=n)) for n in (40, 30))
+    within = [torch.exp(-torch.cdist(a, a).square() / 200) for a in (x, y)]
+    extra = sum(
+        1000 * (1 - float((k.sum() - n) / (n * (n - 1)))) / n
+        for k, n in zip(within, (40, 30), strict=True)
+    )
+    assert cmmd(x, y).value == pytest.approx(cmmd_as_published(x, y) - extra, abs=1e-9)
+    change = cmmd_difference(x[:30], x[10:], y)
+    assert change.value == pytest.approx(cmmd(x[:30], y).value - cmmd(x[10:], y).value, abs=1e-9)
+    same = cmmd(x, x.clone(), paired_reference=True)
+    assert abs(same.value) < 1e-9
 
 
 def test_kernel_distance_of_identical_pairs_is_zero() -> None:

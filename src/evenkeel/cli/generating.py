@@ -161,8 +161,10 @@ def add_compare(commands: Any) -> None:
     )
     parser.add_argument(
         "--evaluator",
-        metavar="KIND:FOLDER",
-        help="clip or dinov2 and a local folder of its weights (default: the twin's own, if it is one)",
+        action="append",
+        metavar="KIND:PLACE",
+        help="clip:FOLDER, dinov2:FOLDER, inception:FILE, inception-adm:FILE, torchscript:FILE, lpips:NET, "
+        "imagereward:MODEL (repeatable; beside the twin's own, if it is one)",
     )
     output(parser, comparison, default=Path("evenkeel-compare"), help="folder")
 
@@ -171,6 +173,7 @@ def _run_compare(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import evaluator_for, load_prompts, references_for
     from evenkeel.comparing.comparison import compare, standard_arms
     from evenkeel.comparing.evaluators import evaluator_named
+    from evenkeel.comparing.packaged_evaluators import Several
     from evenkeel.corrections import applicable
     from evenkeel.errors import EvenkeelError
     from evenkeel.hosts.processes import processes
@@ -186,9 +189,11 @@ def _run_compare(options: argparse.Namespace) -> None:
         enough_images(options.images)
     names = None if options.corrections == "all" else options.corrections.split(",")
     chosen, reasons, record = corrections(options.record, names)
-    evaluator = None if options.evaluator is None else evaluator_named(options.evaluator)
+    asked = [evaluator_named(text) for text in options.evaluator or ()]
     pipeline, quantized, settings = loaded(options)
-    evaluator = evaluator or evaluator_for(pipeline)
+    evaluator = evaluator_for(pipeline)
+    if asked:
+        evaluator = Several([*asked, evaluator])
     prompts = load_prompts(options.prompts, pipeline, options.images, options.seed + 1)
     law = Run(pipeline, prompts, **settings).law(quantized)
     chosen, others = applicable(chosen, law, allow_range="range" in options.allow)

@@ -321,8 +321,9 @@ def _add_further(
 
 
 def _features(evaluator: Evaluator | None, images: Tensor) -> Tensor | None:
-    if evaluator is None:
+    if not hasattr(evaluator, "features"):  # nothing, or one that sees pairs alone
         return None
+    assert evaluator is not None
     with torch.no_grad():
         return torch.cat([evaluator.features(part) for part in torch.split(images, 256)])
 
@@ -330,8 +331,9 @@ def _features(evaluator: Evaluator | None, images: Tensor) -> Tensor | None:
 def _matches(
     evaluator: Evaluator | None, images: Tensor, prompts: Sequence[Prompt]
 ) -> Tensor | None:
-    if evaluator is None:
+    if not hasattr(evaluator, "matches"):
         return None
+    assert evaluator is not None
     with torch.no_grad():
         return evaluator.matches(images, prompts)
 

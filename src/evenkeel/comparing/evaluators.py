@@ -1,50 +1,59 @@
-"""Networks that people know as evaluators, from weights on this machine; transformers is all they need."""
+"""Networks that people know as evaluators, from weights on this machine: what --evaluator takes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.comparing.packaged_evaluators import ImageReward, Inception, Lpips, Script
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.pipeline.prompts import Prompt
 
-KINDS = ("clip", "dinov2")
+FORMS = (
+    "clip:FOLDER",
+    "dinov2:FOLDER",
+    "inception:FILE",
+    "inception-adm:FILE",
+    "torchscript:FILE",
+    "lpips:NET",
+    "imagereward:MODEL",
+)
 # No file says these where there is no preprocessor_config.json.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_MEAN, _CLIP_STD = (0.4814547, 0.4578275, 0.4082107), (0.2686295, 0.2613026, 0.2757771)
-_ELSEWHERE = {
-    "inception": "pip install torch-fidelity, save its features, and pass them to evenkeel.metrics",
-    "lpips": "pip install lpips, and give compare() an evaluator with its activations",
-    "imagereward": "pip install image-reward, and give compare() an evaluator with its score",
-}
 
 
 def evaluator_named(text: str) -> Any:
-    """``clip:FOLDER`` or ``dinov2:FOLDER``; the folder as ``save_pretrained`` of transformers writes it.
+    """An evaluator of one of ``FORMS``.
+
+    A folder is as ``save_pretrained`` of transformers writes it. ``inception`` resizes as clean-fid, and
+    ``inception-adm`` as ADM's code.
 
     Raises:
-        EvenkeelError: another kind (says where it can be had), or a folder without a ``config.json``.
+        EvenkeelError: another kind, a folder without a ``config.json``, no such file.
+        MissingExtra: it needs a package that is not there; says which.
 
     """
     kind, _, place = text.partition(":")
-    if kind in _ELSEWHERE:
-        raise EvenkeelError(f"--evaluator {kind} is not built in: {_ELSEWHERE[kind]}.")
-    if kind not in KINDS or not place:
-        raise EvenkeelError(
-            f"expected --evaluator {' or '.join(f'{k}:FOLDER' for k in KINDS)}, got {text!r}."
-        )
+    made = _MADE.get(kind)
+    if made is None or (not place and kind not in ("lpips", "imagereward")):
+        raise EvenkeelError(f"expected --evaluator {', '.join(FORMS)}; got {text!r}.")
+    return made(place)
+
+
+def _folder(place: str) -> Path:
     folder = Path(place)
     if not (folder / "config.json").is_file():
         raise EvenkeelError(
-            f"{folder} holds no config.json: expected a folder of transformers with the weights of {kind}. "
-            "Download it once and name the folder."
+            f"{folder} holds no config.json: expected a folder of transformers with weights and "
+            "configuration. Download it once and name the folder."
         )
-    return Clip(folder) if kind == "clip" else Dinov2(folder)
+    return folder
 
 
 class _Seeing:
@@ -70,10 +79,10 @@ class _Seeing:
 
 
 class Clip(_Seeing):
-    """Image embeddings of unit length, whose kernel distance is near CMMD's; and the CLIP score.
+    """Image embeddings of unit length, on which CMMD is measured; and the CLIP score.
 
-    score = 100 max(cos(image, text), 0) (Hessel et al. 2021, arXiv:2104.08718, without its 2.5). CMMD
-    (Jayasumana et al. 2024, arXiv:2401.09603) has a Gaussian kernel where the kernel distance here is cubic.
+    score = 100 max(cos(image, text), 0) (Hessel et al. 2021, arXiv:2104.08718, without its 2.5). CMMD is
+    published with ViT-L/14 at 336 pixels (Jayasumana et al. 2024, arXiv:2401.09603).
 
     Args:
         folder: of a ``CLIPModel`` with its tokenizer.
@@ -93,6 +102,8 @@ class Clip(_Seeing):
         pooled = self._model.vision_model(pixel_values=self._prepared(images)).pooler_output
         found: Tensor = torch.nn.functional.normalize(self._model.visual_projection(pooled))
         return found
+
+    embeddings = features
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -130,3 +141,14 @@ class Dinov2(_Seeing):
         """(n, 3, H, W) in [0, 1] to (n, d)."""
         found: Tensor = self._model(pixel_values=self._prepared(images)).pooler_output
         return found
+
+
+_MADE: dict[str, Callable[[str], Any]] = {
+    "clip": lambda place: Clip(_folder(place)),
+    "dinov2": lambda place: Dinov2(_folder(place)),
+    "inception": lambda place: Inception(Path(place), adm=False),
+    "inception-adm": lambda place: Inception(Path(place), adm=True),
+    "torchscript": lambda place: Script(Path(place)),
+    "lpips": Lpips,
+    "imagereward": ImageReward,
+}

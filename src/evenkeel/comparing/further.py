@@ -12,6 +12,8 @@ from torch import Tensor
 from evenkeel.estimate import Estimate
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.metrics import (
+    cmmd,
+    cmmd_difference,
     frechet_difference,
     frechet_distance,
     inception_score,
@@ -30,8 +32,9 @@ from evenkeel.metrics import (
 from evenkeel.metrics.precision_recall import NEIGHBOURS
 
 CHUNK = 256
-SETS = {"spatial_frechet": "spatial", "kernel": "features"}
+SETS = {"spatial_frechet": "spatial", "kernel": "features", "cmmd": "embeddings"}
 _DISTANCES = {
+    "cmmd": (cmmd, cmmd_difference),
     "spatial_frechet": (frechet_distance, frechet_difference),
     "kernel": (kernel_distance, kernel_difference),
 }
@@ -48,6 +51,7 @@ class Sight:
         perceptual: (n,) distance to the first arm's pictures; None for real ones.
         statistics: of the pictures themselves, (n,) each.
         prompt_score: (n,) how well each picture fits its prompt.
+        embeddings: (n, d) of unit length, as CMMD compares CLIP's.
 
     """
 
@@ -57,6 +61,7 @@ class Sight:
     perceptual: Tensor | None
     statistics: Mapping[str, Tensor]
     prompt_score: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 def seen(
@@ -69,8 +74,9 @@ def seen(
     """Everything that an evaluator shows of images (n, 3, H, W) in [0, 1].
 
     Beside ``features`` it may have ``spatial``, ``posterior`` and ``activations``, of the same images: a
-    matrix (n, places), one (n, classes), and a list of (n, channels, height, width); and ``score``, (n,) of
-    images and their prompts.
+    matrix (n, places), one (n, classes), and a list of (n, channels, height, width); ``perceptual``, (n,) of
+    two sets of images, in the place of what activations give; ``score``, (n,) of images and their prompts;
+    and ``embeddings``, what CMMD compares, (n, d) of unit length.
     """
 
     def all_of(name: str) -> Tensor | None:
@@ -78,13 +84,18 @@ def seen(
         return None if look is None else torch.cat([look(p) for p in torch.split(images, CHUNK)])
 
     look = getattr(evaluator, "activations", None)
-    perceptual = None
+    apart: Callable[[Tensor, Tensor], Tensor] | None = getattr(evaluator, "perceptual", None)
+    if apart is None and look is not None:
+
+        def apart(a: Tensor, b: Tensor) -> Tensor:
+            return per_image_perceptual_distance(look(a), look(b))
+
+    perceptual, embeddings = None, getattr(evaluator, "embeddings", None)
+    same = embeddings is not None and embeddings == getattr(evaluator, "features", None)
     with torch.no_grad():
-        if first is not None and look is not None:
+        if first is not None and apart is not None:
             pairs = zip(torch.split(images, CHUNK), torch.split(first, CHUNK), strict=True)
-            perceptual = torch.cat(
-                [per_image_perceptual_distance(look(a), look(b)) for a, b in pairs]
-            )
+            perceptual = torch.cat([apart(a, b) for a, b in pairs])
         return Sight(
             features,
             all_of("spatial"),
@@ -94,6 +105,7 @@ def seen(
             evaluator.score(images, prompts)
             if prompts is not None and hasattr(evaluator, "score")
             else None,
+            features if same else all_of("embeddings"),
         )
 
 

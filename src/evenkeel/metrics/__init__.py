@@ -16,6 +16,8 @@ from evenkeel.metrics.inputs import BlackImages as BlackImages
 from evenkeel.metrics.inputs import black_rows as black_rows
 from evenkeel.metrics.jackknife import jackknife as jackknife
 from evenkeel.metrics.jackknife import jackknife_estimate as jackknife_estimate
+from evenkeel.metrics.kernel_distance import cmmd as cmmd
+from evenkeel.metrics.kernel_distance import cmmd_difference as cmmd_difference
 from evenkeel.metrics.kernel_distance import kernel_difference as kernel_difference
 from evenkeel.metrics.kernel_distance import kernel_distance as kernel_distance
 from evenkeel.metrics.mean import mean_difference as mean_difference
@@ -38,6 +40,8 @@ __all__ = [
     "Gaussian",
     "alignment",
     "black_rows",
+    "cmmd",
+    "cmmd_difference",
     "frechet_between",
     "frechet_difference",
     "frechet_distance",

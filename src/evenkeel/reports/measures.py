@@ -105,6 +105,13 @@ FURTHER: tuple[Measure, ...] = (
         "lower",
     ),
     Measure(
+        "cmmd_full_precision",
+        "CMMD to full precision",
+        "CMMD, a kernel distance of CLIP's embeddings, to the full-precision pictures",
+        "lower",
+    ),
+    Measure("cmmd_reference", "CMMD to held-out", "the same to held-out real pictures", "lower"),
+    Measure(
         "inception_score",
         "class score",
         "the inception score with the evaluator's own classes",
