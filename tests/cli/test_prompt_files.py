@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from evenkeel.cli import sources
 from evenkeel.cli.prompt_files import read_prompts
 from evenkeel.errors import EvenkeelError
 
@@ -178,6 +179,24 @@ def test_labels_and_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read(tmp_path, "cat\n", labels=True)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff" + "\n".join(TWO)))
     assert read_prompts("-", TAKES).texts == TWO
+
+
+def test_rows_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "call_parameters", lambda pipeline: {"prompt"})
+    file = tmp_path / "many.txt"
+    file.write_text("\n".join(f"p{i}" for i in range(10)))
+
+    def read(rows: str, n: int | None = None) -> list[str]:
+        return list(sources.load_prompts(f"{file}{rows}", None, n, 0).values)
+
+    assert read("#:4") == ["p0", "p1", "p2", "p3"] and read("#8:") == ["p8", "p9"]
+    assert read("#4:8", 2) == ["p4", "p5"] and len(read("")) == 10
+    with pytest.raises(EvenkeelError, match="no prompts in the rows of"):
+        read("#10:20")
+    with pytest.raises(EvenkeelError, match="holds 2 prompts, 3 were asked for"):
+        read("#8:", 3)
+    (tmp_path / "many.txt#0:1").write_text("odd")
+    assert read("#0:1") == ["odd"]
 
 
 @pytest.mark.parametrize(

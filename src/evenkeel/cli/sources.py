@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,20 @@ def references_for(pipeline: Any, prompts: Prompts, seed: int) -> Tensor | None:
     return None if found is None else found[1].references([*prompts], seed)
 
 
+def _rows_of(source: str) -> tuple[str, slice]:
+    """``FILE#5000:10000`` as the file and its rows; a file that is called so is taken whole."""
+    found = re.fullmatch(r"(.+)#(\d*):(\d*)", source)
+    if found is None or Path(source).exists():
+        return source, slice(None)
+    first, last = (int(number) if number else None for number in found.groups()[1:])
+    return found[1], slice(first, last)
+
+
 def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> Prompts:
     """The first ``n`` prompts of a file (``-`` for standard input; see ``read_prompts``), or the twin's own.
 
-    Where the pipeline takes class labels, prompts are numbers.
+    ``FILE#5000:10000`` is these rows of it, counted from 0. Where the pipeline takes class labels, prompts
+    are numbers.
 
     Raises:
         EvenkeelError: no file and no twin, a file that cannot be read, fewer prompts than asked for, or
@@ -197,7 +208,11 @@ def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) ->
             )
         return Prompts.of(found[1].prompts(n or 32, seed))
     known = call_parameters(pipeline)
-    prompts = read_prompts(source, known, labels="prompt" not in known and "class_labels" in known)
+    file, rows = _rows_of(source)
+    prompts = read_prompts(file, known, labels="prompt" not in known and "class_labels" in known)
+    prompts = prompts[rows]
+    if not len(prompts):
+        raise EvenkeelError(f"{file} holds no prompts in the rows of {source}.")
     if n is not None and len(prompts) < n:
         raise EvenkeelError(f"{source} holds {len(prompts)} prompts, {n} were asked for.")
     return prompts[:n]
