@@ -40,6 +40,7 @@ FIRST, LAST, FINE, DEPLOYED = 980, 20, 120, 20
 INTERVALS = (5, 10, 20, 40)
 IMAGES, GUIDANCE = 4, 1.5
 SHOWN = ("quantized", "same-state", "sa-qlora")  # per interval, on the page; the file has all
+COLOURS = ("#000000", "#c1440e", "#1b6ca8", "#2e8b57", "#8a5fbf", "#b8860b", "#999999")
 TERMS = ("truncation", "quantization", "bound", "deviation")
 Predict = Callable[[Tensor, int], Tensor]
 
@@ -182,7 +183,7 @@ def measured(models: Path, place: Path) -> dict[str, Any]:
             found["terms"][name] = {str(k): terms(solver, k, exact, full, predict) for k in (1, 2)}
         found["orders"][name] = orders(solver, noise, predict, exact[LAST])
         write_atomically(place, json.dumps(found, separators=(",", ":")) + "\n")
-        write_atomically(HERE / "SAMPLING_AWARE_ORDER.md", table(found))
+        publish(found)
     return found
 
 
@@ -191,6 +192,8 @@ def table(found: dict[str, Any]) -> str:
     lines = ["# Sampling-aware quantization: order, error terms, curvature", ""]
     lines += (__doc__ or "").strip().splitlines()[2:-2]
     lines += [
+        "",
+        "![order, terms and curvature](sampling_aware_order.svg)",
         "",
         f"{found['images']} images; the fine solution has {found['fine']} intervals of order 2.",
         "",
@@ -226,12 +229,55 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def figure(found: dict[str, Any], place: Path) -> None:
+    """The three questions as panels: order, terms of every interval, curvature."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "order", "svg.fonttype": "none", "font.size": 8}
+    from matplotlib import pyplot
+
+    start = found["orders"]["quantized"]
+    names = [n for n, row in found["orders"].items() if n == "quantized" or row != start]
+    colours = dict(zip(names, COLOURS, strict=False))
+    picture, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
+    for name in names:
+        for order, line in ((1, "--"), (2, "-")):
+            errors = found["orders"][name][f"order {order}, exact"]["errors"].values()
+            label = f"{name}, order {order}"
+            left.loglog(INTERVALS, list(errors), line, marker=".", color=colours[name], label=label)
+    left.set_xticks(INTERVALS, [str(n) for n in INTERVALS])
+    left.minorticks_off()
+    left.set(xlabel="intervals", ylabel="RMS error of the final latents", title="Order")
+    left.legend(fontsize=6)
+    for term, style in zip(TERMS, ("-", "-", ":", "--"), strict=True):
+        rows = found["terms"]["quantized"]["2"]
+        middle.semilogy(
+            [r["timestep"] for r in rows], [r[term] for r in rows], style, marker=".", label=term
+        )
+    middle.invert_xaxis()
+    middle.set(xlabel="timestep", ylabel="RMS", title="Terms of each interval, quantized, order 2")
+    middle.legend(fontsize=6)
+    values = [found["curvature"][n]["change"] for n in names]
+    right.barh(names, values, color=[colours[n] for n in names])
+    right.invert_yaxis()
+    right.set(xlabel="squared change of direction over its size", title="Curvature in an interval")
+    picture.tight_layout()
+    picture.savefig(place, metadata={"Date": None})
+
+
+def publish(found: dict[str, Any]) -> None:
+    """The page and its figure."""
+    write_atomically(HERE / "SAMPLING_AWARE_ORDER.md", table(found))
+    figure(found, HERE / "sampling_aware_order.svg")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--models", type=Path, default=MODELS, help="of one cell of sampling_aware.py"
     )
-    measured(parser.parse_args().models, HERE / "sampling_aware_order.json")
+    publish(measured(parser.parse_args().models, HERE / "sampling_aware_order.json"))
 
 
 if __name__ == "__main__":
