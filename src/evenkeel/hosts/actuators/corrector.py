@@ -109,8 +109,8 @@ class Corrector(Interceptor):
         if output.shape != sample.shape:
             raise UnsupportedSampler(
                 f"{type(scheduler).__name__} is handed outputs of shape {tuple(output.shape)} for "
-                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); "
-                f"{self.correction.name} edits plain outputs only."
+                f"samples of {tuple(sample.shape)}; {self.correction.name} edits outputs of the sample's "
+                f"shape, with or without as many channels of a learned variance."
             )
         if change.std is not None and (self._noise is None or len(self._noise) != len(sample)):
             self._noise = ImageNoise(sample, change.seed)

@@ -134,8 +134,8 @@ class Requery(Interceptor):
         if output.shape != sample.shape:
             raise UnsupportedSampler(
                 f"{type(scheduler).__name__} is handed outputs of shape {tuple(output.shape)} for "
-                f"samples of {tuple(sample.shape)} (a learned variance beside the noise); a correction "
-                f"that asks again edits plain outputs only."
+                f"samples of {tuple(sample.shape)}; a correction that asks again edits outputs of the "
+                f"sample's shape, with or without as many channels of a learned variance."
             )
         if self._index == 0:
             # The first state is the same whatever the batch; later ones only up to rounding.

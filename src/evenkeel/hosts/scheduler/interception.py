@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evenkeel.hosts.scheduler.groups import Group, Held
@@ -241,6 +242,7 @@ def _intercepted(
     arguments: dict[str, Any],
 ) -> Any:
     output, sample = arguments["model_output"], arguments["sample"]
+    output, variance = _apart(output, sample)
     dtype = sample.dtype
     extra = {k: v for k, v in arguments.items() if k not in _FIXED}
     wide = False
@@ -252,7 +254,8 @@ def _intercepted(
         output, sample = _widened(output), _widened(sample)
     for interceptor in interceptors:
         output = interceptor.edit(scheduler, output, sample)
-    given = {**arguments, "model_output": output, "sample": sample}
+    whole = output if variance is None else torch.cat([output, variance.to(output)], 1)
+    given = {**arguments, "model_output": whole, "sample": sample}
     # By position what came so: a wrapper may take no names.
     by_place = [given.pop(name) for name in placed]
     out = inner(*by_place, **given)
@@ -266,6 +269,17 @@ def _intercepted(
         return (result, *out[1:])
     out.prev_sample = result
     return out
+
+
+def _apart(output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A prediction, and the learned variance that some networks give as further channels.
+
+    The schedulers that know of it part them at this place; nobody corrects the variance.
+    """
+    channels = sample.shape[1] if sample.ndim > 1 else 0
+    if output.shape != (*sample.shape[:1], 2 * channels, *sample.shape[2:]):
+        return output, None
+    return output[:, :channels], output[:, channels:]
 
 
 def _widened(tensor: Tensor) -> Tensor:

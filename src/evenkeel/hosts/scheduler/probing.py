@@ -156,6 +156,10 @@ class _ProbeRun:
         self.step_kwargs = step_kwargs
         self.index = 0
         self.noise = torch.zeros(0)
+        self._learns_variance = (
+            "DDPMScheduler" in _kinds(scheduler)
+            and scheduler.config.get("variance_type") == "learned_range"
+        )
 
     def next_noise(self, shape: tuple[int, ...]) -> Tensor:
         return self.noise.reshape(shape)
@@ -169,9 +173,12 @@ class _ProbeRun:
         x = column(sample)
         if hasattr(self.scheduler, "scale_model_input"):
             self.scheduler.scale_model_input(x, timestep)
+        output = column(model_output)
+        if self._learns_variance:  # half way between the least and the most that it can be
+            output = torch.cat([output, torch.zeros_like(output)], 1)
         try:
             result = self.scheduler.step(
-                column(model_output), timestep, x, return_dict=False, **self.step_kwargs
+                output, timestep, x, return_dict=False, **self.step_kwargs
             )[0]
         except TypeError as e:
             raise UnsupportedSampler(
