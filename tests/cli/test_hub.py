@@ -96,7 +96,9 @@ def test_a_record_goes_up_with_a_card_and_its_id_is_a_path(
     assert synthetic_record.same(found, synthetic_record.WHOLE)  # type: ignore[arg-type]
 
 
-def test_a_quantized_denoiser_goes_up_and_down(there: Hub, tmp_path: Path) -> None:
+def test_a_quantized_denoiser_goes_up_and_down(
+    there: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     net: nn.Module = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=4
@@ -119,6 +121,12 @@ def test_a_quantized_denoiser_goes_up_and_down(there: Hub, tmp_path: Path) -> No
     name = "transformer_blocks.0.attn1.to_q"
     assert torch.equal(found.get_submodule(name).weight, quantized.get_submodule(name).weight)
     assert main(["pull", "me/small", "--out", "again"]) == 1  # nothing is written over
+    (tmp_path / ".third.part" / "half").mkdir(parents=True)  # as a killed pull leaves it
+    assert main(["pull", "me/small", "--out", "third"]) == 0
+    assert not (tmp_path / "third" / "half").exists() and not (tmp_path / ".third.part").exists()
+    (tmp_path / "file").write_text("mine")
+    assert main(["pull", "me/nothing", "--out", "file/below"]) == 1
+    assert "is a file" in capsys.readouterr().err  # before anything is asked of the hub
 
 
 def test_what_could_execute_does_not_go_up(

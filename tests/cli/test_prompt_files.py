@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from evenkeel.cli import sources
 from evenkeel.cli.prompt_files import read_prompts
+from evenkeel.cli.sources import _first
 from evenkeel.errors import EvenkeelError
+from evenkeel.zoo.pictures import KINDS
 
 TWO = ["a cat on a mat", "two dogs, in the rain"]
 TAKES = {"prompt", "negative_prompt", "image", "mask_image", "prompt_embeds", "height"}
@@ -230,3 +232,9 @@ def test_restore_measures_on_prompts_that_it_does_not_fit_on(
     if holds == 3:
         with pytest.raises(EvenkeelError, match="holds 3 prompts, 4 were asked for"):
             _prompts(Namespace(**{**vars(asked), "count": 4}), Pipeline())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_more_of_a_twins_prompts_are_the_same_ones_and_others(name: str) -> None:
+    few, many = (_first(n, KINDS[name], 3) for n in (8, 300))
+    assert len(few) == 8 and len(many) == 300 and many[:8] == few

@@ -82,6 +82,22 @@ def test_images_are_kept_and_reused(tiny, quantized, tmp_path):
         run(tiny, other, folder=tmp_path)
 
 
+def test_more_images_take_those_that_are_kept_and_make_the_others(tiny, quantized, tmp_path):
+    prompts = [f"prompt {i}" for i in range(16)]
+    asked = {"batch_size": 4, "num_inference_steps": 2}
+    run(tiny, quantized, prompts=prompts[:8], folder=tmp_path / "grown", **asked)
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "grown").rglob("*.safetensors")}
+    calls = []
+    hook = quantized.register_forward_pre_hook(lambda *_: calls.append(1))
+    grown = run(tiny, quantized, prompts=prompts, folder=tmp_path / "grown", **asked)
+    made, calls[:] = len(calls), []
+    whole = run(tiny, quantized, prompts=prompts, folder=tmp_path / "whole", **asked)
+    hook.remove()
+    assert 2 * made == len(calls)
+    assert kept == {f: f.stat().st_mtime_ns for f in kept}
+    assert all(torch.equal(grown.images[name], whole.images[name]) for name in whole.images)
+
+
 def test_images_that_were_changed_on_disk_are_refused(tiny, quantized, tmp_path):
     run(tiny, quantized, folder=tmp_path)
     path = max(tmp_path.rglob("*.safetensors"))

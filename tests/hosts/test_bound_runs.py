@@ -382,6 +382,21 @@ class Proxy:
         return getattr(self.__dict__["inner"], name)
 
 
+class Logging(Proxy):
+    """Stands in front of a scheduler and takes its steps itself."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, **named: Any) -> Any:
+        return self.inner.step(model_output, timestep, sample, **named)
+
+    def set_timesteps(self, *args: Any, **named: Any) -> Any:
+        return self.inner.set_timesteps(*args, **named)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value) if name != "__class__" else super().__setattr__(
+            name, value
+        )
+
+
 def wrapped(scheduler: Any, *names: str) -> Any:
     """As a logger, or a parallel cache, does it."""
     for name in names:
@@ -417,6 +432,19 @@ def test_a_subclass_that_takes_whatever_it_is_given_is_corrected(rig: Rig, name:
     evenkeel.apply(rig.pipe, found, allow=("scheduler",))
     assert torch.equal(rig.sample(), corrected)
     evenkeel.remove(rig.pipe)
+
+
+@pytest.mark.parametrize("name", ["drift", "readout"])
+def test_a_scheduler_behind_a_proxy_is_known_for_what_it_is(rig: Rig, name: str) -> None:
+    found = correction(rig, name)
+    with evenkeel.applied(rig.pipe, found):
+        corrected = rig.sample()
+    rig.pipe.scheduler = Logging(rig.own_scheduler())
+    evenkeel.apply(rig.pipe, found, allow=("scheduler",))
+    assert torch.equal(rig.sample(), corrected)
+    evenkeel.remove(rig.pipe)
+    law = evenkeel.probe_scheduler(rig.pipe.scheduler)
+    assert law.sampler == type(rig.pipe.scheduler.inner).__name__
 
 
 def test_what_only_stands_in_front_of_a_scheduler_is_refused(rig: Rig) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from evenkeel.cli import main
-from evenkeel.errors import EvenkeelError
+from evenkeel.errors import EvenkeelError, StorageError
 from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
 from evenkeel.reproduction.page import page
-from evenkeel.reproduction.run_cell import run_cell
+from evenkeel.reproduction.run_cell import KIND, claim_cell, is_kept, run_cell
+from evenkeel.storage import write_json
 
 ROW = Row(
     "1-tiny",
@@ -77,6 +78,20 @@ def test_a_row_without_a_cell_says_why() -> None:
         run_cell(ROW, Path(), severity="harsh")
 
 
+def test_what_is_kept_counts_for_what_it_was_made_for(tmp_path: Path) -> None:
+    claim_cell(ROW, tmp_path / "cell")
+    claim_cell(ROW, tmp_path / "cell")
+    assert ROW.cell is not None
+    with pytest.raises(StorageError, match="differs in steps"):
+        claim_cell(replace(ROW, cell=replace(ROW.cell, steps=4)), tmp_path / "cell")
+    place, said = tmp_path / "cell.json", dict.fromkeys(KIND.keys, "")
+    assert not is_kept(place, 8)
+    write_json(place, KIND, {**said, "images": 8})
+    assert is_kept(place, 8) and not is_kept(place, 6) and not is_kept(place, None)
+    write_json(place, KIND, {**said, "images": 100})
+    assert is_kept(place, None)
+
+
 def test_the_command_lists_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,3 +107,9 @@ def test_the_command_lists_and_refuses(
     assert "--force" in capsys.readouterr().err and place.read_text() == "mine"
     assert main(["reproduce", "tac", "--table"]) == 0
     assert "1-w3a8" in (tmp_path / "reproduced" / "tac" / "tables.md").read_text()
+    place.unlink()
+    (place.parent / "1-pixart-bits.json").write_text("mine")
+    assert main(["reproduce", "q-drift", "--cell", "1-pixart"]) == 1
+    assert "no evenkeel reproduced cell" in capsys.readouterr().err
+    assert main(["reproduce", "q-drift", "--images", "2"]) == 1
+    assert "too few" in capsys.readouterr().err

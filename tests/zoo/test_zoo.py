@@ -15,7 +15,7 @@ from torch import nn
 from evenkeel import zoo
 from evenkeel.cli.demo import demo
 from evenkeel.comparing.generation import Arm, generate
-from evenkeel.errors import EvenkeelError, MissingExtra
+from evenkeel.errors import EvenkeelError, MissingExtra, StorageError
 from evenkeel.hosts.run import Run
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
@@ -172,6 +172,10 @@ def linear():
     return nn.Linear(4, 1)
 
 
+def _losses(path):
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
 class Killed(Exception):
     pass
 
@@ -202,5 +206,7 @@ def test_training_resumes_where_it_was_killed(tmp_path):
     assert set(kept) == {"step-20.safetensors", "step-60.safetensors"}
     assert torch.equal(kept["step-60.safetensors"]["weight"], whole.weight)
     assert not torch.equal(kept["step-20.safetensors"]["weight"], whole.weight)
-    with pytest.raises(ValueError, match="another recipe"):
+    curves = [_losses(tmp_path / folder / "loss.jsonl") for folder in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    with pytest.raises(StorageError, match="another recipe, which differs in learning_rate"):
         fit(linear(), loss_of, Recipe(steps=10, learning_rate=1.0, seed=1), tmp_path / "killed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +52,18 @@ def _run_push(options: argparse.Namespace) -> None:
 def _run_pull(options: argparse.Namespace) -> None:
     from evenkeel.errors import StorageError
     from evenkeel.reports.hub_card import kind_of_place
-    from evenkeel.storage.hub import local
+    from evenkeel.storage import check_folder
+    from evenkeel.storage.hub import bring, local
 
     out = options.out
-    if out is not None and out.exists():
-        raise StorageError(f"{out} is there already; give a place that is not, or move it away.")
+    if out is not None:
+        if out.exists():
+            raise StorageError(
+                f"{out} is there already; give a place that is not, or move it away."
+            )
+        check_folder(out)
     place = local(options.repo)
     kind = kind_of_place(place)
     if out is not None:
-        beside = out.with_name(f".{out.name}.part")
-        if place.is_dir():
-            shutil.copytree(place, beside)
-        else:
-            shutil.copy(place, beside)
-        beside.rename(out)
-        place = out
+        place = bring(place, out)
     say(options, {"out": str(place), "kind": kind}, f"{place}: {kind}")

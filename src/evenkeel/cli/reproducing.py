@@ -54,9 +54,10 @@ def duration(text: str) -> float:
 
 
 def _run_reproduce(options: argparse.Namespace) -> None:
+    from evenkeel.cli.generating import enough_images
     from evenkeel.reproduction import paper
     from evenkeel.reproduction.page import page, summary
-    from evenkeel.reproduction.run_cell import KIND, SEVERITIES, run_cell
+    from evenkeel.reproduction.run_cell import KIND, SEVERITIES, claim_cell, is_kept, run_cell
     from evenkeel.storage import FileOutput, valid_json, write_atomically, write_json
 
     found = paper(options.paper)
@@ -65,19 +66,24 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     if options.list or not rows:
         _list(found, options.json)
         return
+    enough_images(options.images)
     began, folder = time.monotonic(), options.out / found.name
     tables = folder / "tables.md"
     FileOutput("page of reproduced tables", found.wrote).check(tables, options.force)
     severities = SEVERITIES if options.severity == "both" else (options.severity,)
     asked = [] if options.table else list(itertools.product(rows, severities))
     left = 0
+    for row, severity in asked:
+        FileOutput(KIND.name, KIND.wrote).check(_place(folder, row, severity), options.force)
+    options.kept = f"what was finished is kept in {folder}; the same command continues"
 
     def told(cell: str) -> Callable[[str], None]:
         return lambda text: None if options.json else print(f"{cell}: {text}", flush=True)
 
     for row, severity in asked:
         place = _place(folder, row, severity)
-        if place.is_file():
+        if is_kept(place, options.images):
+            claim_cell(row, folder / place.stem)
             continue
         if options.budget is not None and time.monotonic() - began > options.budget:
             left += 1

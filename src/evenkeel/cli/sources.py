@@ -182,11 +182,20 @@ def references_for(pipeline: Any, prompts: Prompts, seed: int) -> Tensor | None:
 
 def _rows_of(source: str) -> tuple[str, slice]:
     """``FILE#5000:10000`` as the file and its rows; a file that is called so is taken whole."""
-    found = re.fullmatch(r"(.+)#(\d*):(\d*)", source)
+    found = re.fullmatch(r"(.+)#(\d{0,12}):(\d{0,12})", source)
     if found is None or Path(source).exists():
         return source, slice(None)
     first, last = (int(number) if number else None for number in found.groups()[1:])
     return found[1], slice(first, last)
+
+
+_DRAWN = 256  # at once
+
+
+def _first(n: int, pictures: Pictures, seed: int) -> list[Any]:
+    """The first prompts of one row: more of them are the same ones and others."""
+    rounds = range(-(-n // _DRAWN))
+    return [p for i in rounds for p in pictures.prompts(_DRAWN, seed + 1_000_000 * i)][:n]
 
 
 def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) -> Prompts:
@@ -206,7 +215,7 @@ def load_prompts(source: str | None, pipeline: Any, n: int | None, seed: int) ->
             raise EvenkeelError(
                 f"this pipeline brings no prompts of its own: pass --prompts FILE, with {FORMS}."
             )
-        return Prompts.of(found[1].prompts(n or 32, seed))
+        return Prompts.of(_first(n or 32, found[1], seed))
     known = call_parameters(pipeline)
     file, rows = _rows_of(source)
     prompts = read_prompts(file, known, labels="prompt" not in known and "class_labels" in known)

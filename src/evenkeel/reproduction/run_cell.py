@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction.arms import Makers
 from evenkeel.reproduction.cells import Cell, Row
 from evenkeel.reproduction.verdict import Verdict, images_needed, judged
-from evenkeel.storage import Kind
+from evenkeel.storage import Kind, claim, read_json
+from evenkeel.zoo.parts import KIND as TWIN
 from evenkeel.zoo.pictures import KINDS
 
 PILOT, MOST = 100, 2000
@@ -43,6 +45,7 @@ KIND = Kind(
         "arms",
     ),
 )
+MARK = Kind("cell", 1, "remove that folder or give another one", keys=("identity",))
 # Plain rounding from mild to harsh, for a damage that is the paper's.
 LADDER = ("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64", "w2a8-g32")
 # The paper's measures, and which of ours stands for each.
@@ -87,6 +90,7 @@ def run_cell(
         raise EvenkeelError(f"{row.id} has no cell here: {row.reason}")
     if severity not in SEVERITIES:
         raise EvenkeelError(f"expected a severity of {', '.join(SEVERITIES)}, got {severity!r}.")
+    claim_cell(row, folder)
     cell, bench = row.cell, _Bench(row.cell, folder)
     said("quantize")
     if severity == "bits":
@@ -120,6 +124,27 @@ def run_cell(
         "refused": refused,
         "arms": [arm.as_dict() for arm in results.values()],
     }
+
+
+def claim_cell(row: Row, folder: Path) -> None:
+    """Mark a cell's folder as made with these settings and these weights.
+
+    Raises:
+        StorageError: it was made with others; says what differs.
+
+    """
+    if row.cell is None:
+        return
+    weights = read_json(zoo.path_of(row.cell.twin) / zoo.TWIN_FILE, TWIN)["files"]
+    claim(folder / "cell.json", MARK, {**asdict(row.cell), "weights": weights})
+
+
+def is_kept(place: Path, images: int | None) -> bool:
+    """Whether a cell's result is there, with so many images; for None, with as many as `run_cell` takes."""
+    if not place.is_file():
+        return False
+    found = read_json(place, KIND)["images"]
+    return bool(found >= PILOT if images is None else found == images)
 
 
 def _needed(row: Row, pilot: dict[str, ArmResult]) -> int:

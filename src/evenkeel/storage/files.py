@@ -46,6 +46,14 @@ class Kind:
         """The name that the file itself bears."""
         return f"evenkeel-{self.name}"
 
+    def wrote(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a JSON file says that it is of this kind, in whatever version."""
+        try:
+            found = parse_json(Path(path).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(found, dict) and found.get("format") == self.format
+
     @contextmanager
     def valid(self, path: str | os.PathLike[str]) -> Iterator[None]:
         """Whatever goes wrong inside is said of this file: anyone can compute a digest."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def local(source: str | os.PathLike[str]) -> Path:
         if file:
             return Path(hub.hf_hub_download(repo, file))
         return Path(hub.snapshot_download(repo, allow_patterns=[*SAFE]))
+
+
+def bring(place: Path, out: Path) -> Path:
+    """Copy a file or folder of the cache; it appears whole or not at all."""
+    beside = out.with_name(f".{out.name}.part")
+    _gone(beside)  # of a copy that was killed
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (shutil.copytree if place.is_dir() else shutil.copyfile)(place, beside)
+        return beside.rename(out)
+    finally:
+        _gone(beside)
+
+
+def _gone(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        place.unlink()
 
 
 def holds(source: str | os.PathLike[str], name: str) -> bool:

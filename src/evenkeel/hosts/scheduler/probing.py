@@ -231,14 +231,21 @@ class _NoiseFrom(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _classes(scheduler: Any) -> list[type]:
+    """Its class and those it derives from; of a proxy, those of the scheduler that it hands on to, too."""
+    behind = getattr(getattr(scheduler, "from_config", None), "__self__", None)
+    further = behind.__mro__ if isinstance(behind, type) else ()
+    return [*dict.fromkeys((*type(scheduler).__mro__, *further))]
+
+
 def _kinds(scheduler: Any) -> set[str]:
-    """Names of its class and of those it derives from: a subclass does what its base does."""
-    return {kind.__name__ for kind in type(scheduler).__mro__}
+    """Names of all of them: what derives from a scheduler does what its base does."""
+    return {kind.__name__ for kind in _classes(scheduler)}
 
 
 def _known_as(scheduler: Any) -> str:
-    """The class of diffusers that it is, or derives from."""
-    kinds = type(scheduler).__mro__
+    """The class of diffusers that it is, or derives from, or hands on to."""
+    kinds = _classes(scheduler)
     known = [k.__name__ for k in kinds if k.__module__.startswith("diffusers.schedulers.")]
     return known[0] if known else kinds[0].__name__
 

@@ -1,7 +1,7 @@
 """One seeded training loop for every network of the zoo: cosine rate, EMA, resume after a kill.
 
 Every step draws its randomness from a generator made of (seed, step), so a resumed run sees what an
-uninterrupted run would have seen. Checkpoints are safetensors plus JSON; nothing is pickled.
+uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -12,14 +12,28 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from evenkeel.storage import write_atomically
+from evenkeel.storage import (
+    Kind,
+    Number,
+    check_json,
+    claim,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
+
+_AGAIN = "remove the folder and train again"
+RUN = Kind("recipe", 1, _AGAIN, keys=("recipe",))
+_SAID = {"step": Number(int, low=1), "seconds": float, "running": float, "curve": [dict]}
+STATE = Kind("training of the zoo", 1, _AGAIN, keys=("state",))
 
 # (network, generator of this step) -> scalar loss
 Loss = Callable[[nn.Module, np.random.Generator], Tensor]
@@ -61,7 +75,7 @@ def fit(
     """Train ``network`` in place and return it holding its averaged (EMA) weights.
 
     ``folder`` receives ``state.safetensors`` (resume point), ``loss.jsonl`` (the loss curve) and
-    ``recipe.json``. A folder that was made with another recipe is refused.
+    ``recipe.json``.
 
     Args:
         network: on any device; not copied.
@@ -70,17 +84,14 @@ def fit(
         folder: of this run alone.
         keep: numbers of steps after which the averaged weights are also kept, as ``step-N.safetensors``.
 
+    Raises:
+        StorageError: the folder holds a run with another recipe, or of another network, or a damaged one.
+
     """
     from accelerate import Accelerator
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = folder / "recipe.json"
-    if written.exists() and json.loads(written.read_text()) != asdict(recipe):
-        raise ValueError(
-            f"{folder} holds a run with another recipe: {written.read_text()}; "
-            f"expected {json.dumps(asdict(recipe))}. Remove the folder or use another one."
-        )
-    write_atomically(written, json.dumps(asdict(recipe)))
+    claim(folder / "recipe.json", RUN, asdict(recipe))
 
     accelerator = Accelerator()
     optimizer = torch.optim.AdamW(
@@ -90,14 +101,14 @@ def fit(
     plain: nn.Module = accelerator.unwrap_model(network)
     average = {k: v.detach().clone() for k, v in plain.state_dict().items()}
     state, first, spent = folder / "state.safetensors", 0, 0.0
+    running, curve = None, []
     if state.exists():
-        first, spent = _load(state, plain, optimizer, average)
+        said = _load(state, plain, optimizer, average)
+        first, spent, running, curve = (said[k] for k in ("step", "seconds", "running", "curve"))
 
     network.train()
     began = time.monotonic()
-    curve = _curve_up_to(first, folder / "loss.jsonl")
     progress = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=folder.name)
-    running = None
     for step in progress:
         warm = min(1.0, (step + 1) / recipe.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
@@ -118,27 +129,20 @@ def fit(
             torch._foreach_lerp_([average[k] for k in floats], [now[k] for k in floats], 1 - decay)
         value = loss.item()
         running = value if running is None else 0.98 * running + 0.02 * value
+        seconds = round(spent + time.monotonic() - began, 1)
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            seconds = spent + time.monotonic() - began
-            line = {"step": step + 1, "loss": round(running, 6), "seconds": round(seconds, 1)}
-            with curve.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            curve.append({"step": step + 1, "loss": round(running, 6), "seconds": seconds})
+            lines = (json.dumps(line) + "\n" for line in curve)
+            write_atomically(folder / "loss.jsonl", "".join(lines))
             progress.set_postfix(loss=f"{running:.4f}")
         if step + 1 in keep:
             kept = {k: v.contiguous() for k, v in average.items()}
             write_atomically(folder / f"step-{step + 1}.safetensors", save(kept))
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            _save(state, plain, optimizer, average, step + 1, spent + time.monotonic() - began)
+            said = {"step": step + 1, "seconds": seconds, "running": running, "curve": curve}
+            _save(state, plain, optimizer, average, said)
     plain.load_state_dict(average)
     return plain.eval()
-
-
-def _curve_up_to(step: int, path: Path) -> Path:
-    """What was written after the resume point will be written again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in kept))
-    return path
 
 
 def _save(
@@ -146,16 +150,13 @@ def _save(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
-    step: int,
-    seconds: float,
+    said: dict[str, Any],
 ) -> None:
-    # Clones: tied weights (T5's embedding) share memory, which the format refuses.
-    tensors = {f"network.{k}": v.clone() for k, v in network.state_dict().items()}
-    tensors |= {f"average.{k}": v.clone() for k, v in average.items()}
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items()}
-    metadata = {"step": str(step), "seconds": f"{seconds:.1f}"}
-    write_atomically(path, save(tensors, metadata))
+    write_tensors(path, STATE, {"state": said}, tensors)
 
 
 def _load(
@@ -163,20 +164,18 @@ def _load(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
-) -> tuple[int, float]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as f:
-        header = f.metadata()
-    tensors = load_file(path)
-    network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
-    for k, v in tensors.items():
-        if k.startswith("average."):
-            average[k[8:]].copy_(v)
-    saved = optimizer.state_dict()
-    for k, v in tensors.items():
-        if k.startswith("optimizer."):
-            index, name = k[10:].split(".", 1)
-            saved["state"].setdefault(int(index), {})[name] = v
-    optimizer.load_state_dict(saved)
-    return int(header["step"]), float(header["seconds"])
+) -> dict[str, Any]:
+    header, tensors = read_tensors(path, STATE)
+    with STATE.valid(path):
+        network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+        for k, v in tensors.items():
+            if k.startswith("average."):
+                average[k[8:]].copy_(v)
+        saved = optimizer.state_dict()
+        for k, v in tensors.items():
+            if k.startswith("optimizer."):
+                index, name = k[10:].split(".", 1)
+                saved["state"].setdefault(int(index), {})[name] = v
+        optimizer.load_state_dict(saved)
+        check_json(header["state"], _SAID)
+    return dict(header["state"])

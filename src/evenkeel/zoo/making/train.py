@@ -12,14 +12,19 @@ import importlib
 import json
 import platform
 import shutil
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evenkeel import zoo
-from evenkeel.storage import write_atomically
+from evenkeel.errors import EvenkeelError
+from evenkeel.storage import read_json, write_atomically
 from evenkeel.zoo.making.evaluators import train_evaluator
+from evenkeel.zoo.making.loop import RUN
 from evenkeel.zoo.making.sharing import SHARED, share
 from evenkeel.zoo.parts import halved, sign
 
@@ -79,7 +84,7 @@ def _describe(name: str, runs: list[Path], out: Path) -> dict[str, Any]:
     """Command, machine, and the recipe and time of every network; copies the loss curves."""
     networks = {}
     for curve in sorted(p for run in runs for p in run.rglob("loss.jsonl")):
-        recipe = json.loads((curve.parent / "recipe.json").read_text())
+        recipe = read_json(curve.parent / "recipe.json", RUN)["recipe"]
         networks[curve.parent.name] = {
             "recipe": recipe,
             "last": json.loads(curve.read_text().splitlines()[-1]),
@@ -96,20 +101,30 @@ def _describe(name: str, runs: list[Path], out: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the command line and train."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and train; returns the exit code, as of every command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(zoo.TWINS))
     parser.add_argument("--work", type=Path, default=Path("runs/zoo"), help="folder of all runs")
     parser.add_argument(
         "--out", type=Path, default=Path("zoo"), help="the twin's folder is made in here"
     )
-    options = parser.parse_args()
-    made = train(options.name, options.work)
-    place = shutil.copytree(made, options.out / options.name, dirs_exist_ok=True)
-    share(place)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # is Ctrl-C
+    try:
+        made = train(options.name, options.work)
+        place = shutil.copytree(made, options.out / options.name, dirs_exist_ok=True)
+        share(place)
+    except KeyboardInterrupt:
+        kept = f"what was trained is kept in {options.work}; the same command continues"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        return 130
+    except (EvenkeelError, OSError) as e:
+        print(f"{parser.prog}: {e}", file=sys.stderr)
+        return 1
     print(place)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
