@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import ALL, TinyPipeline
@@ -267,14 +268,38 @@ def test_images_of_an_arm_are_its_own_whatever_is_applied(
     assert evenkeel.summary(dit.pipe).correction is None
 
 
-def test_the_law_is_that_of_the_calls(dit: TinyPipeline, twin: nn.Module) -> None:
-    run = made(dit)
-    tape = Tape()
-    with run.undisturbed(twin, Recorder(tape)):
-        run.sample(run.batches()[0])
-    law = run.law(twin)
-    assert tape.law is not None and law.steps == STEPS
-    assert law.timesteps.tolist() == tape.law.timesteps.tolist()
+@pytest.mark.parametrize("name", ALL)
+def test_the_law_is_that_of_the_calls_and_asks_the_denoiser_once(name: str) -> None:
+    tiny = ALL[name]()
+    call = {k: v for k, v in tiny.call.items() if k != "output_type" or name == "dit"}
+    prompts = [*tiny.prompts][:1]
+    run = Run(tiny.pipe, prompts, STEPS, guidance_scale=tiny.guidance_scale, call=call)
+    state = {n: t.clone() for n, t in tiny.model.state_dict().items()}
+    tape, asked = Tape(), []
+    forward = type(tiny.model).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(tiny.model), "forward", lambda *a, **k: (asked.append(1), forward(*a, **k))[1]
+        )
+        law = run.law()
+        assert len(asked) == 1
+        with run.undisturbed(None, Recorder(tape)):
+            run.sample(run.batches()[0])
+        assert len(asked) > STEPS
+    assert tape.law is not None
+    exact = tape.law.until(len(tape.samples))
+    for field in fields(law):
+        assert np.array_equal(getattr(law, field.name), getattr(exact, field.name)), field.name
+    assert tiny.pipe.components[tiny.denoiser] is tiny.model and "forward" not in vars(tiny.model)
+    assert all(torch.equal(state[n], t) for n, t in tiny.model.state_dict().items())
+
+
+def test_the_law_of_a_pipeline_that_accelerate_moves_is_read_off_its_own_denoiser() -> None:
+    tiny, asked = ALL["dit"](), []
+    tiny.model.register_forward_hook(lambda *_: asked.append(1))
+    tiny.pipe.enable_model_cpu_offload(device="cpu")
+    law = made(tiny).law()
+    assert len(asked) == STEPS == law.steps
 
 
 def test_twins_take_turns_on_the_device(dit: TinyPipeline, twin: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from evenkeel.errors import CalibrationError, UnsupportedSampler
 from evenkeel.hosts.pipeline.components import component_keys, network_settings
 from evenkeel.hosts.pipeline.contents import described, unknown
+from evenkeel.hosts.pipeline.echo import echo
 from evenkeel.hosts.pipeline.fingerprint import fingerprint, quantizer_text
 from evenkeel.hosts.pipeline.layouts import LatentLayout, find_layout
 from evenkeel.hosts.pipeline.pipelines import (
@@ -407,12 +408,17 @@ class Run:
     def law(self, denoiser: nn.Module | None = None) -> StepLaw:
         """The step law, read off one call of the first prompt with this denoiser or the own one.
 
+        What the denoiser says plays no part in it, so that it is asked once (``echo``); at every step where
+        accelerate moves the pipeline's networks to and fro, as it knows each of them by itself.
+
         Raises:
             UnsupportedSampler: the scheduler has no law of our form, or its step is never called.
 
         """
-        tape = Tape()
-        with self.undisturbed(denoiser, Recorder(tape)):
+        tape, asked = Tape(), self.denoiser if denoiser is None else denoiser
+        if not getattr(self.pipeline, "_all_hooks", ()):
+            asked = echo(asked)
+        with self.undisturbed(asked, Recorder(tape)):
             self.sample(self.batches()[0].alone)
         if tape.law is None:
             raise UnsupportedSampler(
