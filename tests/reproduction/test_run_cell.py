@@ -74,6 +74,8 @@ def _estimate(arm: dict[str, object]) -> object:
 def test_a_row_without_a_cell_says_why() -> None:
     with pytest.raises(EvenkeelError, match="TFMQ-DM"):
         run_cell(paper("tac").row("6-w8a8"), Path())
+    with pytest.raises(EvenkeelError, match="has the arms Q-Drift, both"):
+        run_cell(ROW, Path(), only=["bothh"])
     with pytest.raises(EvenkeelError, match="bits, damage"):
         run_cell(ROW, Path(), severity="harsh")
 

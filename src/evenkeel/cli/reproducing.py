@@ -37,6 +37,9 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--severity", choices=("bits", "damage", "both"), default="bits")
     parser.add_argument("--images", type=positive, help="per arm (default: what the gain needs)")
     parser.add_argument(
+        "--arms", default="", metavar="NAMES", help="beside the claimed one, comma-separated (all)"
+    )
+    parser.add_argument(
         "--budget", type=duration, metavar="TIME", help="begin no cell after 30m, 2h, 90s"
     )
     parser.add_argument("--out", type=Path, default=Path("reproduced"), metavar="FOLDER")
@@ -94,6 +97,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
             folder / place.stem,
             severity=severity,
             images=options.images,
+            only=[name for name in options.arms.split(",") if name],
             said=told(row.id),
         )
         write_json(place, KIND, result)

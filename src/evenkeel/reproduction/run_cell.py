@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def run_cell(
     *,
     severity: str = "bits",
     images: int | None = None,
+    only: Sequence[str] = (),
     said: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """What a row of a paper gives here, in types that JSON knows.
@@ -80,6 +81,7 @@ def run_cell(
             measure, quantized over full precision, comes nearest to the paper's.
         images: per arm; None takes as many as the paper's gain needs, judged from ``PILOT`` of them, and at
             most ``MOST``.
+        only: names of arms to measure beside the claimed one; empty takes all of the cell.
         said: called with what is being done.
 
     Raises:
@@ -90,8 +92,15 @@ def run_cell(
         raise EvenkeelError(f"{row.id} has no cell here: {row.reason}")
     if severity not in SEVERITIES:
         raise EvenkeelError(f"expected a severity of {', '.join(SEVERITIES)}, got {severity!r}.")
+    cell = row.cell
+    asked = {**cell.arms, **{name: name for name in cell.also}}
+    claimed, unknown = row.claim[0], [name for name in only if name not in asked]
+    if unknown:
+        raise EvenkeelError(f"{row.id} has the arms {', '.join(asked)}, not {', '.join(unknown)}.")
+    if only:
+        asked = {name: what for name, what in asked.items() if name in (claimed, *only)}
     claim_cell(row, folder)
-    cell, bench = row.cell, _Bench(row.cell, folder)
+    bench = _Bench(cell, folder)
     said("quantize")
     if severity == "bits":
         module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
@@ -99,14 +108,12 @@ def run_cell(
         module, quantizer = bench.as_damaged(row, said)
     said("calibrate and fit")
     makers = Makers(bench.run(module), cell.subset, cell.trajectory)
-    asked = {**cell.arms, **{name: name for name in cell.also}}
     arms, refused = {}, {}
     for name, what in asked.items():
         try:
             arms[name] = makers.make(what)
         except EvenkeelError as error:
             refused[name] = str(error)
-    claimed = row.claim[0]
     if claimed not in arms:
         raise EvenkeelError(f"{row.id}: {claimed} cannot be made here: {refused[claimed]}")
     count = images or _needed(row, bench.compared(module, {claimed: arms[claimed]}, PILOT))
