@@ -381,6 +381,38 @@ def test_no_mean_error_is_left_after_any_step(scheduler: str) -> None:
     assert bare.mean[-1] > 100 * seen.mean[-1] and bare.size[-1] > seen.size[-1] > 1e-3
 
 
+def test_the_bias_of_the_output_is_the_mean_error_of_every_output() -> None:
+    tiny = pixart()
+    quantized = twin(tiny.model, bent)
+    tac = fitted(tiny, quantized, reconstruction=None, bias_of_the_output=True)
+    errors: list[Tensor] = []
+
+    class Outputs(Rule):
+        """Mean error of the outputs along the corrected run."""
+
+        def output(self, step: int, pairs: Any, layout: Any, law: Any) -> None:
+            errors.append(torch.cat([p.output - p.reference_output for p in pairs]).mean(0))
+
+    c = common(tiny)
+    run = Run(
+        tiny.pipe,
+        c["prompts"],
+        STEPS,
+        guidance_scale=c["guidance_scale"],
+        batch_size=4,
+        call=c["call"],
+        quantized=quantized,
+    )
+    law = run_closed_loop(run, Outputs(), correction=tac, progress=False).law
+    assert tac.bias is not None and tac.gain is None
+    weights = torch.as_tensor(law.output_weights).diagonal().float()
+    for k, error in enumerate(errors):
+        assert torch.allclose(tac.bias[k], weights[k] * error, atol=1e-5)
+    assert float(errors[0].abs().max()) > 1e-3
+    with pytest.raises(CalibrationError, match="without memory"):
+        fitted(pixart("plms"), quantized, reconstruction=None, bias_of_the_output=True)
+
+
 def test_two_stage_and_pseudo_linear_solvers_have_intermediate_steps() -> None:
     """Or the test above would not see them."""
     assert law_of(4, "2s").intermediate.any() and law_of(4, "plms").intermediate.any()
@@ -532,6 +564,7 @@ def test_open_loop_is_the_first_step_of_the_closed_one() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"reconstruction": None, "input_bias": False}, "at least one part"),
         ({"reconstruction": None, "reconstruct_unconditional": True}, "at least one part"),
+        ({"bias_of_the_output": True}, "pass reconstruction=None"),
     ],
 )
 def test_requests_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -33,6 +33,7 @@ TACS: dict[str, dict[str, Any]] = {
     "tac-rms": {"reconstruction": Reconstruction(estimator="rms")},
     "tac-ner": {"input_bias": False},
     "tac-ibc": {"reconstruction": None},
+    "tac-output-bias": {"reconstruction": None, "bias_of_the_output": True},
 }
 SUBSETS = 200  # drawn, of which the most deviating ones are taken
 

@@ -38,6 +38,7 @@ def fit_tac(
     reconstruction: Reconstruction | None = Reconstruction(),  # noqa: B008 - frozen
     input_bias: bool = True,
     input_bias_per_channel: bool = False,
+    bias_of_the_output: bool = False,
     reconstruct_unconditional: bool = False,
     correction: Correction | None = None,
     call: dict[str, Any] | None = None,
@@ -63,6 +64,9 @@ def fit_tac(
         input_bias: fit B (IBC).
         input_bias_per_channel: one B per channel instead of one per element; of fewer than about a
             hundred prompts the latter adds more noise than it takes away.
+        bias_of_the_output: take the mean error of every *output* off instead, and leave the state's alone:
+            the estimation bias correction that the paper's Appendix B compares with. Without K, and
+            for samplers without memory, where it is a shift of the state by the step's own weight.
         reconstruct_unconditional: K acts on the unconditional branch, before guidance, as published
             for text-to-image models.
         correction: applied below it, such as a ``Readout``.
@@ -90,7 +94,17 @@ def fit_tac(
             f"reconstruct_unconditional={reconstruct_unconditional}: at least one part must be "
             f"fitted, and the unconditional branch only with a reconstruction."
         )
-    rule = TACFit(reconstruction, input_bias, input_bias_per_channel, reconstruct_unconditional)
+    if bias_of_the_output and (reconstruction is not None or not input_bias):
+        raise CalibrationError(
+            "bias_of_the_output=True is compared with the input bias alone: pass reconstruction=None."
+        )
+    rule = TACFit(
+        reconstruction,
+        input_bias,
+        input_bias_per_channel,
+        reconstruct_unconditional,
+        bias_of_the_output,
+    )
     return rule.fitted(run, correction=correction, progress=progress)
 
 
@@ -103,9 +117,11 @@ class TACFit(Rule):
         input_bias: bool = True,
         per_channel: bool = False,
         unconditional: bool = False,
+        of_the_output: bool = False,
     ) -> None:
         self.how, self.input_bias = how, input_bias
         self.per_channel, self.unconditional = per_channel, unconditional
+        self.of_the_output = of_the_output
         self.gains: list[Tensor] = []
         self.biases: list[Tensor] = []
         self._branch: int | None = None
@@ -129,7 +145,9 @@ class TACFit(Rule):
     def output(
         self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
     ) -> Answers | None:
-        """Fit K of this step, multiply."""
+        """Fit K of this step, multiply; or take the mean error off."""
+        if self.of_the_output:
+            return self._unbiased(step, pairs, layout, law)
         if self.how is None:
             return None
         if not self.unconditional:
@@ -162,7 +180,7 @@ class TACFit(Rule):
         self, step: int, results: list[tuple[Tensor, Tensor]], layout: LatentLayout, law: StepLaw
     ) -> Answers | None:
         """Measure B after this step, subtract."""
-        if not self.input_bias:
+        if not self.input_bias or self.of_the_output:
             return None
         bias = self._mean_error(results, layout)
         if law.intermediate[step]:
@@ -171,6 +189,19 @@ class TACFit(Rule):
         if law.intermediate[step]:
             return None
         return None, [quantized - bias for _, quantized in results]
+
+    def _unbiased(
+        self, step: int, pairs: list[Pair], layout: LatentLayout, law: StepLaw
+    ) -> Answers:
+        """Outputs without their mean error; a step adds its weight times an output to the state."""
+        if law.has_history:
+            raise CalibrationError(
+                f"the mean error of an output is taken off samplers without memory; {law.sampler} uses "
+                f"earlier outputs again. Use DDIM or Euler, or the input bias."
+            )
+        bias = self._mean_error([(p.reference_output, p.output) for p in pairs], layout)
+        self.biases.append(float(law.output_weights[step, step]) * bias[0])
+        return None, [p.output - bias for p in pairs]
 
     def _chosen_branch(self) -> int:
         """Which branch K acted on."""
