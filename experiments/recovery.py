@@ -89,6 +89,7 @@ CELLS = {
     "w4a8": Cell("w4a8-g32", "w5a8-g32"),
     "w3a16": Cell("w3a16-g32", "w4a16-g32"),
     "w3a4-r16": Cell("w3a4-g32-r16", "w4a4-g32-r16"),
+    "w3a4-r16-refits": Cell("w3a4-g32-r16", "w4a4-g32-r16", rivals=False),
     "w4a4-r16": Cell("w4a4-g32-r16", "w5a4-g32-r16"),
     **{
         f"prompts-{n}": Cell("w4a16-g32", "", rivals=False, prompts=n, images=200)
