@@ -118,8 +118,27 @@ def _run_quantize(options: argparse.Namespace) -> None:
         calibration_steps=options.calibration_steps,
         **settings,
     )
+    operations = _operations(options, report)
     found = {"quantized": str(options.out), **report.as_dict()}
-    say(options, found, f"{report.table()}\n\n{report}\n\nquantized denoiser: {options.out}")
+    counted = "" if operations is None else f"\n  {operations}"
+    say(
+        options,
+        found | {"bit_operations": operations and operations.as_dict()},
+        f"{report.table()}\n\n{report}{counted}\n\nquantized denoiser: {options.out}",
+    )
+
+
+def _operations(options: argparse.Namespace, report: Any) -> Any:
+    """Of a call; None where the pipeline's configurations do not tell."""
+    from evenkeel.errors import EvenkeelError
+    from evenkeel.planning.bit_operations import bit_operations
+
+    call = parse_options(options.call)
+    size = {k: call[k] for k in ("height", "width", "num_frames") if isinstance(call.get(k), int)}
+    try:
+        return bit_operations(options.pipeline, report, **size)
+    except EvenkeelError:
+        return None
 
 
 def _run_budget(options: argparse.Namespace) -> None:

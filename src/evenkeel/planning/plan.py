@@ -171,7 +171,7 @@ def plan(
         guidance_scale = blueprint.default("guidance_scale")
     kind: torch.dtype = getattr(torch, dtype)
     denoiser = nn.Module.to(blueprint.denoiser, kind)
-    size = _size_of(blueprint, height, width, num_frames)
+    size = size_of(blueprint, height, width, num_frames)
     shapes = Shapes(blueprint, size, kind)
     guidance = guidance_of(blueprint, guidance_scale)
     rows = batch_size * guidance.rows
@@ -327,7 +327,7 @@ def folder_of(source: str) -> Path:
     return Path(found).parent
 
 
-def _size_of(
+def size_of(
     blueprint: Blueprint, height: int | None, width: int | None, frames: int | None
 ) -> Size:
     """As asked for, else what the networks were made for, else what the pipeline assumes."""
