@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bound_rigs import Rig, hooks_of, rigged, state
-from soaking import Service
+from soaking import Interrupted, Service
 
 import evenkeel
 from evenkeel.corrections import EpsilonScaling
@@ -202,30 +202,9 @@ def test_a_pipeline_made_from_another_that_is_gone_keeps_the_correction(rig: Rig
 
 
 def test_random_interruptions_leave_the_next_run_as_it_was(rig: Rig) -> None:
-    other = rig.sharing(scheduler=rig.own_scheduler())
-    plain, same = rig.sample(other), state(rig.quantized)
-    evenkeel.apply(rig.pipe, rig.readout)
-    corrected = rig.sample()
-    layers = [m for m in rig.quantized.modules() if not list(m.children())]
-    generator = torch.Generator().manual_seed(0)
-    for error in (RuntimeError, KeyboardInterrupt, GeneratorExit) * 2:
-        place = int(torch.randint(len(layers), (), generator=generator))
-        calls = [int(torch.randint(6, (), generator=generator))]
-
-        def stop(*_: Any, calls: list[int] = calls, error: Any = error) -> None:
-            calls[0] -= 1
-            if calls[0] < 0:
-                raise error("stop")
-
-        handle = layers[place].register_forward_hook(stop)
-        try:
-            rig.sample()
-        except error:
-            pass
-        finally:
-            handle.remove()
-        assert same() and torch.equal(rig.sample(other), plain)
-        assert torch.equal(rig.sample(), corrected)
+    cut = Interrupted(rig)
+    cut.run(len(Interrupted.WAYS))
+    assert cut.wrong == [] and sum(cut.done.values()) == len(Interrupted.WAYS)
 
 
 def test_a_service_under_load_leaves_nothing_behind() -> None:

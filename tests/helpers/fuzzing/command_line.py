@@ -163,6 +163,9 @@ def bases() -> list[list[str]]:
         ["plan", "zoo:pixart-sigma", "--quantized", "w4a16-g16"],
         ["demo", "--images", "2"],
         ["zoo", "card", "pixart-sigma"],
+        ["recommend", "calibrate.safetensors"],
+        ["reproduce", "q-drift", "--list"],
+        ["pull", "nobody/nothing"],
     ]
 
 

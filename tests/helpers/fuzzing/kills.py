@@ -121,7 +121,7 @@ def _tiny_paper() -> None:
         name: {"FID": 10.0 + i} for i, name in enumerate(("full precision", "Q", "quantized"))
     }
     quantizer = {"method": "rtn", "weight_bits": 3, "activation_bits": 4, "group": 32}
-    cell = reproduction.Cell("pixart-sigma", quantizer, 2, 2, {"Q": "q-drift:published"})
+    cell = reproduction.Cell("pixart-sigma", quantizer, 2, 3, {"Q": "q-drift:published"})
     row = reproduction.Row("1", "1", "a model", numbers, ("Q", "FID"), cell)
     found = Paper("tiny", "Tiny", "a source", "data", {"1": 1}, (row,))
     reproduction.paper = lambda name: found
