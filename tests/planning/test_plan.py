@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -218,6 +219,11 @@ def test_what_cannot_be_planned_is_said(tmp_path):
         evenkeel.plan(tmp_path, quantized="nf4")
     with pytest.raises(QuantizationError, match="Formats of backends: nf4"):
         evenkeel.plan(quantized="w99")
+    index = {"_class_name": "DiTPipeline", "scheduler": ["antigravity", "geohash"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedPipeline, match="expected one of diffusers or transformers"):
+        evenkeel.plan(tmp_path, quantized="nf4")
+    assert "antigravity" not in sys.modules  # a file does not choose what is imported
 
 
 def test_the_command_says_the_same(capsys):

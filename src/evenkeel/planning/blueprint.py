@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ import torch
 from torch import nn
 
 from evenkeel.errors import UnsupportedPipeline
+from evenkeel.hosts.foreign_files import check_diffusers_folder, loading
+from evenkeel.storage import parse_json
 
 INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -65,38 +67,47 @@ def read_blueprint(folder: Path) -> Blueprint:
     """Build all networks on the meta device.
 
     Raises:
+        StorageError: a file is damaged.
         UnsupportedPipeline: no pipeline there, or a component that diffusers and transformers lack.
 
     """
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-        pipeline = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    if not (folder / INDEX).is_file():
         raise UnsupportedPipeline(
-            f"{folder} holds no {INDEX} of a pipeline that diffusers knows ({error}). Give zoo:NAME, a "
-            f"folder with the configurations of a pipeline, or the id of one in the hub's cache."
-        ) from error
+            f"{folder} holds no {INDEX} of a pipeline that diffusers knows. Give zoo:NAME, a folder with "
+            f"the configurations of a pipeline, or the id of one in the hub's cache."
+        )
+    check_diffusers_folder(folder)
+    with loading(str(folder), "a pipeline that diffusers knows"):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Blueprint:
+    index = _json(folder / INDEX)
+    pipeline = _class(folder, "diffusers", index["_class_name"])
     networks, tokens, scheduler = {}, {}, None
     for name, said in index.items():
         if name[:1] == "_" or not isinstance(said, list) or None in said:
             continue
         place = folder / name
         if name == "scheduler":
-            scheduler = _class(*said).from_config(_json(place / "scheduler_config.json"))
+            scheduler = _class(folder, *said).from_config(_json(place / "scheduler_config.json"))
         elif name.startswith("tokenizer"):
             longest = _json(place / "tokenizer_config.json").get("model_max_length", 10**9)
             tokens[name] = int(min(longest, 10**9))  # some say 1e30
         elif (place / "config.json").is_file():
-            networks[name] = _network(_class(*said), place)
+            networks[name] = _network(_class(folder, *said), place)
     return Blueprint(pipeline, networks, scheduler, tokens)
 
 
-def _class(library: str, name: str) -> Any:
+def _class(folder: Path, library: str, name: str) -> Any:
+    """Of diffusers or transformers: a file does not choose what is imported."""
     try:
+        if library not in LIBRARIES:
+            raise ImportError(f"expected one of {' or '.join(LIBRARIES)}")
         return getattr(importlib.import_module(library), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedPipeline(
-            f"the pipeline needs {name} of {library}, which is not there ({error})."
+            f"{folder / INDEX} asks for {name} of {library}, which is not there ({error})."
         ) from error
 
 
@@ -118,7 +129,7 @@ def _network(kind: Any, place: Path) -> nn.Module:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UnsupportedPipeline(
             f"{path} cannot be read ({error}); plan needs every configuration of the pipeline, and none "

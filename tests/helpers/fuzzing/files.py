@@ -38,14 +38,12 @@ class FileKind:
         load: what is in the folder, as words that tell any two apart.
         ours: written by this library, with a digest; of other formats a change can only be noticed where
             the format itself allows.
-        only: names of the files that are damaged; all of them if empty.
 
     """
 
     make: Callable[[Path], Any]
     load: Callable[[Path], str]
     ours: bool = True
-    only: tuple[str, ...] = ()
 
 
 def _told(*parts: Any) -> str:
@@ -168,6 +166,73 @@ def _load_images(place: Path) -> str:
     return _told(_of_tensors({"": pictures}), seconds)
 
 
+def _piece(place: Path) -> None:
+    from evenkeel.fitting.adapters.kept import Kept
+
+    kept = Kept(place)
+    kept.tensor("samples", {"seed": 1}, lambda: torch.arange(12.0).reshape(3, 4))
+    kept.put("rows", {"seed": 2}, {"a": 1.0}, {"keys": torch.arange(3), "rows": torch.ones(3, 2)})
+
+
+def _load_piece(place: Path) -> str:
+    from evenkeel.fitting.adapters.kept import Kept
+
+    kept = Kept(place)
+    made = kept.tensor("samples", {"seed": 1}, lambda: torch.arange(12.0).reshape(3, 4))
+    found = kept.get("rows", {"seed": 2}, "keys", "rows")
+    if found is None:  # not there: computed again
+        return ""
+    return _told(_of_tensors({"": made, **found[1]}), found[0])
+
+
+def _training_of() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+def _training(place: Path) -> None:
+    from evenkeel.fitting.training.checkpoint import Checkpoint
+
+    network, optimizer = _training_of()
+    own = dict(network.named_parameters())
+    best = {name: p.detach() + 1 for name, p in own.items()}
+    Checkpoint(place, {"seed": 1}).write({"epoch": 2, "loss": 0.5}, own, optimizer, best)
+
+
+def _load_training(place: Path) -> str:
+    from evenkeel.fitting.training.checkpoint import Checkpoint
+
+    network, optimizer = _training_of()
+    own = dict(network.named_parameters())
+    found = Checkpoint(place, {"seed": 1}).read(own, optimizer)
+    if found is None:
+        return ""
+    moments = {f"{i}.{k}": v for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
+    return _told(_of_tensors(network.state_dict() | moments), found[0], _of_tensors(found[1]))
+
+
+def _zoo_training(place: Path) -> None:
+    from evenkeel.zoo.making.loop import Recipe, fit
+
+    torch.manual_seed(0)
+    recipe = Recipe(steps=3, learning_rate=1e-3, seed=1)
+    fit(torch.nn.Linear(4, 3), lambda net, _: net(torch.ones(2, 4)).sum(), recipe, place)
+
+
+def _load_zoo_training(place: Path) -> str:
+    from evenkeel.zoo.making.loop import Recipe, fit
+
+    torch.manual_seed(0)
+    recipe = Recipe(steps=3, learning_rate=1e-3, seed=1)
+    network = torch.nn.Linear(4, 3)
+    fit(network, lambda net, _: net(torch.ones(2, 4)).sum(), recipe, place)
+    return _told(_of_tensors(network.state_dict()))
+
+
 def _restored(place: Path) -> None:
     from made_adapters import made_adapters
     from small_denoisers import dit
@@ -228,6 +293,19 @@ def _load_pipeline(place: Path) -> str:
 
     pipeline = load_pipeline(str(place))
     return _told(component_keys(pipeline, ""))
+
+
+def _load_blueprint(place: Path) -> str:
+    from evenkeel.planning.blueprint import read_blueprint
+
+    found = read_blueprint(place)
+    sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in found.networks.items()}
+    return _told(
+        sizes,
+        found.pipeline.__name__,
+        sorted(getattr(found.scheduler, "config", {}).items()),
+        found.tokens,
+    )
 
 
 def _denoiser(place: Path) -> None:
@@ -292,8 +370,12 @@ KINDS: dict[str, FileKind] = {
     "quantized": FileKind(_quantized, _load_quantized),
     "resume": FileKind(_resume, _load_resume),
     "images": FileKind(_images, _load_images),
+    "piece": FileKind(_piece, _load_piece),
+    "training": FileKind(_training, _load_training),
+    "zoo-training": FileKind(_zoo_training, _load_zoo_training),
     "twin": FileKind(_twin, _load_twin),
     "pipeline": FileKind(_pipeline, _load_pipeline, ours=False),
+    "blueprint": FileKind(_pipeline, _load_blueprint, ours=False),
     "denoiser": FileKind(_denoiser, _load_denoiser, ours=False),
     "gguf": FileKind(_gguf, _load_gguf, ours=False),
 }

@@ -64,22 +64,26 @@ class Kept:
         if (path := self.path(name, made_by)) is not None:
             write_tensors(path, PIECE, {"made_by": json_safe(dict(made_by)), "said": said}, tensors)
 
-    def get(self, name: str, made_by: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]] | None:
+    def get(
+        self, name: str, made_by: Mapping[str, Any], *needed: str
+    ) -> tuple[Any, dict[str, Tensor]] | None:
         """A piece that an earlier call kept; None where there is none.
 
         Raises:
-            StorageError: it is damaged.
+            StorageError: it is damaged, of something else, or lacks a tensor that is needed.
 
         """
         path = self.path(name, made_by)
         if path is None or not path.exists():
             return None
         header, tensors = read_tensors(path, PIECE)
+        if header["made_by"] != json_safe(dict(made_by)) or not tensors.keys() >= {*needed}:
+            raise PIECE.error(f"{path} holds another piece than its name says; {PIECE.remedy}.")
         return header["said"], tensors
 
     def tensor(self, name: str, made_by: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
         """One tensor, made unless it is there."""
-        if (found := self.get(name, made_by)) is not None:
+        if (found := self.get(name, made_by, "made")) is not None:
             return found[1]["made"]
         made = make()
         self.put(name, made_by, None, {"made": made})
@@ -102,7 +106,8 @@ class Kept:
         if (done := self.get("batch", made_by)) is not None:
             dtypes, tensors = done
             for name, side in names:
-                piece = self.get("rows", {**made_by, "layer": name, "side": side})
+                beside = {**made_by, "layer": name, "side": side}
+                piece = self.get("rows", beside, "keys", "rows")
                 if piece is not None and len(piece[1]["keys"]):
                     sites[name].samples[side].offer(piece[1]["keys"], piece[1]["rows"])
                 sites[name].dtype = getattr(torch, dtypes[name])
