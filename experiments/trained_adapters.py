@@ -99,8 +99,16 @@ def said(gains: torch.Tensor) -> str:
 def table(cells: dict[str, Cells]) -> str:
     """TRAINED_ADAPTERS.md."""
     lines = ["# Trained recovery adapters", "", *(__doc__ or "").splitlines()[2:], ""]
+    lines += not_run(cells, {weights: of for weights, of in cells.items() if of})
     for weights, of in cells.items():
-        lines += [f"## {weights}", "", *not_run(ARMS, of)]
+        if not of:
+            continue
+        missing = [f"*{arm}*" for arm in ARMS if arm not in of]
+        lines += [
+            f"## {weights}",
+            "",
+            *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
+        ]
         lines += ["| arm | dB [95 %] | to the closed form | held-out pairs |", "|---|---|---|---|"]
         gains = {arm: torch.tensor(cell["gains"]).double() for arm, cell in of.items()}
         for arm, cell in of.items():
