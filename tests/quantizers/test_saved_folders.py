@@ -22,6 +22,7 @@ from small_denoisers import (
 from torch import nn
 
 from evenkeel.errors import EvenkeelError, QuantizationError, StorageError
+from evenkeel.hosts.pipeline.components import network_settings
 from evenkeel.quantizers import (
     DEFAULT_SKIP,
     QuantizerSpec,
@@ -61,6 +62,9 @@ def test_saved_and_loaded_models_compute_the_same_bits(
     assert QuantizerSpec.from_dict(loaded_report.spec) == spec
     assert loaded.evenkeel_quantizer == str(spec) == new.evenkeel_quantizer
     assert (type(loaded), loaded.dtype, loaded.training) == (type(net), dtype, False)
+    # whoever keeps work of the one goes on with the other
+    assert network_settings(loaded) == network_settings(new)
+    assert not any(part.training for part in new.modules())
     # private entries say who wrote the configuration, not what is built
     public = {k: v for k, v in net.config.items() if not k.startswith("_")}
     assert {k: v for k, v in loaded.config.items() if not k.startswith("_")} == public

@@ -133,10 +133,10 @@ def ended(child: int) -> int:
 
 
 def snapshot() -> dict[str, str]:
-    """Every file below ``out`` and what it says, without times."""
+    """Every file below ``out`` and what it says, without times and without a cell's own work."""
     found = {}
     for path in sorted(Path("out").rglob("*")):
-        if path.is_file():
+        if path.is_file() and "1-bits" not in path.parts:
             found[path.relative_to("out").as_posix()] = _said_by(path)
     return found
 

@@ -317,7 +317,7 @@ class Workspace:
             raise _nothing_left(layers)
         report = QuantizationReport.measured(quantizer, spec, layers, self.original, self.quantized)
         attach(report, self.quantized)
-        return self.quantized, report
+        return self.quantized.eval().requires_grad_(False), report
 
     def _make(self, call: Any, net: nn.Module) -> None:
         with suppress(_Enough):
