@@ -12,17 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
+from evenkeel.reports.intervals import interval_plot
 from evenkeel.reports.measures import ABSENT, FURTHER, MEASURES
+from evenkeel.reports.pictures import picture_table
 from evenkeel.reports.plots import (
     correlation_plot,
     factor_plot,
     gain_slope_plot,
-    image_grid,
     spectrum_plot,
     variance_plot,
 )
+from evenkeel.reports.script import SCRIPT
 from evenkeel.reports.style import CSS
-from evenkeel.reports.summary import summary
+from evenkeel.reports.summary import in_short, summary
 from evenkeel.reports.table import (
     DIFFERENCE_TITLE,
     LEGEND,
@@ -34,8 +36,6 @@ from evenkeel.reports.table import (
     further_rows,
 )
 from evenkeel.storage import write_atomically
-
-PICTURE_WIDTH = 96  # small pictures are enlarged to about this many pixels
 
 PLOTS: tuple[tuple[Callable[[Mapping[str, Any]], bytes], str, str], ...] = (
     (
@@ -107,12 +107,17 @@ def report_html(
     settings = results.get("settings") or {}
     subtitle = " · ".join(str(settings[k]) for k in ("pipeline", "quantizer") if settings.get(k))
     calibration = results.get("calibration")
+    short = "".join(f"<p>{escape(text)}</p>" for text in in_short(results))
     sentences = "".join(f"<p>{escape(text)}</p>" for text in summary(results))
     spoilt = "".join(f"<p class='note'>{escape(line)}</p>" for line in black(results) if line)
     body = [
         f"<header><h1>{escape(_title(names))}</h1><p>{escape(subtitle)}</p></header>",
         _section(
-            "In words", f'<div class="summary">{sentences}</div>' + _caution(results) + spoilt
+            "In words",
+            f'<div class="summary">{short}</div>{interval_plot(results)}'
+            f"<details><summary>With every number</summary>{sentences}</details>"
+            + _caution(results)
+            + spoilt,
         ),
         _section("Pictures", _pictures(images, prompts)),
         _section("Measures", _measures(results)),
@@ -124,7 +129,7 @@ def report_html(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(_title(names))}</title><style>{CSS}</style></head>\n"
-        f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
+        f"<body><main>\n{chr(10).join(body)}\n</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -150,13 +155,7 @@ def _caution(results: Mapping[str, Any]) -> str:
 def _pictures(images: Mapping[str, Tensor], prompts: Sequence[str]) -> str:
     if not images:
         return "<p>No pictures were given to this report.</p>"
-    width = next(iter(images.values())).shape[-1]
-    grid = image_grid(images, prompts, scale=max(1, PICTURE_WIDTH // width))
-    alt = f"Grid of pictures: {len(prompts)} prompts in rows, {', '.join(images)} in columns"
-    items = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
-    return _figure(grid, alt, "Each row is one prompt, each column one arm.", "grid") + (
-        f"<details><summary>The prompts in full</summary><ol>{items}</ol></details>"
-    )
+    return picture_table(images, prompts)
 
 
 def _measures(results: Mapping[str, Any]) -> str:
@@ -223,10 +222,10 @@ def _short(value: Any) -> str:
 
 def _table(rows: Rows, caption: str, left: int) -> str:
     heading = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
-    kind = ' class="numbers"' if left else ""
+    kind = "numbers sortable" if left else "sortable"
     body = "\n".join(f"<tr>{_cells(row, left)}</tr>" for row in rows[1:])
     return (
-        f'<div class="scroll"><table{kind}><caption>{escape(caption)}</caption>'
+        f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{heading}</tr></thead>\n<tbody>{body}</tbody></table></div>"
     )
 

@@ -49,5 +49,36 @@ dd { margin: 0; overflow-wrap: anywhere; }
 dl.settings {
   display: grid; gap: .6rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr));
 }
-@media print { figure, tr { break-inside: avoid; } }
+[hidden] { display: none !important; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible, td button:focus-visible { outline: 2px solid var(--better); outline-offset: 2px; }
+th[aria-sort] button::after { content: " \\2191"; }
+th[aria-sort="descending"] button::after { content: " \\2193"; }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin-bottom: .5rem; }
+.controls fieldset { border: 0; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .25rem .9rem; }
+.controls legend { float: left; color: var(--faint); }
+.controls input[type=search] { font: inherit; padding: .25rem .5rem; min-width: 12rem; }
+table.pictures th[scope=row] { white-space: normal; font-weight: 400; max-width: 15rem; min-width: 8rem; }
+table.pictures td { padding: .25rem .4rem .25rem 0; }
+td button { border: 0; padding: 0; background: none; cursor: zoom-in; display: block; }
+td img { width: 9rem; }
+table.exact img, dialog.exact img { image-rendering: pixelated; }
+dialog { border: 0; padding: 1rem; background: var(--page); color: var(--ink); max-width: 96vw; }
+dialog::backdrop { background: rgb(0 0 0 / .7); }
+dialog img { width: min(80vw, 75vh); image-rendering: inherit; }
+figure.intervals .scroll { background: none; border: 0; }
+figure.intervals svg { width: 100%; min-width: 34rem; max-width: 52rem; font: 13px system-ui, sans-serif; }
+.intervals text { fill: var(--ink); }
+.intervals .head { font-weight: 600; }
+.intervals path { stroke: var(--faint); stroke-width: 2; fill: none; }
+.intervals .zero { stroke: var(--line); stroke-width: 1; }
+.intervals .better * { stroke: var(--better); } .intervals .better circle { fill: var(--better); }
+.intervals .worse * { stroke: var(--worse); } .intervals .worse rect { fill: var(--page); stroke-width: 2; }
+.intervals g text { stroke: none !important; }
+@media (max-width: 40rem) { td img { width: 6rem; } table.pictures th[scope=row] { min-width: 6rem; } }
+@media print {
+  figure, tr { break-inside: avoid; }
+  .controls, dialog { display: none; }
+  .scroll { overflow: visible; }
+}
 """

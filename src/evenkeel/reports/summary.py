@@ -30,6 +30,40 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     return [_sentence(arm) for arm in arms]
 
 
+def in_short(results: Mapping[str, Any]) -> list[str]:
+    """Two sentences per corrected arm: what changed, and in what no difference was shown.
+
+    Args:
+        results: as for :func:`evenkeel.reports.text_table`.
+
+    Raises:
+        EvenkeelError: no arms, or a number that is not finite (None is how to say so).
+
+    >>> change = {"value": -2.0, "stderr": 0.5, "low": -3.0, "high": -1.0, "n": 100}
+    >>> arm = {"name": "q-drift", "difference_to_quantized": {"frechet_reference": change}}
+    >>> in_short({"arms": [arm]})
+    ['q-drift is better than the quantized arm in FD to held-out, and worse in nothing.']
+
+    """
+    arms = corrected_arms(results)
+    return [_short(arm) for arm in arms] or summary(results)
+
+
+def _short(arm: Mapping[str, Any]) -> str:
+    differences = arm.get("difference_to_quantized") or {}
+    if not differences:
+        return _sentence(arm)
+    found: dict[Verdict, list[str]] = {}
+    for measure in MEASURES:
+        if measure.key in differences:
+            word = verdict(measure, differences[measure.key])
+            found.setdefault(word, []).append(measure.heading)
+    better, worse = (_joined(found.get(w, ["nothing"])) for w in ("better", "worse"))
+    text = f"{arm['name']} is better than the quantized arm in {better}, and worse in {worse}."
+    rest = found.get("no difference shown", []) + found.get("not known", [])
+    return f"{text} In {_joined(rest)} no difference was shown." if rest else text
+
+
 def _sentence(arm: Mapping[str, Any]) -> str:
     name, differences = arm["name"], arm.get("difference_to_quantized") or {}
     if not differences:
