@@ -40,8 +40,8 @@ def check_text(check: MarginalCheck) -> str:
     ]
     if check.shared is not None:
         lines[1:1] = [
-            f"Of the quantized arm's squared error {_plain(check.shared)} is the same for every prompt: "
-            f"the most that an input bias can take"
+            f"Of the quantized arm's squared error {_plain(check.shared)} is the same for every prompt: an "
+            f"input bias (tac-ibc) can take {_decibels(check.shared):.2f} dB, less what its own mean is off"
         ]
     if check.arms:
         rows = [HEADINGS, *(_row(arm) for arm in check.ranked())]
@@ -93,6 +93,10 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
+
+
+def _decibels(shared: Estimate) -> float:
+    return -10 * math.log10(1 - min(max(shared.value, 0.0), 0.999))
 
 
 def _plain(e: Estimate) -> str:
