@@ -22,7 +22,7 @@ from evenkeel.reports.adapter_card import card, hub_id
 from evenkeel.reports.html import write_report
 from evenkeel.storage import json_safe, valid_json, write_folder
 
-SHOWN = 12
+SHOWN = 64
 QUANTIZED = "quantized"  # folder of a refitted denoiser
 
 

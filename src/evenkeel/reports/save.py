@@ -26,7 +26,7 @@ def save_results(
     record: Record | None,
     prompts: list[str],
     *,
-    shown: int = 12,
+    shown: int = 64,
     not_applicable: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write everything into ``out`` as one result and return the content of ``results.json``.
