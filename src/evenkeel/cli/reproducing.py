@@ -66,7 +66,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     found = paper(options.paper)
     wanted = [found.row(name) for name in options.cell or ()]
     rows = wanted or [row for row in found.rows if row.cell is not None]
-    if options.list or not rows:
+    if options.list or not (rows or options.table):
         _list(found, options.json)
         return
     enough_images(options.images)

@@ -10,21 +10,23 @@ from evenkeel.reproduction.cells import QUANTIZED, Paper, Row
 from evenkeel.reproduction.run_cell import OURS, SEVERITIES
 from evenkeel.reproduction.verdict import Verdict
 
+_HEAD = (
+    "Relative change of the claimed measure against the quantized arm, 95 % interval. *reproduced*: the "
+    "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and excludes "
+    "a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's quantizer, "
+    "`damage` plain rounding that does as much harm as the paper's.",
+    "",
+    "| cell | model | claim | severity | quantizer | images | published | here | verdict |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 _HEADINGS = {m.key: m.heading for m in MEASURES}
 
 
 def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """Markdown; ``found`` by row and severity, as ``run_cell`` returned it."""
-    lines = [paper.heading, "", f"{paper.source}. {paper.data}.", ""]
-    lines += [
-        "Relative change of the claimed measure against the quantized arm, 95 % interval. *reproduced*: the "
-        "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and "
-        "excludes a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's "
-        "quantizer, `damage` plain rounding that does as much harm as the paper's.",
-        "",
-        "| cell | model | claim | severity | quantizer | images | published | here | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [paper.heading, "", f"{paper.source}. {paper.data[0].upper()}{paper.data[1:]}."]
+    if any(row.cell is not None for row in paper.rows):
+        lines += ["", *_HEAD]
     without: list[Row] = []
     for row in paper.rows:
         if row.cell is None:
