@@ -150,7 +150,7 @@ def _verdict(found: list[dict[str, Any]]) -> list[str]:
     by_output = stats.spearmanr([c["common"] for c in told], [c["gain"][0] for c in told])
     return [
         f"{len(found)} cells. Rank correlation of the prediction and the gain: {by_state.statistic:+.2f} "
-        f"(p {by_state.pvalue:.2f}); {within} of the predictions lie within the gain's 95 % interval. The "
+        f"(p {by_state.pvalue:.3f}); {within} of the predictions lie within the gain's 95 % interval. The "
         f"share of the *output* error, which a record holds: {by_output.statistic:+.2f} on {len(told)} "
         f"cells (p {by_output.pvalue:.2f})."
     ]
