@@ -3,6 +3,7 @@
     EVENKEEL_COMFYUI=<checkout> python tests/integrations/real_comfyui.py
 
 in an environment that can import both; prints one JSON object. ``test_real_comfyui.py`` runs it.
+EVENKEEL_COMFYUI_GGUF=<checkout of ComfyUI-GGUF> adds that loader's layers.
 """
 
 # ruff: noqa: E402
@@ -57,16 +58,69 @@ torch.set_num_threads(1)
 SIDE, STEPS = 8, 4
 
 
-def pack():
-    """The node pack as ComfyUI imports it."""
-    place = ROOT / "integrations" / "comfyui"
+def pack(place=ROOT / "integrations" / "comfyui", name="evenkeel_nodes"):
+    """The nodes of a pack as ComfyUI imports it."""
     spec = importlib.util.spec_from_file_location(
-        "evenkeel_nodes", place / "__init__.py", submodule_search_locations=[str(place)]
+        name, place / "__init__.py", submodule_search_locations=[str(place)]
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules["evenkeel_nodes"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
-    return sys.modules["evenkeel_nodes.nodes"], module
+    return sys.modules[f"{name}.nodes"]
+
+
+def gguf_loader(place, work, nodes, tiny, run, noise):
+    """Recover beside the layers of ComfyUI-GGUF: parity with diffusers' own GGUF layers, what stays."""
+    import gguf
+    from quantized_by import BACKENDS
+
+    theirs = pack(Path(place), "gguf_pack")
+    ops = sys.modules["gguf_pack.ops"]
+    pipe, reference = tiny.pipe, tiny.pipe.transformer
+    found = {}
+    for name in ("Q4_0", "Q8_0"):
+        kind = gguf.GGMLQuantizationType[name]
+
+        def packed(key, value, kind=kind):
+            if value.ndim != 2 or value.shape[1] % 32:
+                return value
+            blocks = torch.from_numpy(gguf.quants.quantize(value.numpy(), kind))
+            return ops.GGMLTensor(blocks, tensor_type=kind, tensor_shape=value.shape)
+
+        quantized = BACKENDS[f"gguf {name}"][1](reference, ("x_embedder",))
+        adapters = made_adapters(reference, size=0.2)
+        known = recognition(quantized, [a.name for a in adapters.layers])
+        file = write_lora(
+            adapters, work / f"{name}.safetensors", "comfyui", in_comfyui(known, "FluxPipeline")
+        )
+        patcher = flux_of(reference.state_dict(), ops.GGMLOps(), packed)
+        patcher = theirs.GGUFModelPatcher.clone(patcher)
+        pipe.transformer = quantized
+        with evenkeel.applied(pipe, adapters, allow=("denoiser",)):
+            expected = unpacked(pipe(**run)[0])
+        bare = unpacked(pipe(**run)[0])
+        pipe.transformer = reference
+        given = (
+            run["prompt_embeds"],
+            run["pooled_prompt_embeds"],
+            pipe.scheduler.sigmas.clone(),
+            noise,
+        )
+        before = sampled(patcher, *given)
+        got = sampled(nodes.EvenkeelRecover.execute(patcher, file.name, 1.0, True).args[0], *given)
+        found[name] = {
+            "patcher": type(patcher).__name__,
+            "bare": apart(before, bare),
+            "changes": apart(expected, bare),
+            "parity": apart(got, expected),
+            "left behind": float((sampled(patcher, *given) - before).abs().max()),
+        }
+    return found
+
+
+def apart(a, b):
+    """Largest difference over the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def plain(quantized, like):
@@ -252,7 +306,7 @@ def server(work, transformer, embeds, pooled, sigmas):
 
 
 def main():
-    nodes, _ = pack()
+    nodes = pack()
     work = Path(tempfile.mkdtemp())
     folder_paths.add_model_folder_path("evenkeel", str(work))
     tiny = tiny_pipelines.flux()
@@ -288,9 +342,6 @@ def main():
     bare = diffusers()
     sigmas = pipe.scheduler.sigmas.clone()
     found = {"contract": contract(), "sigmas": sigmas.tolist()}
-
-    def apart(a, b):
-        return float((a - b).abs().max() / b.abs().max())
 
     before = sampled(patcher, embeds, pooled, sigmas, noise)
     found["bare"] = apart(before, bare)
@@ -356,6 +407,11 @@ def main():
             )
         except Exception as e:
             found["corrections"][name] = f"{type(e).__name__}: {e}"
+    if "EVENKEEL_COMFYUI_GGUF" in os.environ:
+        pipe.transformer = reference
+        given = {**run, "latents": packed}
+        place = os.environ["EVENKEEL_COMFYUI_GGUF"]
+        found["gguf"] = gguf_loader(place, work, nodes, tiny, given, noise)
     found["server"] = server(work, quantized, embeds, pooled, sigmas)
     said = nodes.EvenkeelInspect.execute("record.safetensors")
     found["inspect"] = [said.args[0].splitlines()[0], list(said.args[1].shape)]

@@ -32,6 +32,9 @@ def test_contract_parity_and_server() -> None:
     assert "another quantization" in refused["foreign base"] and "one node" in refused["twice"]
     assert all("UnsupportedSampler" in refused[n] for n in ("heun", "euler_ancestral"))
     assert all("corrected" in refused[n] for n in ("dpmpp_2m", "ddim"))
+    for kind in found.get("gguf", {}).values():
+        assert kind["bare"] < 1e-4 and kind["parity"] < 1e-4 < 1e-3 < kind["changes"]
+        assert kind["left behind"] == 0
     served = found["server"]
     assert len(served["nodes"]) == 4
     assert served["with"]["status"] == served["without"]["status"] == "success"

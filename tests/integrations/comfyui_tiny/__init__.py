@@ -19,8 +19,11 @@ class Latents(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
 
 
-def flux_of(weights):
-    """ComfyUI's FLUX with the weights of a tiny one of diffusers."""
+def flux_of(weights, operations=None, packed=lambda name, value: value):
+    """ComfyUI's FLUX with the weights of a tiny one of diffusers.
+
+    ``operations``: a loader's own layers; ``packed``: what they keep of a weight.
+    """
     sizes = {
         "image_model": "flux", "in_channels": CHANNELS, "out_channels": CHANNELS, "vec_in_dim": WIDTH,
         "context_in_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 4, "depth": 2,
@@ -31,7 +34,10 @@ def flux_of(weights):
     config.set_inference_dtype(torch.float32, None)
     config.latent_format = Latents()
     model = comfy.model_base.Flux(config, device=torch.device("cpu")).eval()
-    state = model.diffusion_model.state_dict()
+    state = {k: v.clone() for k, v in model.diffusion_model.state_dict().items()}
+    if operations is not None:
+        config.custom_operations = operations
+        model = comfy.model_base.Flux(config, device=torch.device("cpu")).eval()
     places = comfy.utils.flux_to_diffusers(sizes)
     for name, value in weights.items():
         to = places[name]
@@ -42,7 +48,7 @@ def flux_of(weights):
         if len(to) > 2:
             value = to[2](value)
         target.narrow(*to[1]).copy_(value) if to[1] else target.copy_(value)
-    model.diffusion_model.load_state_dict(state)
+    model.diffusion_model.load_state_dict({k: packed(k, v) for k, v in state.items()})
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
