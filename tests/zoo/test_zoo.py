@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from evenkeel.hosts.run import Run
 from evenkeel.zoo.captions import read_caption, sample_mentions, vocabulary, write_caption
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 from evenkeel.zoo.handwriting import ATTRIBUTES, load_scans, sample_attributes, sample_pictures
+from evenkeel.zoo.making import train
 from evenkeel.zoo.making.loop import Recipe, fit
 
 
@@ -210,3 +212,24 @@ def test_training_resumes_where_it_was_killed(tmp_path):
     assert curves[0] == curves[1]
     with pytest.raises(StorageError, match="another recipe, which differs in learning_rate"):
         fit(linear(), loss_of, Recipe(steps=10, learning_rate=1.0, seed=1), tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "is kept in work; the same command continues"),
+        (StorageError("work/state is damaged"), 1, "work/state is damaged"),
+    ],
+)
+def test_training_ends_with_a_line_and_a_code(error, code, said, monkeypatch, capsys):
+    def stops(name, work):
+        raise error
+
+    monkeypatch.setattr(train, "train", stops)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert train.main(["ldm-8", "--work", "work"]) == code
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert said in capsys.readouterr().err

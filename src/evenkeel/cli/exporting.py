@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,11 @@ def add_export(commands: Any) -> None:
 def _run_export(options: argparse.Namespace) -> None:
     from evenkeel.corrections import Composite, Correction, RecoveryAdapters
     from evenkeel.errors import RecordError
+    from evenkeel.hosts.foreign_files import loading
     from evenkeel.hosts.recognition import RECOGNITION, in_comfyui
     from evenkeel.record import load
     from evenkeel.record.lora_file import write_lora
+    from evenkeel.storage import parse_json
 
     found = load(options.folder)
     parts = found.parts if isinstance(found, Composite) else (found,)
@@ -55,7 +56,8 @@ def _run_export(options: argparse.Namespace) -> None:
     kept = options.folder / RECOGNITION
     if options.layout == "comfyui" and kept.is_file():
         made_for = adapters[0].provenance
-        known = in_comfyui(json.loads(kept.read_text()), made_for.pipeline_class)
+        with loading(str(kept), "what the denoiser is recognised by; run evenkeel restore again"):
+            known = in_comfyui(parse_json(kept.read_bytes()), made_for.pipeline_class)
     write_lora(adapters[0], options.out, options.layout, known)
     left = [part.name for part in parts if part is not adapters[0] and isinstance(part, Correction)]
     size = options.out.stat().st_size
