@@ -10,6 +10,7 @@ from torch import Tensor
 import evenkeel
 from evenkeel.corrections import CNC, ExactDrift
 from evenkeel.corrections.epsilon_scaling import EpsilonScaling
+from evenkeel.errors import UnsupportedSampler
 from evenkeel.fitting import fit_tac
 from evenkeel.hosts.scheduler.probing import probe_scheduler
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -52,6 +53,13 @@ def test_the_law_is_that_of_the_plain_steps(pair: tuple[DDPMPipeline, UNet2DMode
     assert torch.allclose(*(torch.as_tensor(law.output_weights) for law in (learned, small)))
     middle, low, high = (torch.as_tensor(law.noise_weights)[:-1] for law in laws)
     assert torch.allclose(middle, (low * high).sqrt(), rtol=1e-4)
+
+
+def test_a_variance_without_limits_is_refused() -> None:
+    scheduler = DDPMScheduler(variance_type="learned", clip_sample=False)
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(UnsupportedSampler, match="as much noise as the network says"):
+        probe_scheduler(scheduler)
 
 
 def test_what_is_edited_is_the_noise_alone(pair: tuple[DDPMPipeline, UNet2DModel]) -> None:

@@ -54,6 +54,11 @@ def probe_scheduler(
     timesteps = timesteps[begin:]
     if "SCMScheduler" in _kinds(scheduler):  # its last timestep is only the end of the last step
         timesteps = timesteps[:-1]
+    if "DDPMScheduler" in _kinds(scheduler) and scheduler.config.get("variance_type") == "learned":
+        raise UnsupportedSampler(
+            f"{name} with variance_type='learned' adds as much noise as the network says, which nobody "
+            f"knows before. Use a sampler that takes the prediction alone, such as DDIM."
+        )
     _refuse_unshifted_times(scheduler)
     alpha, sigma = level_at(scheduler, begin)
     run = _ProbeRun(scheduler, timesteps, begin, dict(step_kwargs or {}))
