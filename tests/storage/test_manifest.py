@@ -1,13 +1,17 @@
 """A result of several files appears as one: cut anywhere, all of the old or all of the new is there."""
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from small_denoisers import dit
 
 from evenkeel.errors import StorageError
-from evenkeel.storage import Kind, claim, read_folder, write_folder
+from evenkeel.quantizers.saved.foreign_folder import FOREIGN, save_foreign
+from evenkeel.storage import Kind, claim, listed, read_folder, workplace, write_folder
 
 KIND = Kind("set", 1, "write it again", keys=("made_for",))
 OLD, NEW = ({"x.txt": f"{word} x", "y.bin": f"{word} y".encode()} for word in ("old", "new"))
@@ -150,3 +154,32 @@ def test_a_claim_is_this_runs_or_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(StorageError, match=r"run.json is not JSON"):
         claim(path, KIND, run)
+
+
+def test_a_folder_that_is_a_disk_of_its_own_takes_a_result_of_several_files(tmp_path, monkeypatch):
+    out, moved = tmp_path / "out", os.replace
+
+    def replace(source, target):
+        if out in Path(target).parents and out not in Path(source).parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        moved(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    save_foreign(dit(), out)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
+    assert listed(out, FOREIGN)
+
+
+def test_a_workplace_is_gone_afterwards_and_so_is_that_of_a_killed_process(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "out" / f".work.{dead.pid}.a.partial" / "half").mkdir(parents=True)
+    with workplace(tmp_path / "out") as inside:
+        assert [*(tmp_path / "out").iterdir()] == [inside]
+    assert [*(tmp_path / "out").iterdir()] == []
+    with pytest.raises(ZeroDivisionError), workplace(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="is a file"), workplace(tmp_path / "file"):
+        pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from evenkeel.record.correction_file import RESTORED
 from evenkeel.record.lora_file import FILE, peft_files, write_lora
 from evenkeel.reports.adapter_card import card, hub_id
 from evenkeel.reports.html import write_report
-from evenkeel.storage import json_safe, valid_json, write_folder
+from evenkeel.storage import json_safe, valid_json, workplace, write_folder
 
 SHOWN = 64
 QUANTIZED = "quantized"  # folder of a refitted denoiser
@@ -65,11 +64,9 @@ def write_restored(
     if report is not None:
         files["report.html"] = report
     header = {"parts": [part.name for part in found.parts]}
-    place = Path(folder).absolute()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+    with workplace(folder) as inside:
         if found.refitted is not None:
-            made = save_quantized(found.refitted, beside)
+            made = save_quantized(found.refitted, inside)
             files |= {f"{QUANTIZED}/{p.name}": partial(os.replace, p) for p in made.iterdir()}
         return write_folder(folder, RESTORED, header, files)
 

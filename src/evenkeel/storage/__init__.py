@@ -29,6 +29,7 @@ to one run. Of a folder, whatever writes a file may be given in place of its con
 ('b', 'x')
 """
 
+from evenkeel.storage.atomic import workplace as workplace
 from evenkeel.storage.atomic import write_atomically as write_atomically
 from evenkeel.storage.checks import Number as Number
 from evenkeel.storage.checks import Tensors as Tensors

@@ -5,9 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from evenkeel.errors import StorageError
 
 Content = bytes | str | Callable[[Path], Any]
 
@@ -43,6 +48,35 @@ def write_atomically(path: Path, content: Content) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def workplace(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder inside another one, which may be a disk of its own: files can be moved from here.
+
+    It is gone afterwards; what a killed process left of one is removed the next time.
+
+    Raises:
+        StorageError: the place is a file.
+
+    """
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise StorageError(f"{place} is a file; give a folder.")
+    is_new = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.glob(".work.*.partial"):
+        pid = left.name.split(".")[2]
+        if pid.isdecimal() and not _lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        prefix = f".work.{os.getpid()}."
+        with tempfile.TemporaryDirectory(prefix=prefix, suffix=".partial", dir=place) as inside:
+            yield Path(inside)
+    finally:
+        if is_new:
+            with suppress(OSError):  # unless something was written
+                place.rmdir()
 
 
 def _written(content: Callable[[Path], Any], place: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from evenkeel.storage import Kind, write_folder
+from evenkeel.storage import Kind, workplace, write_folder
 
 FOREIGN = Kind("denoiser", 1, "make it again", keys=("class",))
 
@@ -26,10 +25,8 @@ def save_foreign(module: nn.Module, folder: str | Path) -> Path:
         StorageError: the place is a file.
 
     """
-    place = Path(folder).absolute()
-    place.parent.mkdir(parents=True, exist_ok=True)
     saver: Any = module
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
-        saver.save_pretrained(beside)
-        files = {p.name: partial(os.replace, p) for p in sorted(Path(beside).iterdir())}
+    with workplace(folder) as inside:
+        saver.save_pretrained(inside)
+        files = {p.name: partial(os.replace, p) for p in sorted(inside.iterdir())}
         return write_folder(folder, FOREIGN, {"class": type(module).__name__}, files)
