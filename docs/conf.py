@@ -26,6 +26,7 @@ include_patterns = [
     "*.md",
     "benchmarks/*.md",
     "experiments/*.md",
+    "experiments/*/*/*.md",
     "integrations/comfyui/*.md",
 ]
 exclude_patterns = ["README.md", "**/.*", ".*", "src", "tests", "zoo", "dist", "build"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -56,6 +57,20 @@ def test_public_names_are_documented(made: Any) -> None:
         for each in made.public(module):
             thing = getattr(module, each)
             assert not callable(thing) or inspect.getdoc(thing), f"{name}.{each}"
+
+
+def test_links_between_pages_stay_within_the_site() -> None:
+    conf = (ROOT / "docs/conf.py").read_text()
+    (patterns,) = re.findall(r"^include_patterns = (\[.*?\])", conf, re.DOTALL | re.MULTILINE)
+    pages = {
+        page
+        for pattern in ast.literal_eval(patterns)
+        for page in ROOT.glob(pattern)
+        if page.suffix == ".md"
+    }
+    for page in pages - {ROOT / "README.md"}:
+        for target in re.findall(r"\]\(([^)\s#:]+\.md)[)#]", page.read_text()):
+            assert (page.parent / target).resolve() in pages, f"{page.name}: {target}"
 
 
 @pytest.mark.rarely
