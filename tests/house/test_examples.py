@@ -18,7 +18,14 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def often(path):
+    """The longest in turn with other long tests."""
+    return (
+        pytest.param(path, marks=pytest.mark.rarely) if path.stem == "compare_quantizers" else path
+    )
+
+
+@pytest.mark.parametrize("path", map(often, EXAMPLES), ids=lambda p: p.name)
 def test_example_runs(path, capsys):
     for package in ("bitsandbytes", "gguf", "torchao"):
         if f"import {package}" in path.read_text() or f"from {package}" in path.read_text():
