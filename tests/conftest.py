@@ -47,7 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked ``rarely`` whose turn it is not."""
+    """Leave out the tests marked ``rarely`` whose turn it is not; files that start processes come first.
+
+    These have few tests and take long: last, one of them would keep a single worker busy.
+    """
+    starts = {path: "subprocess" in path.read_text() for path in {i.path for i in items}}
+    items.sort(key=lambda i: not starts[i.path])
     seed = config.getoption("--rarely")
     if seed == "all":
         return

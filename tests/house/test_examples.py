@@ -25,7 +25,7 @@ def often(path):
     )
 
 
-@pytest.mark.parametrize("path", map(often, EXAMPLES), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*map(often, EXAMPLES)], ids=lambda p: p.name)
 def test_example_runs(path, capsys):
     for package in ("bitsandbytes", "gguf", "torchao"):
         if f"import {package}" in path.read_text() or f"from {package}" in path.read_text():

@@ -95,7 +95,7 @@ def test_samples_depend_on_their_batch_only_if_asked_to(net: Net, across_batch: 
     layer = quantized_by(method, net).quantized.loud
     x = noise(2, 5, 8)
     together = layer(torch.cat([x[:1], 50 * x[1:]]))[:1]
-    assert torch.equal(together, layer(x[:1])) == (not across_batch)
+    assert torch.allclose(together, layer(x[:1]), atol=1e-5) == (not across_batch)
 
 
 def test_a_dead_token_leaves_the_others_alone(net: Net) -> None:

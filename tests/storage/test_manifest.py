@@ -77,12 +77,13 @@ write(Path(sys.argv[1]), NEW, "new")
 @pytest.mark.parametrize("after", [1, 3])
 def test_killed_between_two_files(tmp_path, after):
     folder = write(tmp_path / "f", OLD, "old")
-    code = [sys.executable, "-c", KILLED, folder, str(after), os.path.dirname(__file__)]
+    here = Path(__file__).parent
+    code = [sys.executable, "-c", KILLED, folder, str(after), here, here.parent / "helpers"]
     assert subprocess.run(code).returncode == 9
     assert {p.name for p in folder.iterdir()} > {"x.txt", "y.bin", "set.json"}
     assert content(folder) == ("old" if after < 3 else "new")
     # The next writer is cut as well: what counted before it counts after it.
-    assert subprocess.run([*code[:4], "0", code[5]]).returncode == 9
+    assert subprocess.run([*code[:4], "0", *code[5:]]).returncode == 9
     assert content(folder) == ("old" if after < 3 else "new")
     assert content(write(folder, NEW, "new")) == "new"
     left = {p.name for p in folder.iterdir() if p.suffix != ".partial"}

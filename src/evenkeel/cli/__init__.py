@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.closing = closing  # what a command enters and leaves only when it ends
                 if options.command != "demo":  # which first says how long it takes
                     try_outputs(options)
-                return int(options.run(options) or 0)
+                code = int(options.run(options) or 0)
+                sys.stdout.flush()  # here, where a reader that has left is known for what it is
+                return code
         except BrokenPipeError:
             _forget_stdout()
             return EXIT_ERROR

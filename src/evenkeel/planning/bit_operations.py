@@ -67,7 +67,7 @@ def bit_operations(
     >>> from evenkeel.quantizers import QuantizerSpec, quantize_module
     >>> _, report = quantize_module(zoo.load("pixart-sigma").transformer, QuantizerSpec.parse("w4a8"))
     >>> str(bit_operations("zoo:pixart-sigma", report))  # doctest: +ELLIPSIS
-    'bit operations per call and image: ... G, ... % of those with 16 x 16 bits'
+    'bit operations per call and image: ... G, ...% of those with 16 x 16 bits'
 
     """
     blueprint = read_blueprint(folder_of(source))

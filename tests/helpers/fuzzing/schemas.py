@@ -48,7 +48,7 @@ SCHEMAS: dict[str, Any] = {
     "sample": {"images": [str], "seconds_per_image": N, "black": list, **WHY},
     "quantize": {
         **{"quantized": str, "quantizer": str, "spec": dict, "layers": [_LAYER]},
-        **{"stored_bytes": COUNT, "full_precision_bytes": COUNT},
+        **{"stored_bytes": COUNT, "full_precision_bytes": COUNT, "bit_operations": (dict, None)},
     },
     "fold": {"quantized": str, "head": str},
     "restore": {

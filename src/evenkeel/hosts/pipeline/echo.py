@@ -18,7 +18,7 @@ def echo(denoiser: nn.Module) -> nn.Module:
     whatever thread, are not touched.
 
     >>> net = nn.Linear(2, 1)
-    >>> stand_in, x = echo(net), torch.ones(1, 2)
+    >>> stand_in, x = echo(net), Tensor([[1.0, 1.0]])
     >>> bool(stand_in(x) == stand_in(5 * x)), bool(net(x) == net(5 * x))
     (True, False)
 
