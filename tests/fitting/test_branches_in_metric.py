@@ -8,12 +8,11 @@ import torch
 from refits import SPEC, TEST, TRAIN, inputs_of, make, refit
 
 from evenkeel.errors import CalibrationError
-from evenkeel.fitting.refit.in_metric import branch_of
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 
 
 def branched(module):
-    return {n: m for n, m in module.named_modules() if branch_of(m) is not None}
+    return {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLinear) and m.rank}
 
 
 @cache

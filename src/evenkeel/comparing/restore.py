@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from evenkeel.comparing.comparison import Arm, Comparison, Evaluator, compare, standard_arms
 from evenkeel.corrections.base import Correction, digest_of
@@ -210,8 +210,7 @@ def restore(
 
 def has_branches(quantized: nn.Module) -> bool:
     """Whether a layer of this library's quantizers has a low-rank branch."""
-    layers = (m for m in quantized.modules() if isinstance(m, Quantized))
-    return any(isinstance(down := getattr(m, "down", None), Tensor) and len(down) for m in layers)
+    return any(m.rank for m in quantized.modules() if isinstance(m, Quantized))
 
 
 def _as_asked(run: Run) -> dict[str, Any]:

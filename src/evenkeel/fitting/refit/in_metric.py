@@ -20,8 +20,6 @@ from evenkeel.hosts.processes import processes
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers.layers.quantized_layers import QuantizedLinear
 
-Branch = tuple[Tensor, Tensor]
-
 
 class Refitted(NamedTuple):
     """What a layer gets: down (r, F), up (O, r), and its bias (O,) if it has one."""
@@ -56,7 +54,11 @@ def branches_in_metric(
         CalibrationError: no layer has a branch.
 
     """
-    places = {name: p for name, p in sites_of(run).items() if branch_of(p.quantized) is not None}
+    places = {
+        name: p
+        for name, p in sites_of(run).items()
+        if isinstance(p.quantized, QuantizedLinear) and p.quantized.rank
+    }
     if not places:
         raise CalibrationError(
             f"no layer has a low-rank branch, so there is nothing to refit in the metric {metric!r}. Leave "
@@ -74,13 +76,6 @@ def branches_in_metric(
     return found, branches
 
 
-def branch_of(layer: object) -> Branch | None:
-    """Down (r, F) and up (O, r) of one of our layers, if it has a branch."""
-    if not isinstance(layer, QuantizedLinear) or layer.down is None or layer.up is None:
-        return None
-    return (layer.down, layer.up) if len(layer.down) else None
-
-
 def put(network: nn.Module, branches: Mapping[str, Refitted]) -> None:
     """Give layers these branches and biases."""
     layers = dict(network.named_modules())
@@ -93,19 +88,18 @@ def put(network: nn.Module, branches: Mapping[str, Refitted]) -> None:
 @torch.no_grad()
 def _decided(name: str, site: Site, metric: str) -> tuple[LayerRefit, Refitted | None]:
     layer: QuantizedLinear = site.quantized
-    present = branch_of(layer)
-    assert present is not None
-    said = LayerRefit(name, len(present[0]), what="branch")
+    assert layer.down is not None and layer.up is not None
+    said = LayerRefit(name, layer.rank, what="branch")
     measured = Measured.of(name, site, {metric}, centred=layer.bias is not None)
     problem = None if measured is None else measured.problem(metric, "regressed")
     if problem is None:
         why = "was not called" if measured is None else "the output does not depend on it"
         return replace(said, reason=why), None
     stretch = 1.0 if layer.smoothing is None else layer.smoothing.float()
-    old = present[0].float() / stretch, present[1].float().T
+    old = layer.down.float() / stretch, layer.up.float().T
     change = problem.change + problem.metric.working(old[1].T @ old[0])
     best = problem.metric.components(change, said.rank)
-    down, up = (best.down.float() * stretch).to(present[0]), best.up.T.to(present[1])
+    down, up = (best.down.float() * stretch).to(layer.down), best.up.T.to(layer.up)
     new = down.float() / stretch, up.float().T
     alone = problem.held_out.error(change)
     before, after = (alone - problem.held_out.gained(change, *b) for b in (old, new))
