@@ -43,7 +43,8 @@ ROW = Row(
 
 def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
     said: list[str] = []
-    found = run_cell(ROW, tmp_path, images=8, said=said.append)
+    found = run_cell(ROW, tmp_path / "1-tiny-bits", images=8, said=said.append)
+    assert len(list((tmp_path / "quantized").glob("*/quantized.json"))) == 1
     arms = {arm["name"]: arm for arm in found["arms"]}
     assert list(arms) == ["full-precision", "quantized", "Q-Drift", "both", "first", "exact-drift"]
     assert list(found["refused"]) == ["nothing such"] and found["images"] == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -71,8 +73,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """What a row of a paper gives here, in types that JSON knows.
 
-    The quantized denoiser and every arm's images are kept in ``folder`` as they are made; the same call
-    goes on there.
+    Every arm's images are kept in ``folder`` as they are made, the quantized denoiser beside it, for all
+    cells that have it; the same call goes on there.
 
     Args:
         row: with a cell.
@@ -140,10 +142,8 @@ def claim_cell(row: Row, folder: Path) -> None:
         StorageError: it was made with others; says what differs.
 
     """
-    if row.cell is None:
-        return
-    weights = read_json(zoo.path_of(row.cell.twin) / zoo.TWIN_FILE, TWIN)["files"]
-    claim(folder / "cell.json", MARK, {**asdict(row.cell), "weights": weights})
+    if row.cell is not None:
+        claim(folder / "cell.json", MARK, {**asdict(row.cell), "weights": _weights(row.cell)})
 
 
 def is_kept(place: Path, images: int | None) -> bool:
@@ -152,6 +152,18 @@ def is_kept(place: Path, images: int | None) -> bool:
         return False
     found = read_json(place, KIND)["images"]
     return bool(found >= PILOT if images is None else found == images)
+
+
+def _weights(cell: Cell) -> Any:
+    return read_json(zoo.path_of(cell.twin) / zoo.TWIN_FILE, TWIN)["files"]
+
+
+def _of_quantizing(cell: Cell) -> str:
+    """A folder's name that tells apart whatever a quantized denoiser depends on."""
+    names = ("twin", "quantizer", "steps", "guidance_scale", "sampler", "labels")
+    asked = {name: getattr(cell, name) for name in names} | {"weights": _weights(cell)}
+    text = json.dumps(asked, sort_keys=True, default=dict)
+    return f"{cell.twin}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _needed(row: Row, pilot: dict[str, ArmResult]) -> int:
@@ -202,7 +214,8 @@ class _Bench:
         )
 
     def quantized(self) -> nn.Module:
-        place = self.folder / "quantized"
+        """Kept beside the cells: rows of one table share it."""
+        place = self.folder.parent / "quantized" / _of_quantizing(self.cell)
         if (place / "quantized.json").is_file():
             return load_quantized(place)[0]
         return quantize(
