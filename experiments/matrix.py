@@ -2,8 +2,8 @@
 
 Frozen: each pipeline with its original's sampler, steps and guidance; plain rounding in groups of 32;
 calibrated on 32 prompts (seed 0); images of other prompts (seed 1), the same noise in every arm. Each cell
-is a file in matrix/, written when done: the command resumes. Then writes MATRIX.md and what `evenkeel
-recommend` reads.
+is a file in matrix/, written when done: the command resumes. Then writes MATRIX.md, the table
+of docs/choosing-a-correction.md, and what `evenkeel recommend` reads.
 
     python experiments/matrix.py [CELL ...] [--images 100]     # default: all
     python experiments/matrix.py --table                       # from the results on disk
@@ -31,6 +31,8 @@ from evenkeel.reproduction.recommend import MATRIX, Case, features_of, hit_rates
 from evenkeel.zoo.pictures import KINDS
 
 HERE = Path(__file__).parent
+CHOOSING = HERE.parent / "docs" / "choosing-a-correction.md"
+MARKS = "<!-- experiments/matrix.py writes from here -->\n", "<!-- to here -->\n"
 RESULTS = HERE / "matrix"
 TWINS = (
     "flux-schnell",
@@ -59,6 +61,7 @@ EVIDENCE = (
     "tsr",
 )
 FITTED = ("tac:published", "tac-ibc", "readout", "adapters")
+FEW = 8  # steps
 SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc")
 CELLS = {f"{twin} {spec}": (twin, spec) for spec in SPECS for twin in TWINS}
 KEYS = ("psnr", "frechet_full_precision", "perceptual", "contrast")
@@ -131,6 +134,42 @@ def publish() -> None:
     ]
     MATRIX.write_text(json.dumps(cases, separators=(",", ":")) + "\n")
     (HERE / "MATRIX.md").write_text(table(cells, cases))
+    before, rest = CHOOSING.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    CHOOSING.write_text(before + MARKS[0] + by_correction(cells) + MARKS[1] + after)
+
+
+def by_correction(cells: Cells) -> str:
+    """What each correction did, by weights and steps: mean and range, and how many changes are sure."""
+    groups = {
+        f"{spec.split('-')[0].upper()}, {steps}": [
+            c
+            for c in cells.values()
+            if c["quantizer"] == spec
+            and (zoo.twin(c["twin"]).num_inference_steps <= FEW) == (steps == "few steps")
+        ]
+        for spec in SPECS
+        for steps in ("few steps", "many")
+    }
+    groups = {name: found for name, found in groups.items() if found}
+    heads = [f"{name} ({len(found)})" for name, found in groups.items()]
+    lines = [f"| correction | {' | '.join(heads)} |", f"|{'---|' * (1 + len(heads))}"]
+    for arm in (*EVIDENCE, *FITTED):
+        changes = [
+            [c["changes"][arm]["psnr"] for c in found if "psnr" in c["changes"].get(arm, {})]
+            for found in groups.values()
+        ]
+        lines.append(f"| {arm} | {' | '.join(_summed(c) for c in changes)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _summed(changes: list[list[float]]) -> str:
+    if not changes:
+        return "-"
+    values = [c[0] for c in changes]
+    helped, harmed = sum(c[2] > 0 for c in changes), sum(c[3] < 0 for c in changes)
+    between = f" ({min(values):+.2f} to {max(values):+.2f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):+.2f}{between}; {helped} up, {harmed} down"
 
 
 def table(cells: Cells, cases: list[dict[str, Any]]) -> str:

@@ -109,3 +109,14 @@ def test_a_page_names_every_row() -> None:
     for name in PAPERS:
         text = page(paper(name), {})
         assert all(row.id in text for row in paper(name).rows) and paper(name).heading in text
+
+
+def test_what_matrix_says_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import matrix
+
+    places = [EXPERIMENTS / "MATRIX.md", matrix.CHOOSING, matrix.MATRIX]
+    monkeypatch.setattr(Path, "write_text", lambda place, text: written.update({place: text}))
+    written: dict[Path, str] = {}
+    matrix.publish()
+    assert written == {place: place.read_text() for place in places}
