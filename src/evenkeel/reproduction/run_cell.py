@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from evenkeel import zoo
-from evenkeel.comparing.comparison import ArmResult, compare, standard_arms
+from evenkeel.comparing.comparison import ArmResult, Comparison, compare, standard_arms
 from evenkeel.errors import EvenkeelError
 from evenkeel.fitting.quantize import quantize
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
@@ -102,7 +102,7 @@ def run_cell(
     if only:
         asked = {name: what for name, what in asked.items() if name in (claimed, *only)}
     claim_cell(row, folder)
-    bench = _Bench(cell, folder)
+    bench = Bench(cell, folder)
     said("quantize")
     if severity == "bits":
         module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
@@ -185,8 +185,15 @@ def _verdict(row: Row, results: dict[str, ArmResult]) -> Verdict:
     return judged(gain, change, results[QUANTIZED].measures[measure].value)
 
 
-class _Bench:
-    """A twin under a cell's settings."""
+class Bench:
+    """A twin under a cell's settings; what takes long is kept in ``folder``.
+
+    Attributes:
+        cell, folder: as given.
+        twin, kind: what the zoo says of it, and of what it draws.
+        pipeline, guidance, evaluator: as the cell asks for.
+
+    """
 
     def __init__(self, cell: Cell, folder: Path) -> None:
         self.cell, self.folder = cell, folder
@@ -198,11 +205,13 @@ class _Bench:
         self.evaluator = self.kind.evaluator(zoo.path_of(cell.twin))
 
     def prompts(self, count: int, seed: int) -> list[Any]:
+        """Of the cell's class, or drawn: seed 0 to calibrate, 1 to evaluate, 3 to quantize."""
         if self.cell.labels is not None:
             return [self.cell.labels] * count
         return self.kind.prompts(count, seed)
 
     def run(self, module: nn.Module) -> Run:
+        """The calibration."""
         prompts = self.prompts(self.cell.calibration_prompts, 0)
         return Run(
             self.pipeline,
@@ -214,7 +223,7 @@ class _Bench:
         )
 
     def quantized(self) -> nn.Module:
-        """Kept beside the cells: rows of one table share it."""
+        """By the paper\'s quantizer, kept beside the cells: rows of one table share it."""
         place = self.folder.parent / "quantized" / _of_quantizing(self.cell)
         if (place / "quantized.json").is_file():
             return load_quantized(place)[0]
@@ -229,6 +238,7 @@ class _Bench:
         )[0]
 
     def as_damaged(self, row: Row, said: Callable[[str], None]) -> tuple[nn.Module, str]:
+        """The denoiser rounded until the damage is the paper's, and how."""
         wanted = row.damage()
         if wanted is None or wanted <= 1:
             raise EvenkeelError(
@@ -252,8 +262,16 @@ class _Bench:
     def compared(
         self, module: nn.Module, arms: dict[str, Any], count: int, place: str = ""
     ) -> dict[str, ArmResult]:
+        """Full precision, quantized and these arms, measured."""
+        found = self.comparison(module, arms, count, place)
+        return {arm.name: arm for arm in found.arms}
+
+    def comparison(
+        self, module: nn.Module, arms: dict[str, Any], count: int, place: str = ""
+    ) -> Comparison:
+        """The same with the images."""
         prompts = self.prompts(count, 1)
-        found = compare(
+        return compare(
             self.pipeline,
             standard_arms(self.pipeline, module, arms),
             prompts=prompts,
@@ -266,4 +284,3 @@ class _Bench:
             more=not place,
             progress=False,
         )
-        return {arm.name: arm for arm in found.arms}
