@@ -223,7 +223,7 @@ class Bench:
         )
 
     def quantized(self) -> nn.Module:
-        """By the paper\'s quantizer, kept beside the cells: rows of one table share it."""
+        """By the paper's quantizer, kept beside the cells: rows of one table share it."""
         place = self.folder.parent / "quantized" / _of_quantizing(self.cell)
         if (place / "quantized.json").is_file():
             return load_quantized(place)[0]
