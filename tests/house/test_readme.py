@@ -20,8 +20,8 @@ def test_readme_is_a_screen_or_two_and_its_tables_are_short() -> None:
 def test_its_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    shorter = program.replace("prompts(32", "prompts(4").replace("steps=20", "steps=3")
-    assert shorter.count("4, seed") == 1 and "steps=3" in shorter
+    shorter = program.replace("prompts(32", "prompts(4").replace('steps": 20', 'steps": 3')
+    assert shorter.count("4, seed") == 1 and 'steps": 3' in shorter
     made: dict[str, object] = {}
     exec(compile(shorter, "README.md", "exec"), made)
     assert made["pipe"].transformer is made["quantized"]  # type: ignore[attr-defined]
