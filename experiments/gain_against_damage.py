@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evenkeel.reproduction import PAPERS, paper
+from measured_cells import reproduced
+
+from evenkeel.reproduction import paper
 from evenkeel.storage import write_atomically
 
 HERE = Path(__file__).parent
@@ -60,23 +62,20 @@ def _of_matrix() -> Iterator[Point]:
 
 
 def _of_papers() -> Iterator[Point]:
-    for name in PAPERS:
-        for place in sorted((HERE / "reproduced" / name).glob("*.json")):
-            result = json.loads(place.read_text())
-            arms = {arm["name"]: arm for arm in result["arms"]}
-            before = arms["quantized"]
-            asked = paper(name).row(result["row"]).cell
-            assert asked is not None
-            for arm, found in arms.items():
-                method = arm if arm in asked.also else _called(asked.arms.get(arm))
-                if method is None or "difference_to_quantized" not in found:
-                    continue
-                changes = {
-                    k: (v["value"], v["low"], v["high"])
-                    for k, v in found["difference_to_quantized"].items()
-                }
-                label = f"{name} {result['row']} ({result['severity']})"
-                yield _point(method, label, before["psnr"]["value"], before[FD]["value"], changes)
+    for name, label, result in reproduced():
+        arms = {arm["name"]: arm for arm in result["arms"]}
+        before = arms["quantized"]
+        asked = paper(name).row(result["row"]).cell
+        assert asked is not None
+        for arm, found in arms.items():
+            method = arm if arm in asked.also else _called(asked.arms.get(arm))
+            if method is None or "difference_to_quantized" not in found:
+                continue
+            changes = {
+                k: (v["value"], v["low"], v["high"])
+                for k, v in found["difference_to_quantized"].items()
+            }
+            yield _point(method, label, before["psnr"]["value"], before[FD]["value"], changes)
 
 
 def _called(asked: Any) -> str | None:

@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from measured_cells import finish, known, not_run
+from measured_cells import finish, known, not_run, reproduced
 from scipy import stats
 
 from evenkeel import zoo
@@ -27,7 +27,6 @@ from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
 from evenkeel.quantizers import QuantizerSpec, quantize_module
-from evenkeel.reproduction import PAPERS
 from evenkeel.reproduction.arms import Makers
 from evenkeel.storage import write_atomically
 from evenkeel.zoo.pictures import KINDS
@@ -90,16 +89,13 @@ def cells() -> list[dict[str, Any]]:
             name = f"{cell['twin']} {cell['quantizer']}"
             common = cell["features"]["common"]
             found.append(_cell(name, cell["shared"], PROMPTS, common, gain))
-    for paper in PAPERS:
-        for place in sorted((HERE / "reproduced" / paper).glob("*.json")):
-            result = json.loads(place.read_text())
-            arms = {arm["name"]: arm for arm in result["arms"]}
-            if ARM in arms:
-                change = arms[ARM]["difference_to_quantized"]["psnr"]
-                gain = [change[k] for k in ("value", "low", "high")]
-                name = f"{paper} {result['row']} ({result['severity']})"
-                prompts = result["calibration_prompts"]
-                found.append(_cell(name, result["shared"], prompts, None, gain))
+    for _, name, result in reproduced():
+        arms = {arm["name"]: arm for arm in result["arms"]}
+        if ARM in arms:
+            change = arms[ARM]["difference_to_quantized"]["psnr"]
+            gain = [change[k] for k in ("value", "low", "high")]
+            prompts = result["calibration_prompts"]
+            found.append(_cell(name, result["shared"], prompts, None, gain))
     return found
 
 

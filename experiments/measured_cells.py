@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evenkeel.reproduction import PAPERS
 from evenkeel.storage import write_atomically
 
 Cells = dict[str, dict[str, Any]]
@@ -50,6 +51,15 @@ def not_run(names: Iterable[str], cells: Cells) -> list[str]:
     """What a page says of cells without a file."""
     missing = [name for name in names if name not in cells]
     return [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
+
+
+def reproduced() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of the papers' cells, each with its first calibration: paper, name, result."""
+    for name in PAPERS:
+        for place in sorted((Path(__file__).parent / "reproduced" / name).glob("*.json")):
+            result = json.loads(place.read_text())
+            if result["calibration_seed"] == 0:
+                yield name, f"{name} {place.stem}", result
 
 
 def decibels(psnr: dict[str, Any]) -> str:

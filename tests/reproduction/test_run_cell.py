@@ -12,7 +12,7 @@ from evenkeel.cli import main
 from evenkeel.errors import EvenkeelError, StorageError
 from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
 from evenkeel.reproduction.page import page
-from evenkeel.reproduction.run_cell import KIND, claim_cell, is_kept, run_cell
+from evenkeel.reproduction.run_cell import KIND, claim_cell, is_kept, run_cell, variant
 from evenkeel.storage import write_json
 
 ROW = Row(
@@ -64,6 +64,24 @@ def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| both |"))
     gain = arms["both"]["difference_to_quantized"]["psnr"]
     assert "| -4.2 % |" in line and f"{gain['value']:+.2f} dB" in line
+
+
+def test_another_calibration_moves_the_correction_and_not_the_rest(tmp_path: Path) -> None:
+    first, second = (
+        run_cell(
+            ROW, tmp_path / variant("bits", seed), images=8, only=["Q-Drift"], calibration_seed=seed
+        )
+        for seed in (0, 1)
+    )
+    of_arm = [{arm["name"]: arm["psnr"] for arm in found["arms"]} for found in (first, second)]
+    assert of_arm[0]["quantized"] == of_arm[1]["quantized"]
+    assert of_arm[0]["Q-Drift"] != of_arm[1]["Q-Drift"]
+    assert [found["calibration_seed"] for found in (first, second)] == [0, 1]
+    text = page(
+        replace(paper("q-drift"), rows=(ROW,)),
+        {("1-tiny", "bits"): first, ("1-tiny", "bits-seed-1"): second},
+    )
+    assert "| bits-seed-1 |" in text and "## 1-tiny, bits-seed-1: a model" in text
 
 
 def _estimate(arm: dict[str, object]) -> object:

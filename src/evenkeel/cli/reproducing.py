@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evenkeel.cli.options import command, positive
+from evenkeel.cli.options import command, not_negative, positive
 
 if TYPE_CHECKING:
-    from evenkeel.reproduction import Paper, Row
+    from evenkeel.reproduction import Paper
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -35,6 +35,13 @@ def add_reproduce(commands: Any) -> None:
         "--table", action="store_true", help="the page of what is on disk, and no run"
     )
     parser.add_argument("--severity", choices=("bits", "damage", "both"), default="bits")
+    parser.add_argument(
+        "--calibration-seed",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="other calibration prompts and noise (0)",
+    )
     parser.add_argument("--images", type=positive, help="per arm (default: what the gain needs)")
     parser.add_argument(
         "--arms", default="", metavar="NAMES", help="beside the claimed one, comma-separated (all)"
@@ -60,7 +67,14 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     from evenkeel.cli.generating import enough_images
     from evenkeel.reproduction import paper
     from evenkeel.reproduction.page import page, summary
-    from evenkeel.reproduction.run_cell import KIND, SEVERITIES, claim_cell, is_kept, run_cell
+    from evenkeel.reproduction.run_cell import (
+        KIND,
+        SEVERITIES,
+        claim_cell,
+        is_kept,
+        run_cell,
+        variant,
+    )
     from evenkeel.storage import FileOutput, valid_json, write_atomically, write_json
 
     found = paper(options.paper)
@@ -74,17 +88,19 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     tables = folder / "tables.md"
     FileOutput("page of reproduced tables", found.wrote).check(tables, options.force)
     severities = SEVERITIES if options.severity == "both" else (options.severity,)
+    seed = options.calibration_seed
     asked = [] if options.table else list(itertools.product(rows, severities))
+    places = {(row.id, s): folder / f"{row.id}-{variant(s, seed)}.json" for row, s in asked}
     left = 0
-    for row, severity in asked:
-        FileOutput(KIND.name, KIND.wrote).check(_place(folder, row, severity), options.force)
+    for place in places.values():
+        FileOutput(KIND.name, KIND.wrote).check(place, options.force)
     options.kept = f"what was finished is kept in {folder}; the same command continues"
 
     def told(cell: str) -> Callable[[str], None]:
         return lambda text: None if options.json else print(f"{cell}: {text}", flush=True)
 
     for row, severity in asked:
-        place = _place(folder, row, severity)
+        place = places[row.id, severity]
         if is_kept(place, options.images):
             claim_cell(row, folder / place.stem)
             continue
@@ -96,6 +112,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
             row,
             folder / place.stem,
             severity=severity,
+            calibration_seed=seed,
             images=options.images,
             only=[name for name in options.arms.split(",") if name],
             said=told(row.id),
@@ -104,8 +121,8 @@ def _run_reproduce(options: argparse.Namespace) -> None:
         write_atomically(tables, page(found, _known(folder, found)))
     known = _known(folder, found)
     write_atomically(tables, page(found, known))
-    results = [known[row.id, severity] for row, severity in asked if (row.id, severity) in known]
-    results = results or list(known.values())
+    keys = [(row.id, variant(severity, seed)) for row, severity in asked]
+    results = [known[key] for key in keys if key in known] or list(known.values())
     if options.json:
         print(valid_json([{k: v for k, v in r.items() if k != "arms"} for r in results]))
     else:
@@ -113,18 +130,18 @@ def _run_reproduce(options: argparse.Namespace) -> None:
         print(f"{tables}" + (f"; {left} cells are left, run again" if left else ""))
 
 
-def _place(folder: Path, row: Row, severity: str) -> Path:
-    return folder / f"{row.id}-{severity}.json"
-
-
 def _known(folder: Path, found: Paper) -> dict[tuple[str, str], dict[str, Any]]:
     """Every cell that is on disk, in the order of the paper."""
-    from evenkeel.reproduction.run_cell import KIND, SEVERITIES
+    from evenkeel.reproduction.run_cell import KIND, variant
     from evenkeel.storage import read_json
 
-    cells = [(r, s) for r in found.rows if r.cell is not None for s in SEVERITIES]
-    places = {(row.id, severity): _place(folder, row, severity) for row, severity in cells}
-    return {key: read_json(place, KIND) for key, place in places.items() if place.is_file()}
+    known = {}
+    for row in found.rows:
+        for place in sorted(folder.glob(f"{row.id}-*.json")):
+            result = read_json(place, KIND)
+            if result["row"] == row.id:
+                known[row.id, variant(result["severity"], result["calibration_seed"])] = result
+    return known
 
 
 def _list(found: Any, as_json: bool) -> None:

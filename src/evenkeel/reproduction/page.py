@@ -7,14 +7,14 @@ from typing import Any
 
 from evenkeel.reports.measures import MEASURES
 from evenkeel.reproduction.cells import QUANTIZED, Paper, Row
-from evenkeel.reproduction.run_cell import OURS, SEVERITIES
+from evenkeel.reproduction.run_cell import OURS, variant
 from evenkeel.reproduction.verdict import Verdict
 
 _HEAD = (
     "Relative change of the claimed measure against the quantized arm, 95 % interval. *reproduced*: the "
     "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and excludes "
     "a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's quantizer, "
-    "`damage` plain rounding that does as much harm as the paper's.",
+    "`damage` plain rounding that does as much harm as the paper's; `seed` other calibration prompts.",
     "",
     "| cell | model | claim | severity | quantizer | images | published | here | verdict |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -23,7 +23,7 @@ _HEADINGS = {m.key: m.heading for m in MEASURES}
 
 
 def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """Markdown; ``found`` by row and severity, as ``run_cell`` returned it."""
+    """Markdown; ``found`` by row and `variant`, as ``run_cell`` returned it."""
     lines = [paper.heading, "", f"{paper.source}. {paper.data[0].upper()}{paper.data[1:]}."]
     if any(row.cell is not None for row in paper.rows):
         lines += ["", *_HEAD]
@@ -32,13 +32,10 @@ def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> st
         if row.cell is None:
             without.append(row)
             continue
-        lines.append(_line(row, "bits", found.get((row.id, "bits"))))
-        if (row.id, "damage") in found:
-            lines.append(_line(row, "damage", found[row.id, "damage"]))
+        lines += [_line(row, v, found.get((row.id, v))) for v in _variants(row, found, "bits")]
     for row in paper.rows:
-        for severity in SEVERITIES:
-            if (row.id, severity) in found:
-                lines += _arms(row, severity, found[row.id, severity])
+        for which in _variants(row, found):
+            lines += _arms(row, which, found[row.id, which])
     notes = [f"- {row.id}: {row.note}." for row in paper.rows if row.cell is not None and row.note]
     if notes:
         lines += ["", "## What differs from the paper", "", *notes]
@@ -48,10 +45,17 @@ def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> st
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row, severity: str, result: Mapping[str, Any] | None) -> str:
+def _variants(
+    row: Row, found: Mapping[tuple[str, str], object], always: str | None = None
+) -> list[str]:
+    """Of this row, what there is, and what is named even if there is nothing."""
+    return sorted({v for name, v in found if name == row.id} | ({always} if always else set()))
+
+
+def _line(row: Row, which: str, result: Mapping[str, Any] | None) -> str:
     assert row.claim is not None
     gain = row.gain()
-    start = f"| {row.id} | {row.model} | {row.claim[0]}, {row.claim[1]} | {severity} |"
+    start = f"| {row.id} | {row.model} | {row.claim[0]}, {row.claim[1]} | {which} |"
     if result is None:
         return f"{start} | | {100 * (gain or 0):+.1f} % | | not run |"
     verdict = Verdict(**result["verdict"])
@@ -62,7 +66,7 @@ def _line(row: Row, severity: str, result: Mapping[str, Any] | None) -> str:
     )
 
 
-def _arms(row: Row, severity: str, result: Mapping[str, Any]) -> list[str]:
+def _arms(row: Row, which: str, result: Mapping[str, Any]) -> list[str]:
     """Every arm of a cell, and what could not be made, with the reason."""
     assert row.claim is not None
     claimed = row.claim[1]
@@ -74,7 +78,7 @@ def _arms(row: Row, severity: str, result: Mapping[str, Any]) -> list[str]:
         levels[0] += f" (full precision {full[OURS[claimed]]['value']:.4g})"
     lines = [
         "",
-        f"## {row.id}, {severity}: {row.model}",
+        f"## {row.id}, {which}: {row.model}",
         "",
         f"{result['twin']}, {result['quantizer']}, {result['images']} images. "
         f"Quantized: {', '.join(levels)}.",
@@ -114,4 +118,7 @@ def _change(arm: Mapping[str, Any], quantized: Mapping[str, Any], measure: str) 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
     """A line per result, for the terminal."""
-    return "\n".join(f"{r['row']} ({r['severity']}): {Verdict(**r['verdict'])}" for r in found)
+    return "\n".join(
+        f"{r['row']} ({variant(r['severity'], r['calibration_seed'])}): {Verdict(**r['verdict'])}"
+        for r in found
+    )

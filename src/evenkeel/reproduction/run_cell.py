@@ -37,6 +37,7 @@ KIND = Kind(
     keys=(
         "row",
         "severity",
+        "calibration_seed",
         "twin",
         "quantizer",
         "images",
@@ -67,6 +68,7 @@ def run_cell(
     folder: Path,
     *,
     severity: str = "bits",
+    calibration_seed: int = 0,
     images: int | None = None,
     only: Sequence[str] = (),
     said: Callable[[str], None] = lambda text: None,
@@ -81,6 +83,7 @@ def run_cell(
         folder: of this cell.
         severity: ``bits``, the paper's quantizer; ``damage``, the one of ``LADDER`` at which the claimed
             measure, quantized over full precision, comes nearest to the paper's.
+        calibration_seed: of the calibration's prompts and noise.
         images: per arm; None takes as many as the paper's gain needs, judged from ``PILOT`` of them, and at
             most ``MOST``.
         only: names of arms to measure beside the claimed one; empty takes all of the cell.
@@ -109,7 +112,7 @@ def run_cell(
     else:
         module, quantizer = bench.as_damaged(row, said)
     said("calibrate and fit")
-    makers = Makers(bench.run(module), cell.subset, cell.trajectory)
+    makers = Makers(bench.run(module, calibration_seed), cell.subset, cell.trajectory)
     arms, refused = {}, {}
     for name, what in asked.items():
         try:
@@ -124,6 +127,7 @@ def run_cell(
     return {
         "row": row.id,
         "severity": severity,
+        "calibration_seed": calibration_seed,
         "twin": cell.twin,
         "quantizer": quantizer,
         "images": count,
@@ -133,6 +137,16 @@ def run_cell(
         "refused": refused,
         "arms": [arm.as_dict() for arm in results.values()],
     }
+
+
+def variant(severity: str, calibration_seed: int) -> str:
+    """What tells a row's results apart, in names of files and headings.
+
+    >>> variant("bits", 0), variant("bits", 2)
+    ('bits', 'bits-seed-2')
+
+    """
+    return severity if calibration_seed == 0 else f"{severity}-seed-{calibration_seed}"
 
 
 def claim_cell(row: Row, folder: Path) -> None:
@@ -205,19 +219,20 @@ class Bench:
         self.evaluator = self.kind.evaluator(zoo.path_of(cell.twin))
 
     def prompts(self, count: int, seed: int) -> list[Any]:
-        """Of the cell's class, or drawn: seed 0 to calibrate, 1 to evaluate, 3 to quantize."""
+        """Of the cell's class, or drawn: thousands to calibrate, 1 to evaluate, 3 to quantize."""
         if self.cell.labels is not None:
             return [self.cell.labels] * count
         return self.kind.prompts(count, seed)
 
-    def run(self, module: nn.Module) -> Run:
+    def run(self, module: nn.Module, seed: int = 0) -> Run:
         """The calibration."""
-        prompts = self.prompts(self.cell.calibration_prompts, 0)
+        prompts = self.prompts(self.cell.calibration_prompts, 1000 * seed)
         return Run(
             self.pipeline,
             prompts,
             self.cell.steps,
             guidance_scale=self.guidance,
+            seed=1000 * seed,
             batch_size=32,
             quantized=module,
         )
