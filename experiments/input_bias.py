@@ -26,6 +26,7 @@ from evenkeel.comparing.comparison import standard_arms
 from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
+from evenkeel.metrics.state_scores import input_bias_gain
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reproduction.arms import Makers
 from evenkeel.storage import write_atomically
@@ -102,13 +103,12 @@ def cells() -> list[dict[str, Any]]:
 def _cell(
     name: str, shared: dict[str, Any], prompts: int, common: float | None, gain: list[float]
 ) -> dict[str, Any]:
-    rest = max(1 - shared["value"], 1e-6) * (1 + 1 / prompts)
     return {
         "name": name,
         "shared": shared,
         "prompts": prompts,
         "common": common,
-        "predicted": -10 * math.log10(rest),
+        "predicted": input_bias_gain(shared["value"], prompts),
         "gain": gain,
     }
 

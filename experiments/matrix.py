@@ -25,6 +25,7 @@ from evenkeel.comparing.comparison import compare, standard_arms
 from evenkeel.errors import EvenkeelError
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
+from evenkeel.metrics.state_scores import input_bias_gain
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reproduction.arms import Makers
 from evenkeel.reproduction.recommend import MATRIX, Case, features_of, hit_rates
@@ -62,6 +63,7 @@ EVIDENCE = (
 )
 FITTED = ("tac:published", "tac-ibc", "readout", "adapters")
 FEW = 8  # steps
+PROMPTS = 32  # of the calibration
 SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc")
 CELLS = {f"{twin} {spec}": (twin, spec) for spec in SPECS for twin in TWINS}
 KEYS = ("psnr", "frechet_full_precision", "perceptual", "contrast")
@@ -77,7 +79,7 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
         "num_inference_steps": entry.num_inference_steps,
         "guidance_scale": entry.guidance_scale,
     }
-    asked = Run(pipeline, kind.prompts(32, 0), batch_size=32, quantized=quantized, **settings)
+    asked = Run(pipeline, kind.prompts(PROMPTS, 0), batch_size=32, quantized=quantized, **settings)
     makers, arms, refused = Makers(asked), {}, {}
     for arm in (*EVIDENCE, *FITTED):
         try:
@@ -129,6 +131,7 @@ def publish() -> None:
                 for arm, change in c["changes"].items()
                 if "psnr" in change
             },
+            "input_bias": round(input_bias_gain(c["shared"]["value"], PROMPTS), 4),
         }
         for c in cells.values()
     ]

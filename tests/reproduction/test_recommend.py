@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,3 +88,20 @@ def test_advice_on_a_record_names_cells_and_is_a_text() -> None:
     names = [row["correction"] for row in found["expected"]]
     assert names and found["nearest"] and all(0 <= r["sure"] <= 1 for r in found["expected"])
     assert all(name in advice_text(found) for name in names)
+
+
+def test_what_the_check_says_of_the_input_bias_stands_above_the_cells() -> None:
+    def seen(twin: str, predicted: float | None, gain: float) -> Case:
+        return replace(case(twin, 0.9), gains={"tac-ibc": (gain, 0.1)}, input_bias=predicted)
+
+    cases = [seen("a", 0.4, 0.5), seen("b", 3.0, 2.8), seen("c", -0.1, -0.2), seen("d", None, -5.0)]
+    (without,), (told,) = (expected(cases[0].features, cases, p) for p in (None, 2.0))
+    assert told.gain == 2.0 and without.gain == pytest.approx((0.5 + 2.8 - 0.2 - 5.0) / 4, abs=0.01)
+    assert told.high - told.low < without.high - without.low and told.sure > 0.9 > without.sure
+    (nothing,) = expected(cases[3].features, cases[3:], 2.0)  # no case had a prediction
+    assert nothing.cells == 0 and nothing.high - nothing.gain > 12
+    record = merged([part(i) for i in range(5)])
+    found = {r["correction"]: r["gain"] for r in advice(record, 0.3)["expected"]}
+    assert found["tac-ibc"] == pytest.approx(-10 * math.log10(0.7 * (1 + 1 / record.prompts)))
+    with pytest.raises(EvenkeelError, match="got 12"):
+        advice(record, 12.0)

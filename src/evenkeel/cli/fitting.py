@@ -9,6 +9,7 @@ from typing import Any
 from evenkeel.cli.options import (
     DTYPES,
     command,
+    finite,
     loaded,
     not_negative,
     positive,
@@ -241,13 +242,19 @@ def add_recommend(commands: Any) -> None:
         example="recommend record.safetensors",
     )
     parser.add_argument("record", type=Path)
+    parser.add_argument(
+        "--shared",
+        type=finite,
+        metavar="S",
+        help="share of the state error that all prompts have in common, from the check of evenkeel calibrate",
+    )
 
 
 def _run_recommend(options: argparse.Namespace) -> None:
     from evenkeel.record import Record
     from evenkeel.reproduction.recommend import advice, advice_text
 
-    found = advice(Record.load(options.record))
+    found = advice(Record.load(options.record), options.shared)
     say(options, found, advice_text(found))
 
 

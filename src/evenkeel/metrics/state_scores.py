@@ -103,6 +103,20 @@ def shared_part(sampler: PairedStates) -> Estimate:
     return _leaving_one_out(lambda i: shared(i) / squared(i), len(sampler.final_error))
 
 
+def input_bias_gain(shared: float, prompts: float = math.inf) -> float:
+    """What a correction that moves every state alike brings, in dB: -10 log10((1 - s)(1 + 1/n)).
+
+    It takes off the share s that all prompts have in common (`shared_part`; below 0 counts as 0) and adds
+    1/n of the rest, as its own mean is of n prompts.
+
+    >>> round(input_bias_gain(0.2, 32), 2), round(input_bias_gain(0.2), 2)
+    (0.84, 0.97)
+
+    """
+    rest = 1 - min(max(shared, 0.0), 0.999)
+    return -10 * math.log10(rest * (1 + 1 / prompts))
+
+
 def verdict_of(scores: Mapping[str, Estimate]) -> tuple[Verdict, float]:
     """Verdict and confidence by the rule of the module's description.
 

@@ -7,6 +7,7 @@ import textwrap
 
 from evenkeel.comparing.marginal_check import ArmCheck, MarginalCheck
 from evenkeel.estimate import Estimate
+from evenkeel.metrics.state_scores import input_bias_gain
 
 ABSENT = "-"
 HEADINGS = (
@@ -39,9 +40,11 @@ def check_text(check: MarginalCheck) -> str:
         "",
     ]
     if check.shared is not None:
+        gain = input_bias_gain(check.shared.value)
         lines[1:1] = [
             f"Of the quantized arm's squared error {_plain(check.shared)} is the same for every prompt: an "
-            f"input bias (tac-ibc) can take {_decibels(check.shared):.2f} dB, less what its own mean is off"
+            f"input bias (tac-ibc) can take {gain:.2f} dB, less what its own mean "
+            f"is off (evenkeel recommend RECORD --shared {check.shared.value:.3g})"
         ]
     if check.arms:
         rows = [HEADINGS, *(_row(arm) for arm in check.ranked())]
@@ -93,10 +96,6 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     return "  ".join(cells).rstrip()
-
-
-def _decibels(shared: Estimate) -> float:
-    return -10 * math.log10(1 - min(max(shared.value, 0.0), 0.999))
 
 
 def _plain(e: Estimate) -> str:

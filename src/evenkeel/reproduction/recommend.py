@@ -13,6 +13,7 @@ from typing import Any
 from scipy import stats
 
 from evenkeel.errors import EvenkeelError
+from evenkeel.metrics.state_scores import input_bias_gain
 from evenkeel.record import Record
 
 MATRIX = Path(__file__).resolve().parent / "matrix.json"
@@ -23,6 +24,7 @@ FEATURES = {
     "common": 0.2,  # share of the error that is the same in all prompts, by channel
     "steps": 0.7,  # natural logarithm
 }
+INPUT_BIAS = "tac-ibc"
 SURE = 0.75  # a recommendation that harms more often than one time in four is none
 PRIOR = 1.0  # dB: scatter of a gain between cells, as long as there are few
 
@@ -54,6 +56,7 @@ class Case:
         twin, quantizer: what it was.
         features: of its record.
         gains: by correction, change of PSNR against quantized in dB, and its standard error.
+        input_bias: what the marginal check predicted of `INPUT_BIAS`, dB.
 
     """
 
@@ -61,6 +64,7 @@ class Case:
     quantizer: str
     features: Mapping[str, float]
     gains: Mapping[str, tuple[float, float]]
+    input_bias: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,22 @@ def matrix() -> tuple[Case, ...]:
             c["quantizer"],
             c["features"],
             {k: (v[0], v[1]) for k, v in c["gains"].items()},
+            c["input_bias"],
         )
         for c in found
     )
 
 
-def expected(features: Mapping[str, float], cases: Sequence[Case]) -> list[Expected]:
+def expected(
+    features: Mapping[str, float], cases: Sequence[Case], input_bias: float | None = None
+) -> list[Expected]:
     """By correction, best first: the mean gain of the cases, weighted by their likeness.
 
     A case weighs exp(-d^2 / 2), d the distance in ``FEATURES``, each in its own unit; so cases far away say
     nothing. The interval is that of one new case: scatter between cases, drawn to ``PRIOR`` as one
-    case's worth of evidence, and the error of the mean.
+    case's worth of evidence, and the error of the mean. ``input_bias``, in dB, is what the marginal check
+    predicts (`input_bias_gain`) of the correction ``INPUT_BIAS``: its mean then, with the scatter of all
+    cases about their own predictions.
 
     Raises:
         EvenkeelError: no cases.
@@ -131,16 +140,32 @@ def expected(features: Mapping[str, float], cases: Sequence[Case]) -> list[Expec
             for w, case in zip(weights, cases, strict=True)
             if name in case.gains
         ]
-        total = sum(w for w, _, _ in known)
-        if total < 1e-3:
-            continue
-        mean = sum(w * g for w, g, _ in known) / total
-        cells = total**2 / sum(w * w for w, _, _ in known)
-        scatter = sum(w * ((g - mean) ** 2 + s * s) for w, g, s in known) / total
-        variance = (cells * scatter + PRIOR**2) / (cells + 1)
-        half = float(stats.t.ppf(0.975, max(cells - 1, 1))) * math.sqrt(variance * (1 + 1 / cells))
-        found.append(Expected(name, mean, mean - half, mean + half, cells))
+        if sum(w for w, _, _ in known) > 1e-3:
+            found.append(_expected(name, known))
+    if input_bias is not None:
+        off = [
+            (1.0, case.gains[INPUT_BIAS][0] - case.input_bias, case.gains[INPUT_BIAS][1])
+            for case in cases
+            if INPUT_BIAS in case.gains and case.input_bias is not None
+        ]
+        found = [e for e in found if e.name != INPUT_BIAS]
+        found.append(_expected(INPUT_BIAS, off, input_bias))
     return sorted(found, key=lambda e: -e.gain)
+
+
+def _expected(
+    name: str, known: Sequence[tuple[float, float, float]], predicted: float | None = None
+) -> Expected:
+    """Of weights, gains and their standard errors; of gains over what is ``predicted``, this one's."""
+    total = sum(w for w, _, _ in known)
+    mean = sum(w * g for w, g, _ in known) / total if predicted is None else 0.0
+    cells = total**2 / sum(w * w for w, _, _ in known) if known else 0.0
+    scatter = sum(w * ((g - mean) ** 2 + s * s) for w, g, s in known) / total if known else 0.0
+    variance = (cells * scatter + PRIOR**2) / (cells + 1)
+    of_mean = 1 / cells if predicted is None else 0.0
+    half = float(stats.t.ppf(0.975, max(cells - 1, 1))) * math.sqrt(variance * (1 + of_mean))
+    value = mean if predicted is None else predicted
+    return Expected(name, value, value - half, value + half, cells)
 
 
 def _likeness(a: Mapping[str, float], b: Mapping[str, float]) -> float:
@@ -178,7 +203,7 @@ def hit_rates(cases: Sequence[Case], allowed: Sequence[str]) -> list[HitRate]:
 
     def recommended(case: Case) -> float:
         others = [c for c in cases if c.twin != case.twin]
-        for choice in expected(case.features, others) if others else []:
+        for choice in expected(case.features, others, case.input_bias) if others else []:
             if choice.name in allowed and choice.name in case.gains and choice.gain > 0:
                 return case.gains[choice.name][0] if choice.sure > SURE else 0.0
         return 0.0
@@ -204,9 +229,21 @@ def _rate(
     return HitRate(rule, len(cases), hits, sum(got) / len(got), min(got))
 
 
-def advice(record: Record) -> dict[str, Any]:
-    """For JSON: the record's features, the nearest cells, and every correction with what to expect."""
+def advice(record: Record, shared: float | None = None) -> dict[str, Any]:
+    """For JSON: the record's features, the nearest cells, and every correction with what to expect.
+
+    ``shared`` is the share of the final state error that all prompts have in common, of the marginal check.
+
+    Raises:
+        EvenkeelError: ``shared`` is no such share.
+
+    """
+    if shared is not None and not -1 < shared < 1:
+        raise EvenkeelError(
+            f"expected a share below 1, as the check of evenkeel calibrate prints it, got {shared:g}."
+        )
     features, cases = features_of(record), matrix()
+    input_bias = None if shared is None else input_bias_gain(shared, record.prompts)
     near = sorted(cases, key=lambda c: -_likeness(features, c.features))[:3]
     return {
         "features": features,
@@ -220,7 +257,7 @@ def advice(record: Record) -> dict[str, Any]:
                 "sure": e.sure,
                 "cells": e.cells,
             }
-            for e in expected(features, cases)
+            for e in expected(features, cases, input_bias)
         ],
     }
 
