@@ -38,8 +38,10 @@ from evenkeel.corrections import applicable
 from evenkeel.corrections.catalogue import available
 from evenkeel.fitting import calibrate, fit_readout, refit_branches
 from evenkeel.fitting.quantize import quantize
+from evenkeel.planning.bit_operations import bit_operations
 from evenkeel.quantizers import DEFAULT_SKIP, RoundToNearest, load_quantized
 from evenkeel.quantizers.methods.catalogue import method_from
+from evenkeel.quantizers.saved.report import QuantizationReport
 from evenkeel.zoo.evaluation import HandwritingEvaluator, reference_images, sample_prompts
 
 HERE = Path(__file__).parent
@@ -181,12 +183,20 @@ def run(job: Job, work: Path) -> None:
         "arms": [a.as_dict() for a in comparison.arms],
         "published": chosen,
         "report": {k: v for k, v in report.as_dict().items() if k.endswith("bytes")},
+        "bit_operations": counted(report),
         "file_bytes": (folder / "quantized.safetensors").stat().st_size,
         "cost": json.loads((folder / "cost.json").read_text()),
         "torch_threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{job.name}.json").write_text(json.dumps(results) + "\n")
+
+
+def counted(report: QuantizationReport) -> dict[str, int]:
+    """Bit operations of one call with one row, and with 16 x 16 bits."""
+    found = bit_operations("zoo:pixart-sigma", report)
+    assert found is not None
+    return found.as_dict()
 
 
 def _in_own_process(job: Job, work: Path) -> None:
