@@ -13,10 +13,10 @@ Made by `python experiments/quantizers.py`; setting and seeds there. {images} im
 prompts and noise in all. FD-FP: Fréchet distance to the full-precision images; ± is one standard error.
 Size: the file as stored, codes packed and everything else in the model's float32, and what it would be
 with everything else in 16 bits (full precision in 16 bits: {full:.2f} MB). Bit operations: of linear and
-convolution layers, in percent of those with 16 x 16 bits; attention left out, branches at 16 x 16. Seconds: processor time of
-quantizing, calibration calls included. Memory: the most that the process held beyond the loaded pipeline
-(10.5 MB of weights), all of it: the copy and the calibration tensors. The reconstruction methods ran
-{iterations} iterations a block, not the paper's 20,000.
+convolution layers, in percent of those with 16 x 16 bits; attention left out, branches at 16 x 16.
+Seconds: processor time of quantizing, calibration calls included. Memory: the most that the process held
+beyond the loaded pipeline (10.5 MB of weights), all of it: the copy and the calibration tensors. The
+reconstruction methods ran {iterations} iterations a block, not the paper's 20,000.
 """
 
 
@@ -36,7 +36,8 @@ def write_table(names: Sequence[str], results: Path, out: Path) -> None:
         iterations=max(f["method"].get("iterations", 0) for f in found.values()),
     )
     lines = [
-        "| quantizer | FD-FP | PSNR dB | alignment | file MB | in 16 bits | bit operations | seconds | memory MB |",
+        "| quantizer | FD-FP | PSNR dB | alignment | file MB | in 16 bits | bit operations | seconds "
+        "| memory MB |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(name, f) for name, f in found.items()),
         "",
