@@ -10,6 +10,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 CHANNELS, WIDTH, SIDE = 4, 32, 8
 
@@ -30,6 +31,8 @@ def flux_of(weights, operations=None, packed=lambda name, value: value):
         "depth_single_blocks": 2, "axes_dim": [2, 2, 4], "theta": 10000, "patch_size": 2,
         "qkv_bias": True, "guidance_embed": True,
     }  # fmt: skip
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # since 0.4
+        sizes["txt_ids_dims"] = []
     config = comfy.supported_models.Flux(dict(sizes))
     config.set_inference_dtype(torch.float32, None)
     config.latent_format = Latents()
