@@ -43,6 +43,7 @@ def _seed() -> None:
     [
         (pixart, run_pixart, "w3a4-g16-r2", torch.float32),
         (pixart, run_pixart, "w4a8-token", torch.bfloat16),
+        (pixart, run_pixart, "w3a8-g16", torch.float64),
         (sana, run_sana, "w4a8-gnone", torch.float32),
     ],
 )

@@ -117,9 +117,10 @@ def _weight(
         return tensors.pop("weight"), None
     grid = Grid.from_dict(found["grid"])
     shape, dtype = torch.Size(found["shape"]), getattr(torch, found["dtype"])
-    zero = tensors.pop(ZERO).float() if ZERO in tensors else None
-    unit = tensors.pop(UNIT) if UNIT in tensors else None
-    scale = tensors.pop(SCALE).float()
+    unit, scale = tensors.pop(UNIT, None), tensors.pop(SCALE)
+    wide = torch.promote_types((scale if unit is None else unit).dtype, torch.float32)
+    scale = scale.to(wide)
+    zero = tensors.pop(ZERO).to(wide) if ZERO in tensors else None
     scales = Scales(scale if unit is None else scale * unit, zero, unit)
     like = last(torch.empty(shape, device="meta"), grid)
     codes = unpack(tensors.pop(CODES), grid.format.bits, like.numel()).reshape(like.shape)
@@ -133,8 +134,11 @@ def _values(
 
 
 def _narrow(scale: Tensor) -> Tensor:
-    """In 16 bits where these are the same numbers (models in half precision), else as it is."""
+    """In 16 bits where these are the same numbers (models in half precision), else as it is.
+
+    Scales of float64 keep their width, as it says in what arithmetic the values were made.
+    """
     for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(scale.to(dtype).to(scale.dtype), scale):
+        if scale.dtype == torch.float32 and torch.equal(scale.to(dtype).to(scale.dtype), scale):
             return scale.to(dtype)
     return scale
