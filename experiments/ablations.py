@@ -1,7 +1,8 @@
-"""The papers' ablations on the embedded pipeline: figures and numbers, one command each.
+"""Ablations on the embedded pipeline: figures and numbers, one command each.
 
 Frozen: DPM-Solver++ 2M, 20 steps, guidance 4.5, calibration captions of seed 0, W3A4 with a branch of
 rank 16 unless said. Each writes ablations/NAME.json and NAME.png; the table collects what is there.
+The papers' own figures, on the cells that stand for theirs, are those of ``paper_figures.py``.
 
     python experiments/ablations.py --list
     python experiments/ablations.py NAME [NAME ...]
@@ -22,7 +23,7 @@ import torch
 
 from evenkeel import Record, calibrate, zoo
 from evenkeel.comparing.comparison import FULL_PRECISION, QUANTIZED, Arm, compare
-from evenkeel.corrections import CNC, DCNC, DNS, TAC, Composite, QDrift
+from evenkeel.corrections import CNC, DCNC, DNS, TAC, Composite
 from evenkeel.corrections.dcnc import diluted_kurtosis, uniform_variance
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.quantizers import QuantizerSpec, quantize_module
@@ -87,92 +88,8 @@ def images(name: str, arms: list[Arm], count: int) -> dict[str, dict[str, Any]]:
     return {a.name: a.as_dict() for a in found.arms[1:]}
 
 
-def slope() -> None:
-    """Q-Drift Fig. 3: the slope of D2-DPM's mean subtraction, beside the gain."""
-    numbers: dict[str, Any] = {}
-    panels = axes(3, "slope a of D on q (solid) and gain k of D on e (dashed), per channel")
-    for axis, name in zip(panels, QUANTIZERS, strict=True):
-        second = record(name).evidence.by_channel
-        numbers[name] = {"slope": second.slope.tolist(), "gain": second.gain.tolist()}
-        axis.plot(second.slope)
-        axis.set_prop_cycle(None)
-        axis.plot(second.gain, "--")
-        axis.set(title=name, xlabel="step")
-    largest = {n: float(np.max(v["slope"])) for n, v in numbers.items()}
-    save(
-        "slope",
-        numbers,
-        f"Largest slope: {_listed(largest)}. It grows towards the clean end, where subtracting the "
-        f"conditional mean shrinks the output most.",
-    )
-
-
-def envelopes() -> None:
-    """Q-Drift Fig. 2 and Table 3: factors from K of 256 prompts, and images of the worst subsets."""
-    whole = record("W3A4", 256)
-    assert whole.law is not None
-    reference = QDrift(whole.evidence).plan(whole.law).factor.mean(-1)
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(256, generator=generator) for _ in range(200)]
-    numbers: dict[str, Any] = {"whole": reference.tolist()}
-    quantized = twins()[1]
-    arms = [Arm(QUANTIZED, quantized), Arm("all 256", quantized, QDrift(whole.evidence))]
-    panels = axes(
-        4, "Q-Drift's 1 + c from K prompts, 200 nested subsets: range, quartiles, all 256"
-    )
-    for axis, k in zip(panels, (50, 10, 5, 1), strict=True):
-        rules = [QDrift(whole.evidence.resampled(order[:k])) for order in orders]
-        factors = torch.stack([r.plan(whole.law).factor.mean(-1) for r in rules])
-        worst = int((factors - reference).norm(dim=1).argmax())
-        bands = torch.quantile(factors, torch.tensor([0, 0.25, 0.75, 1.0]).double(), dim=0)
-        numbers[f"K={k}"] = {"bands": bands.tolist(), "worst": factors[worst].tolist()}
-        steps = np.arange(len(reference))
-        axis.fill_between(steps, bands[0], bands[3], alpha=0.2)
-        axis.fill_between(steps, bands[1], bands[2], alpha=0.4)
-        axis.plot(reference)
-        axis.set(title=f"K = {k}", xlabel="step")
-        arms.append(Arm(f"worst of K={k}", quantized, rules[worst]))
-    numbers["images"] = images("envelopes", arms, 500)
-    psnr = {n: a["psnr"]["value"] for n, a in numbers["images"].items()}
-    save("envelopes", numbers, f"PSNR over 500 images: {_listed(psnr)} dB.")
-
-
-def gaussianity() -> None:
-    """Q-Drift Fig. 4: how Gaussian outputs and errors are, each alone and together."""
-    moments = record().evidence.pooled(per_channel=False)
-    n = moments.count.double()
-    residual = ResidualShape.of(moments)
-    swapped = {
-        "e": moments.s(4, 0) / n / (moments.s(2, 0) / n) ** 2 - 3,
-        "D": moments.s(0, 4) / n / (moments.s(0, 2) / n) ** 2 - 3,
-        "r": residual.excess_kurtosis,
-    }
-    ee, ed, dd = (moments.s(*o) / n for o in ((2, 0), (1, 1), (0, 2)))
-    det = ee * dd - ed**2
-    # Mardia: E[(z' S^-1 z)^2] of (e, D); 8 for a Gaussian pair.
-    a, b, c = dd / det, -ed / det, ee / det
-    quad = [
-        a * a * moments.s(4, 0),
-        4 * a * b * moments.s(3, 1),
-        (2 * a * c + 4 * b * b) * moments.s(2, 2),
-        4 * b * c * moments.s(1, 3),
-        c * c * moments.s(0, 4),
-    ]
-    mardia = sum(q / n for q in quad) - 8
-    panels = axes(2, "excess kurtosis per step: 0 is Gaussian")
-    for name, values in swapped.items():
-        panels[0].plot(values[:, 0], label=name)
-    panels[0].legend()
-    panels[0].set(title="alone", xlabel="step")
-    panels[1].plot(mardia[:, 0])
-    panels[1].set(title="(e, D) together, Mardia - 8", xlabel="step")
-    numbers = {k: v[:, 0].tolist() for k, v in swapped.items()} | {"mardia": mardia[:, 0].tolist()}
-    means = {k: float(np.mean(v)) for k, v in numbers.items()}
-    save("gaussianity", numbers, f"Means over steps: {_listed(means)}.")
-
-
 def correlations() -> None:
-    """Q-Drift Fig. 5: correlation of the error between steps, and with prompts shuffled."""
+    """Correlation of the error between steps, and with prompts shuffled: no figure of a paper."""
     from evenkeel.statistics.error_structure import step_correlation
 
     numbers: dict[str, Any] = {}
@@ -216,26 +133,6 @@ def _shuffled_correlation(quantizer: str) -> np.ndarray:
     gram = mixed.double() @ mixed.double().T
     scale = gram.diagonal().sqrt()
     return np.asarray(gram / scale[:, None] / scale[None, :])
-
-
-def channels() -> None:
-    """Q-Drift Fig. 6: spread of V within a channel (over prompts) and between channels."""
-    evidence = record().evidence
-    variance = evidence.variance(per_channel=True, kind="conditional", trim=None, on="output")
-    each = evidence.moments
-    n = each.count.double()
-    ee, ed, dd = (each.s(*o) / n for o in ((2, 0), (1, 1), (0, 2)))
-    alone = dd - (ed + dd) ** 2 / (ee + 2 * ed + dd)
-    within = (alone.std(0) / alone.mean(0)).mean(-1)
-    between = variance.std(-1) / variance.mean(-1)
-    (axis,) = axes(1, "relative spread of V = Var(D | q)")
-    axis.plot(within, label="within a channel, over prompts")
-    axis.plot(between, label="between channels")
-    axis.set(xlabel="step")
-    axis.legend()
-    numbers = {"within": within.tolist(), "between": between.tolist()}
-    means = {k: float(np.mean(v)) for k, v in numbers.items()}
-    save("channels", numbers, f"Means over steps: {_listed(means)}.")
 
 
 def kurtosis() -> None:
@@ -316,13 +213,24 @@ def _listed(values: dict[str, float]) -> str:
 
 
 JOBS: dict[str, Callable[[], None]] = {
-    f.__name__: f
-    for f in (slope, gaussianity, channels, kurtosis, correlations, envelopes, lambdas, components)
+    f.__name__: f for f in (correlations, kurtosis, lambdas, components)
 }
 
 
+_FIGURES = (
+    "The papers' own figures are elsewhere: [Q-Drift](figures/q-drift/figures.md), "
+    "[DCNC + DNS](figures/dcnc-dns/figures.md)."
+)
+
+
 def write_table() -> None:
-    lines = ["# Ablations on the embedded pipeline", "", *(__doc__ or "").splitlines()[2:4], ""]
+    lines = [
+        "# Ablations on the embedded pipeline",
+        "",
+        *(__doc__ or "").splitlines()[2:4],
+        _FIGURES,
+        "",
+    ]
     for name, job in JOBS.items():
         path = OUT / f"{name}.json"
         if path.exists():
