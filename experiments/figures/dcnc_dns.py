@@ -123,8 +123,9 @@ def read_kurtosis(n: Numbers) -> list[str]:
     for name in [*FORMS][1:]:
         after, added = np.array(n["kurtosis"][name]), np.array(n["variance"][name])
         lines.append(
-            f"{name}: mean {after.mean():.2f}, at most {np.abs(after).max():.2f} in magnitude; the "
-            f"variance is {added.mean():.2f} times that before."
+            f"{name}: mean {after.mean():.2f}, {100 * (1 - after.mean() / before.mean()):.0f} % less; at "
+            f"most {np.abs(after).max():.2f} in magnitude; the variance is {added.mean():.2f} times that "
+            f"before."
         )
     return lines
 
