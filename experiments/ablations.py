@@ -219,7 +219,7 @@ JOBS: dict[str, Callable[[], None]] = {
 
 _FIGURES = (
     "The papers' own figures are elsewhere: [Q-Drift](figures/q-drift/figures.md), "
-    "[DCNC + DNS](figures/dcnc-dns/figures.md)."
+    "[DCNC + DNS](figures/dcnc-dns/figures.md), [TAC](figures/tac/figures.md)."
 )
 
 

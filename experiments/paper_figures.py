@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 
-from figures import dcnc_dns, q_drift
+from figures import dcnc_dns, q_drift, tac
 from figures.figure import Figures
 
-PAPERS: dict[str, Figures] = {f.paper: f for f in (q_drift.FIGURES, dcnc_dns.FIGURES)}
+PAPERS: dict[str, Figures] = {f.paper: f for f in (q_drift.FIGURES, dcnc_dns.FIGURES, tac.FIGURES)}
 
 
 def main() -> None:

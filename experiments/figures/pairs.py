@@ -92,8 +92,8 @@ def _batch(run: Run, batch: Batch, noised: bool) -> dict[str, Tensor]:
         run.sample(batch)
     if noised:
         tape = _noised(tape, batch)
-        tape.outputs = _led(run, batch, full, tape)
-    columns = {"e": tape.outputs, "q": _led(run, batch, quantized, tape), "x": tape.samples}
+        tape.outputs = led(run, batch, full, tape)
+    columns = {"e": tape.outputs, "q": led(run, batch, quantized, tape), "x": tape.samples}
     n = len(batch)
     return {k: torch.stack([one_per_prompt(t, n) for t in v], 1) for k, v in columns.items()}
 
@@ -112,7 +112,7 @@ def _noised(tape: Tape, batch: Batch) -> Tape:
     return Tape(states, list(tape.outputs), [*states[1:], clean], law)
 
 
-def _led(run: Run, batch: Batch, denoiser: nn.Module, tape: Tape) -> list[Tensor]:
+def led(run: Run, batch: Batch, denoiser: nn.Module, tape: Tape) -> list[Tensor]:
     """What a denoiser gives at the states of the tape."""
     outputs: list[Tensor] = []
 

@@ -14,7 +14,7 @@ import torch
 from evenkeel.reproduction import paper
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-NAMES = ("q-drift", "dcnc-dns")
+NAMES = ("q-drift", "dcnc-dns", "tac")
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,14 @@ def test_uniform_noise_of_full_strength_takes_the_kurtosis_away_and_a_fifth_does
     assert kurtosis(found["before"]) == pytest.approx(3, abs=0.25)
     assert kurtosis(found["W_u = 1, plain variance"]) == pytest.approx(0, abs=0.06)
     assert 2 < kurtosis(found["W_u = 0.2"]) < kurtosis(found["before"])
+
+
+def test_ranges_are_compared_with_the_one_that_covers_all_steps() -> None:
+    steady, moving = ([[-1.0, 0.0, 0.0, 1.0]] * 3, [[-1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 4.0]])
+    ranges = {"steady": torch.tensor(steady).numpy(), "moving": torch.tensor(moving).numpy()}
+    found = module("tac").range_numbers(ranges)
+    assert found["all"] == pytest.approx([0.4, 1.0]) and found["every"] == 1
+    assert found["shares"]["moving"] < 0.41 and found["layers"]["moving"][3] == [1.0, 4.0]
 
 
 def test_panels_choose_rows_and_parts_by_rule() -> None:
