@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from evenkeel import zoo
+from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction import paper
 from evenkeel.reproduction.run_cell import Bench, claim_cell
 from evenkeel.storage import write_atomically
@@ -154,7 +156,11 @@ class Figures:
         row = paper(self.paper).row(figure.row)
         assert row.cell is not None
         cell, heading = row.cell, figure.name.replace("-", " ", 1).capitalize()
-        asked = [f"{cell.twin}", f"{cell.sampler or 'its own sampler'}", f"{cell.steps} steps"]
+        twin = zoo.twin(cell.twin)
+        guidance = twin.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
+        asked = [cell.twin, cell.sampler or next(iter(twin.schedulers)), f"{cell.steps} steps"]
+        asked += [f"guidance {guidance:g}"] if guidance is not None else []
+        asked += [str(method_from(cell.quantizer))]
         here = figure.here.format(count=f"{numbers['count']:,}")
         return [
             f"## {heading.replace('Fig', 'Fig.')}",
