@@ -34,6 +34,7 @@ class Heads:
         self, readout: Readout, model_sampling: Any, strength: float, allow_range: bool
     ) -> None:
         self._table, self._strength, self._allow_range = readout.table, strength, allow_range
+        self._branches = branches_of(readout)
         self._sampling = model_sampling
         self._made: dict[float, list[Change] | None] = {}
 
@@ -65,10 +66,8 @@ class Heads:
         rows: list[Change | None] = []
         for i, sigma in enumerate(sigmas.tolist()):
             found = self.at(sigma)
-            # The first of two calls of a diffusers pipeline is the one without the prompt or, where it
-            # is called once for both, there is one head for both.
             chunk = branches[min(i // max(per, 1), len(branches) - 1)] if branches else 0
-            rows.append(found and found[0 if len(found) == 1 else 1 - chunk])
+            rows.append(found and found[self._branches[min(chunk, 1)]])
 
         def added(layer: Any, x: Tensor) -> Tensor | None:
             if all(row is None for row in rows):
@@ -77,6 +76,30 @@ class Heads:
             return torch.cat(parts)
 
         return added
+
+
+def branches_of(readout: Readout) -> tuple[int, int]:
+    """Which heads of the table are for the prompt and for the negative one.
+
+    A diffusers pipeline that calls its denoiser once for both has one. Of two calls the one with the
+    prompt is the one with the larger share in the guidance: the first in FLUX, the second elsewhere.
+
+    Raises:
+        Incompatible: the file does not say.
+
+    """
+    if readout.table.branches == 1:
+        return 0, 0
+    said = readout.provenance.guidance
+    shares = [float(word) for word in said.split() if word.lstrip("-").replace(".", "").isdigit()]
+    if readout.table.branches != 2 or len(shares) != 2:
+        raise Incompatible(
+            f"the readout has a head for each of {readout.table.branches} calls in a step, and its guidance "
+            f"({said or 'not said'}) does not tell which of them has the prompt. Fit it again with this "
+            f"version and a guidance of two parts."
+        )
+    prompted = int(shares[1] > shares[0])
+    return prompted, 1 - prompted
 
 
 def _applied(layer: Any, x: Tensor, change: Change | None) -> Tensor:

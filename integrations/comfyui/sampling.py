@@ -83,23 +83,27 @@ def read_recipe(sampler: Any, guider: Any, sigmas: Tensor) -> Recipe:
     start[0], answers[:, 1 : steps + 1] = 1.0, torch.eye(steps, dtype=torch.float64)
     start[-2:] = torch.randn(2, generator=generator, dtype=torch.float64)
     answers[:, -2:] = torch.randn(steps, 2, generator=generator, dtype=torch.float64)
-    listener = _Listener(guider, answers)
-    try:
-        if function is None:
-            raise UnsupportedSampler("it is no function")
-        # What draws noise must not move the run's own.
-        with torch.random.fork_rng(devices=[]):
-            last = function(
-                listener,
-                start.reshape(-1, 1, 1, 1).clone(),
-                sigmas.double().cpu(),
-                extra_args={"seed": 0},
-                callback=None,
-                disable=True,
-                **getattr(sampler, "extra_options", {}),
-            )
-    except Exception as e:  # whatever a sampler makes of a model that is none
-        raise _unknown(name, f"it cannot be read ({e})") from e
+    # Some (uni_pc) make tensors of torch's default type on the way, and fail with any other.
+    for dtype in (torch.float64, torch.float32):
+        listener = _Listener(guider, answers)
+        try:
+            if function is None:
+                raise UnsupportedSampler("it is no function")
+            # What draws noise must not move the run's own, and some write into their sigmas.
+            with torch.random.fork_rng(devices=[]):
+                last = function(
+                    listener,
+                    start.to(dtype, copy=True).reshape(-1, 1, 1, 1),
+                    sigmas.to("cpu", dtype, copy=True),
+                    extra_args={"seed": 0},
+                    callback=None,
+                    disable=True,
+                    **getattr(sampler, "extra_options", {}),
+                )
+            break
+        except Exception as e:  # whatever a sampler makes of a model that is none
+            if dtype == torch.float32 or isinstance(e, UnsupportedSampler):
+                raise _unknown(name, f"it cannot be read ({e})") from e
     if len(listener.states) != steps:
         raise _unknown(name, f"it asks the model {len(listener.states)} times in {steps} steps")
     if not np.allclose(listener.sigmas, sigmas[:-1].double().cpu(), rtol=1e-4):

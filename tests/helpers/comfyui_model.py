@@ -157,6 +157,17 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
     return x
 
 
+def sample_default_dtype(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Two-step Adams-Bashforth whose coefficients are of the default dtype; writes into its sigmas."""
+    slopes: list[Tensor] = []
+    for here, there in itertools.pairwise(sigmas):
+        slopes.append((x - model(x, here * x.new_ones(len(x)))) / here)
+        weights = torch.tensor([-0.5, 1.5] if len(slopes) > 1 else [1.0])
+        x = x + (there - here) * torch.tensordot(weights, torch.stack(slopes[-2:]), dims=1)
+    sigmas[-1] = 0.001
+    return x
+
+
 def sample_heun(model, x, sigmas, extra_args=None, callback=None, disable=None):
     for here, there in itertools.pairwise(sigmas):
         slope = (x - model(x, here * x.new_ones(len(x)))) / here

@@ -9,6 +9,7 @@ EVENKEEL_COMFYUI_GGUF=<checkout of ComfyUI-GGUF> adds that loader's layers.
 # ruff: noqa: E402
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import inspect
@@ -42,20 +43,24 @@ import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.model_base
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
 import folder_paths
+import numpy as np
 import torch
 from comfyui_tiny import CHANNELS, flux_of
 from made_adapters import made_adapters
+from PIL import Image
 
 import evenkeel
-from evenkeel.corrections import EpsilonScaling
+from evenkeel.corrections import Composite, EpsilonScaling
 from evenkeel.hosts.recognition import in_comfyui, recognition
 from evenkeel.record.lora_file import write_lora
 
 torch.set_num_threads(1)
 SIDE, STEPS = 8, 4
+READY = {}  # what main has made for the parts
 
 
 def pack(place=ROOT / "integrations" / "comfyui", name="evenkeel_nodes"):
@@ -118,6 +123,211 @@ def gguf_loader(place, work, nodes, tiny, run, noise):
     return found
 
 
+FORMATS = {  # of ComfyUI's checkpoints -> layout of comfy-kitchen
+    "float8_e4m3fn": "TensorCoreFP8Layout",
+    "int8_tensorwise": "TensorWiseINT8Layout",
+    "nvfp4": "TensorCoreNVFP4Layout",
+    "mxfp8": "TensorCoreMXFP8Layout",
+}
+
+
+def checkpoints(work, nodes, tiny, run, noise):
+    """Recover beside layers of ComfyUI's own quantized checkpoints; diffusers reads the same files."""
+    import comfy.utils
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    from evenkeel.hosts.comfy_checkpoint import load_comfy, write_comfy
+
+    pipe, reference = tiny.pipe, tiny.pipe.transformer
+    theirs = flux_of(reference.state_dict()).model.diffusion_model.state_dict()
+    found = {}
+    for name, layout in FORMATS.items():
+        file = write_comfy(
+            {
+                key: QuantizedTensor.from_float(value, layout)
+                if "_blocks" in key and key.endswith(".weight") and value.ndim == 2
+                else value
+                for key, value in theirs.items()
+            },
+            work / f"{name}-model.safetensors",
+        )
+        quantized = load_comfy(file, reference, "FluxPipeline")
+        adapters = made_adapters(reference, size=0.2)
+        known = recognition(quantized, [a.name for a in adapters.layers])
+        lora = write_lora(
+            adapters, work / f"{name}.safetensors", "comfyui", in_comfyui(known, "FluxPipeline")
+        )
+        state, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
+        state, _ = comfy.utils.convert_old_quants(state, "", metadata)
+        patcher = flux_of(reference.state_dict(), checkpoint=state)
+        kinds = {
+            type(layer.weight).__name__
+            for layer in patcher.model.diffusion_model.modules()
+            if getattr(layer, "weight", None) is not None
+        }
+        pipe.transformer = quantized
+        with evenkeel.applied(pipe, adapters, allow=("denoiser",)):
+            expected = unpacked(pipe(**run)[0])
+        bare = unpacked(pipe(**run)[0])
+        pipe.transformer = reference
+        given = (
+            run["prompt_embeds"],
+            run["pooled_prompt_embeds"],
+            pipe.scheduler.sigmas.clone(),
+            noise,
+        )
+        before = sampled(patcher, *given)
+        got = sampled(nodes.EvenkeelRecover.execute(patcher, lora.name, 1.0, True).args[0], *given)
+        found[name] = {
+            "weights": sorted(kinds),
+            "quantized": apart(bare, unpacked(pipe(**run)[0])),
+            "bare": apart(before, bare),
+            "changes": apart(expected, bare),
+            "parity": apart(got, expected),
+            "left behind": float((sampled(patcher, *given) - before).abs().max()),
+        }
+    return found
+
+
+def guidance(nodes, tiny, quantized, patcher, work, run, packed):
+    """With a negative prompt: both branches in one call, apart, and in the other order."""
+    pipe = tiny.pipe
+    negative, pooled, _ = pipe.encode_prompt(
+        ["a blurry picture of something"], None, max_sequence_length=run["max_sequence_length"]
+    )
+    more = {
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": negative,
+        "negative_pooled_prompt_embeds": pooled,
+    }
+    fitted = {
+        "quantized": quantized, "prompts": [f"picture {i}" for i in range(6)], "batch_size": 1,
+        "num_inference_steps": STEPS, "guidance_scale": 3.5, "progress": False,
+        "call": {**tiny.call, "true_cfg_scale": 2.0, "negative_prompt": "a blurry picture"},
+    }  # fmt: skip
+    pipe.transformer = READY["reference"]
+    readout = evenkeel.fit_readout(pipe, **fitted)
+    record = evenkeel.calibrate(pipe, **fitted)
+    pipe.transformer = quantized
+    evenkeel.save(readout, work / "readout-cfg.safetensors")
+    evenkeel.save(record, work / "record-cfg.safetensors")
+    arms = {
+        "bare": (None, lambda m: m),
+        "recover": (
+            READY["adapters"],
+            lambda m: nodes.EvenkeelRecover.execute(m, "adapters.safetensors", 1.0, True).args[0],
+        ),
+        "correct": (
+            EpsilonScaling(),
+            lambda m: nodes.EvenkeelCorrect.execute(
+                m, "record-cfg.safetensors", "epsilon-scaling", False, True
+            ).args[0],
+        ),
+        "readout": (
+            readout,
+            lambda m: nodes.EvenkeelReadout.execute(m, "readout-cfg.safetensors", 1.0, False).args[
+                0
+            ],
+        ),
+    }
+    found = {"guidance": readout.provenance.guidance, "heads per step": readout.table.branches}
+    sigmas = pipe.scheduler.sigmas.clone()
+    noise = unpacked(packed)
+    needed = patcher.model.memory_required
+    for name, (correction, node) in arms.items():
+        given = {**run, **more, "latents": packed}
+        if correction is None:
+            expected = plain = unpacked(pipe(**given)[0])
+        else:
+            with evenkeel.applied(pipe, correction, allow=("denoiser",)):
+                expected = unpacked(pipe(**given)[0])
+        model = node(patcher)
+        seen = []
+        layouts = {}
+        for layout in ("joined", "apart", "other order"):
+            other = watched(model, seen, layout == "other order")
+            patcher.model.memory_required = (lambda *_, **__: 1e30) if layout == "apart" else needed
+            layouts[layout] = apart(
+                sampled(
+                    other, run["prompt_embeds"], run["pooled_prompt_embeds"], sigmas, noise, cfg=2.0,
+                    negative=negative, negative_pooled=pooled,
+                ),
+                expected,
+            )  # fmt: skip
+        patcher.model.memory_required = needed
+        found[name] = {"changes": apart(expected, plain), "parity": layouts}
+        found["orders"] = sorted({tuple(order) for order in seen})
+    return found
+
+
+def watched(model, seen, other_order):
+    """A clone that notes in what order the branches come, and may change it, as other nodes do."""
+    clone = model.clone()
+
+    def call(apply_model, arguments):
+        x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
+        order = arguments["cond_or_uncond"]
+        if not other_order or len(order) == 1:
+            seen.append(order)
+            return apply_model(x, t, **c)
+
+        def turned(value):
+            if isinstance(value, torch.Tensor) and len(value) == len(x):
+                return torch.cat(value.chunk(len(order))[::-1])
+            return value
+
+        options = {**c["transformer_options"], "cond_or_uncond": order[::-1]}
+        seen.append(order[::-1])
+        rest = {k: turned(v) for k, v in c.items() if k != "transformer_options"}
+        return turned(apply_model(turned(x), turned(t), **rest, transformer_options=options))
+
+    clone.set_model_unet_function_wrapper(call)
+    return clone
+
+
+def in_turn(patcher, execute, given):
+    """Two chains of nodes and none, again and again on one model; ComfyUI runs one at a time."""
+    models = [
+        execute["recover"](patcher).args[0],
+        execute["correct"](execute["readout"](patcher).args[0]).args[0],
+        patcher,
+    ]
+    before, first = bits(patcher), [sampled(m, *given) for m in models]
+    found = [float((sampled(m, *given) - x).abs().max())
+             for m, x in [*zip(models, first, strict=True)] * 2]  # fmt: skip
+    return {"differ": max(found), "model bit-equal": bits(patcher) == before}
+
+
+def scaled_by_hand(nodes, patcher, given, name):
+    """Epsilon scaling of a sampler, by the node and by a function of the model's answers."""
+    node = nodes.EvenkeelCorrect.execute(
+        patcher, "record.safetensors", "epsilon-scaling", False, True
+    ).args[0]
+    hand = patcher.clone()
+
+    def scaled(said):
+        x, sigma = said["input"], float(said["sigma"].flatten()[0])
+        if sigma > 1 - 1e-6:  # pure noise: it does not depend on the answer
+            return said["denoised"]
+        noise = (x - (1 - sigma) * said["denoised"]) / EpsilonScaling().factor
+        return (x - noise) / (1 - sigma)
+
+    hand.set_model_sampler_post_cfg_function(scaled)
+    found, expected = sampled(node, *given, name), sampled(hand, *given, name)
+    return {
+        "parity": apart(found, expected),
+        "changes": apart(expected, sampled(patcher, *given, name)),
+    }
+
+
+def bits(patcher):
+    """A digest of all weights."""
+    running = hashlib.sha256()
+    for name, value in sorted(patcher.model.state_dict().items()):
+        running.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return running.hexdigest()
+
+
 def apart(a, b):
     """Largest difference over the largest value."""
     return float((a - b).abs().max() / b.abs().max())
@@ -142,19 +352,19 @@ def unpacked(latents):
     return x.reshape(n, CHANNELS, 2 * side, 2 * side)
 
 
-def sampled(patcher, embeds, pooled, sigmas, noise, name="euler", cfg=1.0, negative=None):
+def sampled(patcher, embeds, pooled, sigmas, noise, name="euler", cfg=1.0, negative=None,
+            negative_pooled=None):  # fmt: skip
     guider = comfy.samplers.CFGGuider(patcher)
     extra = {"pooled_output": pooled, "guidance": 3.5}
-    guider.set_conds(
-        [[embeds, dict(extra)]], [[embeds if negative is None else negative, dict(extra)]]
-    )
+    other = {**extra, **({} if negative is None else {"pooled_output": negative_pooled})}
+    guider.set_conds([[embeds, extra]], [[embeds if negative is None else negative, other]])
     guider.set_cfg(cfg)
     with torch.no_grad():
         return guider.sample(
             noise,
             torch.zeros_like(noise),
             comfy.samplers.sampler_object(name),
-            sigmas,
+            sigmas.clone(),  # uni_pc writes into them
             seed=0,
             disable_pbar=True,
         )
@@ -263,6 +473,9 @@ def server(work, transformer, embeds, pooled, sigmas):
         found["nodes"] = sorted(n for n in known if n.startswith("Evenkeel"))
         ours = {
             "without": [],
+            "recover": [
+                ("EvenkeelRecover", {"file": "adapters.safetensors", "strength": 0.5, "check_base": True}),
+            ],
             "with": [
                 ("EvenkeelRecover", {"file": "adapters.safetensors", "strength": 1.0, "check_base": True}),
                 ("EvenkeelReadout", {"file": "readout.safetensors", "strength": 1.0, "allow_range": True}),
@@ -270,7 +483,8 @@ def server(work, transformer, embeds, pooled, sigmas):
                                      "allow_range": True, "check_guidance": True}),
             ],
         }  # fmt: skip
-        for name, chain in ours.items():
+
+        def flow_of(name, chain):
             flow = {"1": {"class_type": "TinyFlux", "inputs": {}}}
             for i, (kind, inputs) in enumerate(chain, 2):
                 flow[str(i)] = {"class_type": kind, "inputs": {**inputs, "model": [str(i - 1), 0]}}
@@ -289,16 +503,32 @@ def server(work, transformer, embeds, pooled, sigmas):
                     "class_type": "EvenkeelInspect",
                     "inputs": {"file": "record.safetensors"},
                 }
-            job = ask("prompt", {"prompt": flow})["prompt_id"]
+            return flow
+
+        def finished(name, job):
             while job not in (history := ask(f"history/{job}")):
                 time.sleep(0.2)
             picture = next((work / "output").glob(f"{name}_*.png"), None)
-            found[name] = {
+            # The picture alone: a file holds its workflow, too.
+            pixels = picture and np.asarray(Image.open(picture)).tobytes()
+            return {
                 "status": history[job]["status"]["status_str"],
-                "picture": picture and hashlib.sha256(picture.read_bytes()).hexdigest()[:12],
+                "picture": pixels and hashlib.sha256(pixels).hexdigest()[:12],
                 "said": [m[1].get("exception_message") for m in history[job]["status"]["messages"]
                          if m[0] == "execution_error"],
             }  # fmt: skip
+
+        # One after the other, then all of them queued at once on the model that is loaded.
+        for name, chain in ours.items():
+            job = ask("prompt", {"prompt": flow_of(name, chain)})["prompt_id"]
+            found[name] = finished(name, job)
+        queued = {
+            f"queued {name}": ask("prompt", {"prompt": flow_of(f"queued {name}", chain)})[
+                "prompt_id"
+            ]
+            for name, chain in ours.items()
+        }
+        found |= {name: finished(name, job) for name, job in queued.items()}
     finally:
         run.terminate()
         run.wait(30)
@@ -324,6 +554,7 @@ def main():
     evenkeel.save(readout, work / "readout.safetensors")
     known = in_comfyui(recognition(quantized, [a.name for a in adapters.layers]), "FluxPipeline")
     write_lora(adapters, work / "adapters.safetensors", "comfyui", known)
+    READY.update(reference=reference, adapters=adapters)
 
     pipe.transformer = quantized
     patcher = flux_of(quantized.state_dict())
@@ -370,7 +601,9 @@ def main():
     for node in execute.values():
         three = node(three).args[0]
     both = sampled(three, embeds, pooled, sigmas, noise)
-    found["three nodes"] = apart(both, bare)
+    own = dataclasses.replace(adapters, provenance=readout.provenance)
+    with evenkeel.applied(pipe, Composite((own, readout, EpsilonScaling()))):
+        found["three nodes"] = {"changes": apart(both, bare), "parity": apart(both, diffusers())}
     batch = torch.cat([noise, noise.flip(-1)])
     two = sampled(three, embeds, pooled, sigmas, batch)
     found["batch"] = max(
@@ -407,6 +640,26 @@ def main():
             )
         except Exception as e:
             found["corrections"][name] = f"{type(e).__name__}: {e}"
+    given = (embeds, pooled, sigmas, noise)
+    found["by hand"] = {
+        name: scaled_by_hand(nodes, patcher, given, name)
+        for name in (
+            "euler",
+            "dpmpp_2m",
+            "ddim",
+            "lms",
+            "uni_pc",
+            "uni_pc_bh2",
+            "res_multistep",
+            "deis",
+        )
+    }
+    found["in turn"] = in_turn(patcher, execute, given)
+    found["with guidance"] = guidance(nodes, tiny, quantized, patcher, work, run, packed)
+    if hasattr(comfy.ops, "mixed_precision_ops"):
+        pipe.transformer = reference
+        given = {**run, "latents": packed}
+        found["checkpoints"] = checkpoints(work, nodes, tiny, given, noise)
     if "EVENKEEL_COMFYUI_GGUF" in os.environ:
         pipe.transformer = reference
         given = {**run, "latents": packed}

@@ -18,7 +18,15 @@ from synthetic_record import WHOLE, provenance
 from torch import Tensor, nn
 
 import evenkeel
-from evenkeel.corrections import D2DPM, EpsilonScaling, ExactDrift, QDrift, RecoveryAdapters
+from evenkeel.corrections import (
+    D2DPM,
+    EpsilonScaling,
+    ExactDrift,
+    QDrift,
+    Readout,
+    RecoveryAdapters,
+)
+from evenkeel.corrections.head_table import HeadTable
 from evenkeel.errors import Incompatible, OutOfRange, UnsupportedSampler
 from evenkeel.hosts.recognition import in_comfyui, recognition
 from evenkeel.low_rank.factors import LayerAdapter, rounded
@@ -96,7 +104,7 @@ def run(
     model: Any, function: Any = comfy.sample_euler, x: Tensor | None = None, **guider: Any
 ) -> Tensor:
     x = noise() if x is None else x
-    return comfy.Guider(model, **guider).sample(comfy.sampler(function), SIGMAS, x)
+    return comfy.Guider(model, **guider).sample(comfy.sampler(function), SIGMAS.clone(), x)
 
 
 # ---- recover
@@ -238,7 +246,9 @@ def test_two_workflows_on_the_same_weights(pack: Any, folder: Path) -> None:
 
 def _record(**changes: Any) -> Any:
     made_for = provenance(
-        pipeline_class="PixArtSigmaPipeline", sigma=SIGMAS[:-1].tolist(), guidance="1", **changes
+        pipeline_class="PixArtSigmaPipeline",
+        sigma=SIGMAS[:-1].tolist(),
+        **{"guidance": "1", **changes},
     )
     return replace(WHOLE, provenance=made_for, law=None)
 
@@ -311,6 +321,24 @@ def test_a_scaled_output_of_euler_against_its_own_loop(pack: Any) -> None:
     assert (found - run(patcher())).abs().max() > 1e-2
 
 
+def test_a_sampler_that_mixes_in_the_default_dtype(pack: Any) -> None:
+    """Epsilon scaling again, of a multistep sampler that cannot be read in float64."""
+    scale, function = 1.02, comfy.sample_default_dtype
+    with pytest.raises(RuntimeError, match="dtype"):
+        function(lambda x, s: x, torch.ones(1, 1, dtype=torch.float64), SIGMAS.double())
+
+    def scaled(model: Any, x: Tensor, sigmas: Tensor, **rest: Any) -> Tensor:
+        return function(lambda y, s: y - (y - model(y, s)) / scale, x, sigmas, **rest)
+
+    read = sys.modules["evenkeel_nodes.sampling"]
+    given = SIGMAS.clone()
+    read.read_recipe(comfy.sampler(function), comfy.Guider(patcher()), given)
+    assert torch.equal(given, SIGMAS)
+    found = run(_corrected(pack, EpsilonScaling(scale)), function)
+    torch.testing.assert_close(found, run(patcher(), scaled), rtol=1e-4, atol=1e-4)
+    assert (found - run(patcher(), function)).abs().max() > 1e-2
+
+
 def test_correct_leaves_an_identity_and_a_bare_model_alone(pack: Any) -> None:
     model = patcher()
     before = run(model)
@@ -364,10 +392,7 @@ def test_the_recipe_of_euler_is_its_formula(pack: Any) -> None:
 # ---- readout
 
 
-def _readout(branches: int = 1) -> Any:
-    from evenkeel.corrections import Readout
-    from evenkeel.corrections.head_table import HeadTable
-
+def _readout(branches: int = 1, guidance: str = "3 -2") -> Any:
     generator = torch.Generator().manual_seed(9)
     steps = len(SIGMAS) - 1
     weight = torch.randn(steps, branches, 24, CHANNELS, generator=generator) * 0.2
@@ -379,7 +404,7 @@ def _readout(branches: int = 1) -> Any:
         constant,
         torch.ones(steps, branches, dtype=torch.bool),
     )
-    made_for = _record(trajectory="corrected").provenance
+    made_for = _record(trajectory="corrected", guidance=guidance).provenance
     return Readout(made_for, "proj_out", "per-step", table, (), None)
 
 
@@ -415,6 +440,26 @@ def test_readout_with_a_head_per_branch_in_any_order(pack: Any) -> None:
     assert torch.allclose(first, run(two, x=noise(2), cfg=3.0, order=(0, 1)), atol=1e-5)
     one = _with_readout(pack, patcher(), _readout(branches=1))
     assert (first - run(one, x=noise(2), cfg=3.0)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("guidance", "prompted"), [("3 -2", 0), ("-2 3", 1), ("-2 3 rescaled", 1)])
+def test_the_head_of_the_prompt_is_that_of_the_larger_share(
+    pack: Any, guidance: str, prompted: int
+) -> None:
+    both = _readout(branches=2, guidance=guidance)
+    t = both.table
+    own = (part[:, prompted, None] for part in (t.weight, t.scale, t.constant, t.active))
+    alone = replace(both, table=HeadTable(t.alpha, t.sigma, *own))
+    found = run(_with_readout(pack, patcher(), both))  # cfg 1: the prompt alone
+    assert torch.equal(found, run(_with_readout(pack, patcher(), alone)))
+
+
+@pytest.mark.parametrize("guidance", ["", "not linear", "5"])
+def test_heads_per_call_are_refused_where_nobody_knows_whose_they_are(
+    pack: Any, guidance: str
+) -> None:
+    with pytest.raises(Incompatible, match="which of them has the prompt"):
+        _with_readout(pack, patcher(), _readout(branches=2, guidance=guidance))
 
 
 def test_readout_refuses_another_head_and_unknown_levels(pack: Any) -> None:

@@ -20,10 +20,11 @@ class Latents(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
 
 
-def flux_of(weights, operations=None, packed=lambda name, value: value):
+def flux_of(weights, operations=None, packed=lambda name, value: value, checkpoint=None):
     """ComfyUI's FLUX with the weights of a tiny one of diffusers.
 
-    ``operations``: a loader's own layers; ``packed``: what they keep of a weight.
+    ``operations``: a loader's own layers; ``packed``: what they keep of a weight. ``checkpoint``: a
+    quantized one in ComfyUI's names, whose layers it chooses itself.
     """
     sizes = {
         "image_model": "flux", "in_channels": CHANNELS, "out_channels": CHANNELS, "vec_in_dim": WIDTH,
@@ -38,8 +39,11 @@ def flux_of(weights, operations=None, packed=lambda name, value: value):
     config.latent_format = Latents()
     model = comfy.model_base.Flux(config, device=torch.device("cpu")).eval()
     state = {k: v.clone() for k, v in model.diffusion_model.state_dict().items()}
-    if operations is not None:
+    if operations is not None or checkpoint is not None:
         config.custom_operations = operations
+        if checkpoint is not None:
+            config.set_inference_dtype(torch.float32, torch.float32)
+            config.quant_config = comfy.utils.detect_layer_quantization(checkpoint, "")
         model = comfy.model_base.Flux(config, device=torch.device("cpu")).eval()
     places = comfy.utils.flux_to_diffusers(sizes)
     for name, value in weights.items():
@@ -51,7 +55,9 @@ def flux_of(weights, operations=None, packed=lambda name, value: value):
         if len(to) > 2:
             value = to[2](value)
         target.narrow(*to[1]).copy_(value) if to[1] else target.copy_(value)
-    model.diffusion_model.load_state_dict({k: packed(k, v) for k, v in state.items()})
+    if checkpoint is None:
+        checkpoint = {k: packed(k, v) for k, v in state.items()}
+    model.diffusion_model.load_state_dict(checkpoint)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
