@@ -179,7 +179,8 @@ class Figures:
 
 _HEAD = """\
 Drawn on the cell of the zoo that stands for the paper's (`src/evenkeel/reproduction/papers/{0}.json`) by
-`python experiments/paper_figures.py {0}`. The sentences are written from the numbers beside the pictures."""
+`python experiments/paper_figures.py {0}`. The sentences are written from the numbers beside the pictures; an
+interval that includes 0 decides nothing."""
 
 
 @lru_cache(maxsize=1)
