@@ -27,7 +27,7 @@ def often(path):
 
 @pytest.mark.parametrize("path", [*map(often, EXAMPLES)], ids=lambda p: p.name)
 def test_example_runs(path, capsys):
-    for package in ("bitsandbytes", "gguf", "torchao"):
+    for package in ("bitsandbytes", "comfy_kitchen", "gguf", "torchao"):
         if f"import {package}" in path.read_text() or f"from {package}" in path.read_text():
             pytest.importorskip(package)
     runpy.run_path(str(path), run_name="__main__")
