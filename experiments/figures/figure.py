@@ -155,7 +155,9 @@ class Figures:
     def _section(self, figure: Figure, numbers: Numbers) -> list[str]:
         row = paper(self.paper).row(figure.row)
         assert row.cell is not None
-        cell, heading = row.cell, figure.name.replace("-", " ", 1).capitalize()
+        cell, parts = row.cell, figure.name.split("-", 2)
+        heading = " ".join(parts[:2]).capitalize().replace("Fig", "Fig.")
+        heading += f", {parts[2]}" if len(parts) > 2 else ""
         twin = zoo.twin(cell.twin)
         guidance = twin.guidance_scale if cell.guidance_scale is None else cell.guidance_scale
         asked = [cell.twin, cell.sampler or next(iter(twin.schedulers)), f"{cell.steps} steps"]
@@ -163,7 +165,7 @@ class Figures:
         asked += [str(method_from(cell.quantizer))]
         here = figure.here.format(count=f"{numbers['count']:,}")
         return [
-            f"## {heading.replace('Fig', 'Fig.')}",
+            f"## {heading}",
             "",
             f"{figure.title}",
             "",
