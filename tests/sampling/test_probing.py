@@ -97,6 +97,8 @@ def test_explicit_timesteps_with_shifted_sigmas_are_refused(
 ) -> None:
     scheduler = d.FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(**call)
+    if float(scheduler.timesteps[1]) != 900:
+        pytest.skip("diffusers before 0.42 shifts explicit timesteps, too")
     with pytest.raises(UnsupportedSampler, match=r"shifted \(by mu or shift\).*Pass sigmas"):
         probe_scheduler(scheduler)
 
