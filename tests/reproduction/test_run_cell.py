@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def test_another_calibration_moves_the_correction_and_not_the_rest(tmp_path: Pat
         {("1-tiny", "bits"): first, ("1-tiny", "bits-seed-1"): second},
     )
     assert "| bits-seed-1 |" in text and "## 1-tiny, bits-seed-1: a model" in text
+
+
+def test_damage_is_looked_for_between_its_neighbours(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = run_cell(
+        ROW, tmp_path / "damaged", severity="damage", images=8, only=["Q-Drift"], said=said.append
+    )
+    ratios = {t.split(":")[0]: float(t.split()[1]) for t in said if "in the paper" in t}
+    assert 2 <= len(ratios) <= 3 and found["quantizer"] in ratios  # of seven
+    best = min(ratios.values(), key=lambda r: abs(math.log(r / 1.2)))
+    assert ratios[found["quantizer"]] == best
+    arms = {arm["name"]: arm["frechet_reference"]["value"] for arm in found["arms"]}
+    assert arms["quantized"] / arms["full-precision"] == pytest.approx(best, abs=0.01)
 
 
 def _estimate(arm: dict[str, object]) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ from evenkeel.storage import Kind, claim, read_json
 from evenkeel.zoo.parts import KIND as TWIN
 from evenkeel.zoo.pictures import KINDS
 
-PILOT, MOST = 100, 2000
+PILOT, MOST, LADDER_IMAGES = 100, 2000, 400
 QUANTIZED = "quantized"
 SEVERITIES = ("bits", "damage")
 KIND = Kind(
@@ -85,7 +86,7 @@ def run_cell(
             measure, quantized over full precision, comes nearest to the paper's.
         calibration_seed: of the calibration's prompts and noise.
         images: per arm; None takes as many as the paper's gain needs, judged from ``PILOT`` of them, and at
-            most ``MOST``.
+            most ``MOST``. The damage is matched on ``LADDER_IMAGES`` then.
         only: names of arms to measure beside the claimed one; empty takes all of the cell.
         said: called with what is being done.
 
@@ -110,7 +111,7 @@ def run_cell(
     if severity == "bits":
         module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
     else:
-        module, quantizer = bench.as_damaged(row, said)
+        module, quantizer = bench.as_damaged(row, images or LADDER_IMAGES, said)
     said("calibrate and fit")
     makers = Makers(bench.run(module, calibration_seed), cell.subset, cell.trajectory)
     arms, refused = {}, {}
@@ -252,8 +253,10 @@ class Bench:
             progress=False,
         )[0]
 
-    def as_damaged(self, row: Row, said: Callable[[str], None]) -> tuple[nn.Module, str]:
-        """The denoiser rounded until the damage is the paper's, and how."""
+    def as_damaged(
+        self, row: Row, count: int, said: Callable[[str], None]
+    ) -> tuple[nn.Module, str]:
+        """The denoiser rounded until the damage to ``count`` images is the paper's, and how."""
         wanted = row.damage()
         if wanted is None or wanted <= 1:
             raise EvenkeelError(
@@ -261,18 +264,21 @@ class Bench:
                 f"{row.claim and row.claim[1]}, so there is no damage to match."
             )
         assert row.claim is not None
-        measure, off = OURS[row.claim[1]], {}
-        for text in LADDER:
-            module, _ = quantize_module(denoiser_of(self.pipeline), QuantizerSpec.parse(text))
-            found = self.compared(module, {}, PILOT, f"ladder-{text}")
-            full, damaged = (
-                found[n].measures[measure].value for n in ("full-precision", QUANTIZED)
-            )
-            off[text] = abs(math.log(damaged / full / wanted))
-            said(f"{text}: {damaged / full:.2f} times full precision, {wanted:.2f} in the paper")
-        nearest = min(off, key=lambda text: off[text])
-        module, _ = quantize_module(denoiser_of(self.pipeline), QuantizerSpec.parse(nearest))
-        return module, nearest
+        measure, found = OURS[row.claim[1]], {}
+
+        def damage(text: str) -> float:
+            arms = self.compared(self._rounded(text), {}, count, f"ladder-{text}")
+            full, damaged = (arms[n].measures[measure].value for n in ("full-precision", QUANTIZED))
+            found[text] = damaged / full
+            said(f"{text}: {found[text]:.2f} times full precision, {wanted:.2f} in the paper")
+            return found[text]
+
+        bisect.bisect_left(LADDER, wanted, key=damage)  # asks for both neighbours of what is wanted
+        nearest = min(found, key=lambda text: abs(math.log(found[text] / wanted)))
+        return self._rounded(nearest), nearest
+
+    def _rounded(self, text: str) -> nn.Module:
+        return quantize_module(denoiser_of(self.pipeline), QuantizerSpec.parse(text))[0]
 
     def compared(
         self, module: nn.Module, arms: dict[str, Any], count: int, place: str = ""
