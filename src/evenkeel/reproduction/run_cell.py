@@ -51,7 +51,10 @@ KIND = Kind(
 )
 MARK = Kind("cell", 1, "remove that folder or give another one", keys=("identity",))
 # Plain rounding from mild to harsh, for a damage that is the paper's.
-LADDER = ("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64", "w2a8-g32")
+LADDER = (
+    *("w8a8-g32", "w4a8-g32", "w4a4-g32", "w3a8-g32", "w3a4-g32", "w3a4-g64"),
+    *("w2a8-g8", "w2a8-g16", "w2a8-g32"),
+)
 # The paper's measures, and which of ours stands for each.
 OURS = {
     "FID": "frechet_reference",
