@@ -63,6 +63,21 @@ def json_safe(values: dict[str, Any]) -> dict[str, Any]:
 DEEPEST = 200  # levels of nesting; what this library writes has fewer than twenty
 
 
+def refuse_deep(value: Any) -> None:
+    """Raise ValueError where lists and objects are nested deeper than a reader takes them."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, tuple, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+
+
 def parse_json(text: str | bytes) -> Any:
     """``json.loads`` that a hostile text cannot take along.
 
@@ -78,17 +93,7 @@ def parse_json(text: str | bytes) -> Any:
         found = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    level, depth = [found], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError("nested too deep")
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (list, dict))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
+    refuse_deep(found)
     json.dumps(found, ensure_ascii=False).encode()
     return found
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from evenkeel.errors import StorageError
 from evenkeel.storage.atomic import write_atomically
-from evenkeel.storage.digests import digest, json_text, parse_json
+from evenkeel.storage.digests import digest, json_text, parse_json, refuse_deep
 
 if TYPE_CHECKING:  # what is only listed must not wait for torch
     from torch import Tensor
@@ -250,6 +250,8 @@ def _texts(path: str | os.PathLike[str], kind: Kind, header: Mapping[str, Any]) 
             f"{path}: a {kind.name} has {sorted(kind.keys)} in its header, found {sorted(header)}."
         )
     try:
+        for value in header.values():
+            refuse_deep(value)  # whatever this Python's json would take
         return {key: json_text(header[key]) for key in kind.keys}
     except (TypeError, ValueError, RecursionError) as e:
         raise kind.error(
