@@ -130,12 +130,12 @@ def read_errors(n: Numbers) -> list[str]:
             lines.append(f"{words}, {arm}: {', '.join(f'{values[k]:.3f}' for k in at)}.")
     own, bias = (np.array(n["parts"][k]) for k in ("own", "bias"))
     after = np.flatnonzero(bias > own)
-    where = f"from step {after[0] + 1} on at times" if len(after) else "never"
+    where = f", first at step {after[0] + 1}" if len(after) else ""
     lines.append(
         f"Of the quantized noise estimate's error, what quantization does at the same states is "
         f"{', '.join(f'{own[k]:.3f}' for k in at)}, what the states do that are off (the paper's exposure "
-        f"bias) {', '.join(f'{bias[k]:.3f}' for k in at)}; the second is the larger one {where}, at "
-        f"{len(after)} of {steps} steps."
+        f"bias) {', '.join(f'{bias[k]:.3f}' for k in at)}; the second is the larger one at "
+        f"{len(after)} of {steps} steps{where}."
     )
     return lines
 
@@ -340,7 +340,7 @@ FIGURES = Figures(
             "1-w3a8",
             "FID over 50,000 images, steps of 0.1",
             "{count} images per weight, steps of 0.4; K fitted to 32 others",
-            100,
+            50,
             f"{_QUANTIZER} The paper gives no threshold: {THRESHOLD:g} here. The weights are Eq. 12's; with "
             f"the factor N that Eqs. 13 to 19 print, the relative error outweighs the other at each.",
             measure_weights,
