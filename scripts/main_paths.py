@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import metadata
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def main() -> None:
     checkout = Path(__file__).parents[1]
     assert checkout not in Path(evenkeel.__file__).parents, f"{evenkeel.__file__} is the checkout"
     assert (Path(evenkeel.__file__).parent / "py.typed").is_file()
+    described = str(metadata("evenkeel").get_payload() or metadata("evenkeel")["Description"])
+    assert "# evenkeel" in described and "](docs/" not in described, "links into the checkout"
     pipeline = tiny()
     quantized, _ = evenkeel.quantize_module(
         pipeline.transformer, evenkeel.QuantizerSpec.parse("w3a16-g16")
