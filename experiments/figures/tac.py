@@ -129,13 +129,14 @@ def read_errors(n: Numbers) -> list[str]:
             arm = WORDS.get(name, name)
             lines.append(f"{words}, {arm}: {', '.join(f'{values[k]:.3f}' for k in at)}.")
     own, bias = (np.array(n["parts"][k]) for k in ("own", "bias"))
-    after = np.flatnonzero(bias > own)
+    whole, after = np.array(n["outputs"][QUANTIZED]), np.flatnonzero(bias > own)
     where = f", first at step {after[0] + 1}" if len(after) else ""
     lines.append(
         f"Of the quantized noise estimate's error, what quantization does at the same states is "
         f"{', '.join(f'{own[k]:.3f}' for k in at)}, what the states do that are off (the paper's exposure "
         f"bias) {', '.join(f'{bias[k]:.3f}' for k in at)}; the second is the larger one at "
-        f"{len(after)} of {steps} steps{where}."
+        f"{len(after)} of {steps} steps{where}. The two work against each other: at "
+        f"{int((whole < np.maximum(own, bias)).sum())} steps the whole error is smaller than the larger part."
     )
     return lines
 
