@@ -112,11 +112,15 @@ def backend_settings(denoiser: nn.Module) -> dict[str, str]:
     return {name: text for name, text in sorted(found.items()) if text}
 
 
-def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(module: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Name and plain tensor of everything that decides about the output, in no special order.
 
     For a plain module these are its parameters and buffers. The same network gives the same tensors
     before and after its first call, and compiled or not, although some backends move theirs about.
+
+    Args:
+        module: of any backend.
+        tied: give a tensor that several places share under every one of its names, not once.
 
     Raises:
         UnsupportedPipeline: a tensor class, or a network in C++ (nunchaku's first FLUX loader), that
@@ -126,8 +130,9 @@ def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     ['bias', 'weight']
 
     """
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield from _plain(_plain_path(name), tensor)
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=not tied):
+            yield from _plain(_plain_path(name), tensor)
     for name, part in module.named_modules():
         for backend in BACKENDS:
             if hidden := backend.hidden(part):

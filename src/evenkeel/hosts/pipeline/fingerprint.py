@@ -42,7 +42,9 @@ def fingerprint(module: nn.Module) -> str:
     settings = backend_settings(module)
     if settings:
         digest.update(json.dumps(settings).encode())
-    for name, tensor in sorted(stored_tensors(module), key=lambda item: item[0]):
+    # Branches that layers share in memory (SVDQuant's) are a copy for each when loaded.
+    tensors = stored_tensors(module, tied=True)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         flat = present(module, name, tensor).reshape(-1)
         stride = max(1, flat.numel() // _SAMPLED)
         sampled = flat[::stride][:_SAMPLED].contiguous().cpu()
