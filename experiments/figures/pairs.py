@@ -65,15 +65,7 @@ def pairs(bench: Bench, count: int, *, noised: bool = False) -> Pairs:
             instead of along the full-precision trajectory.
 
     """
-    module = bench.quantized()
-    run = Run(
-        bench.pipeline,
-        bench.prompts(count, 0),
-        bench.cell.steps,
-        guidance_scale=bench.guidance,
-        batch_size=EACH,
-        quantized=module,
-    )
+    run = bench.run_on(bench.prompts(count, 0), bench.quantized(), batch_size=EACH)
     parts = []
     for batch in run.batches():
         place = bench.folder / f"pairs{'-noised' if noised else ''}-{batch.first:06d}.safetensors"

@@ -48,15 +48,7 @@ def correction(bench: Bench, name: str) -> Any:
 
 def measure_errors(bench: Bench, count: int) -> Found:
     module = bench.quantized()
-    run = Run(
-        bench.pipeline,
-        bench.prompts(count, 1),
-        bench.cell.steps,
-        guidance_scale=bench.guidance,
-        seed=1_000_000,
-        batch_size=32,
-        quantized=module,
-    )
+    run = bench.run_on(bench.prompts(count, 1), module, seed=1_000_000)
     made = {name: correction(bench, ARMS[name]) for name in ("TAC", "tac-ibc")}
     arms = [Arm(QUANTIZED, module), *(Arm(n, module, c) for n, c in made.items())]
     sums: dict[str, Tensor] = {}
@@ -145,13 +137,7 @@ def read_errors(n: Numbers) -> list[str]:
 
 
 def measure_ranges(bench: Bench, count: int) -> Found:
-    run = Run(
-        bench.pipeline,
-        bench.prompts(count, 0),
-        bench.cell.steps,
-        guidance_scale=bench.guidance,
-        batch_size=count,
-    )
+    run = bench.run_on(bench.prompts(count, 0), batch_size=count)
     seen: dict[str, list[list[float]]] = {}
 
     def watching(name: str) -> Any:

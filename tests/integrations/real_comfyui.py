@@ -100,27 +100,36 @@ def gguf_loader(place, work, nodes, tiny, run, noise):
         )
         patcher = flux_of(reference.state_dict(), ops.GGMLOps(), packed)
         patcher = theirs.GGUFModelPatcher.clone(patcher)
-        pipe.transformer = quantized
-        with evenkeel.applied(pipe, adapters, allow=("denoiser",)):
-            expected = unpacked(pipe(**run)[0])
-        bare = unpacked(pipe(**run)[0])
-        pipe.transformer = reference
-        given = (
-            run["prompt_embeds"],
-            run["pooled_prompt_embeds"],
-            pipe.scheduler.sigmas.clone(),
-            noise,
-        )
-        before = sampled(patcher, *given)
-        got = sampled(nodes.EvenkeelRecover.execute(patcher, file.name, 1.0, True).args[0], *given)
         found[name] = {
             "patcher": type(patcher).__name__,
-            "bare": apart(before, bare),
-            "changes": apart(expected, bare),
-            "parity": apart(got, expected),
-            "left behind": float((sampled(patcher, *given) - before).abs().max()),
+            **recovered(nodes, patcher, file, pipe, quantized, adapters, run, noise),
         }
     return found
+
+
+def recovered(nodes, patcher, file, pipe, quantized, adapters, run, noise):
+    """Recover on a quantized model of ComfyUI beside the same adapters on the same one in diffusers."""
+    reference = pipe.transformer
+    pipe.transformer = quantized
+    with evenkeel.applied(pipe, adapters, allow=("denoiser",)):
+        expected = unpacked(pipe(**run)[0])
+    bare = unpacked(pipe(**run)[0])
+    pipe.transformer = reference
+    given = (
+        run["prompt_embeds"],
+        run["pooled_prompt_embeds"],
+        pipe.scheduler.sigmas.clone(),
+        noise,
+    )
+    before = sampled(patcher, *given)
+    got = sampled(nodes.EvenkeelRecover.execute(patcher, file.name, 1.0, True).args[0], *given)
+    return {
+        "quantized": apart(bare, unpacked(pipe(**run)[0])),
+        "bare": apart(before, bare),
+        "changes": apart(expected, bare),
+        "parity": apart(got, expected),
+        "left behind": float((sampled(patcher, *given) - before).abs().max()),
+    }
 
 
 FORMATS = {  # of ComfyUI's checkpoints -> layout of comfy-kitchen
@@ -165,26 +174,9 @@ def checkpoints(work, nodes, tiny, run, noise):
             for layer in patcher.model.diffusion_model.modules()
             if getattr(layer, "weight", None) is not None
         }
-        pipe.transformer = quantized
-        with evenkeel.applied(pipe, adapters, allow=("denoiser",)):
-            expected = unpacked(pipe(**run)[0])
-        bare = unpacked(pipe(**run)[0])
-        pipe.transformer = reference
-        given = (
-            run["prompt_embeds"],
-            run["pooled_prompt_embeds"],
-            pipe.scheduler.sigmas.clone(),
-            noise,
-        )
-        before = sampled(patcher, *given)
-        got = sampled(nodes.EvenkeelRecover.execute(patcher, lora.name, 1.0, True).args[0], *given)
         found[name] = {
             "weights": sorted(kinds),
-            "quantized": apart(bare, unpacked(pipe(**run)[0])),
-            "bare": apart(before, bare),
-            "changes": apart(expected, bare),
-            "parity": apart(got, expected),
-            "left behind": float((sampled(patcher, *given) - before).abs().max()),
+            **recovered(nodes, patcher, lora, pipe, quantized, adapters, run, noise),
         }
     return found
 

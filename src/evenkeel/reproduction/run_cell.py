@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,7 +22,7 @@ from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction.arms import Makers
 from evenkeel.reproduction.cells import Cell, Row
 from evenkeel.reproduction.verdict import Verdict, images_needed, judged
-from evenkeel.storage import Kind, claim, read_json
+from evenkeel.storage import Kind, claim, digest, json_text, read_json
 from evenkeel.zoo.parts import KIND as TWIN
 from evenkeel.zoo.pictures import KINDS
 
@@ -180,8 +178,7 @@ def _of_quantizing(cell: Cell) -> str:
     """A folder's name that tells apart whatever a quantized denoiser depends on."""
     names = ("twin", "quantizer", "steps", "guidance_scale", "sampler", "labels")
     asked = {name: getattr(cell, name) for name in names} | {"weights": _weights(cell)}
-    text = json.dumps(asked, sort_keys=True, default=dict)
-    return f"{cell.twin}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{cell.twin}-{digest(json_text(asked), {})[:12]}"
 
 
 def _needed(row: Row, pilot: dict[str, ArmResult]) -> int:
@@ -231,13 +228,24 @@ class Bench:
     def run(self, module: nn.Module, seed: int = 0) -> Run:
         """The calibration."""
         prompts = self.prompts(self.cell.calibration_prompts, 1000 * seed)
+        return self.run_on(prompts, module, seed=1000 * seed)
+
+    def run_on(
+        self,
+        prompts: Sequence[Any],
+        module: nn.Module | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> Run:
+        """These prompts under the cell's settings."""
         return Run(
             self.pipeline,
             prompts,
             self.cell.steps,
             guidance_scale=self.guidance,
-            seed=1000 * seed,
-            batch_size=32,
+            seed=seed,
+            batch_size=batch_size,
             quantized=module,
         )
 
