@@ -2,8 +2,9 @@
 
 Frozen: each pipeline with its original's sampler, steps and guidance; plain rounding in groups of 32;
 calibrated on 32 prompts (seed 0); images of other prompts (seed 1), the same noise in every arm. Each cell
-is a file in matrix/, written when done: the command resumes. Then writes MATRIX.md, the table
-of docs/choosing-a-correction.md, and what `evenkeel recommend` reads.
+is a file in matrix/, written when done: the command resumes, and measures an arm that was added since in
+the cells that lack it. Then writes MATRIX.md, the table of docs/choosing-a-correction.md, and what
+`evenkeel recommend` reads.
 
     python experiments/matrix.py [CELL ...] [--images 100]     # default: all
     python experiments/matrix.py --table                       # from the results on disk
@@ -61,16 +62,26 @@ EVIDENCE = (
     "epsilon-scaling",
     "tsr",
 )
-FITTED = ("tac:published", "tac-ibc", "readout", "adapters")
+FITTED = ("tac:published", "tac-ibc", "tac-rms", "readout", "adapters")
+ARMS = (*EVIDENCE, *FITTED)
 FEW = 8  # steps
 PROMPTS = 32  # of the calibration
-SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc")
+SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc", "tac-rms")
 CELLS = {f"{twin} {spec}": (twin, spec) for spec in SPECS for twin in TWINS}
 KEYS = ("psnr", "frechet_full_precision", "perceptual", "contrast")
 
 
+def missing(name: str) -> list[str]:
+    """Arms that a cell's result says nothing of."""
+    found = known(RESULTS, [name]).get(name, {"changes": {}, "refused": {}})
+    return [arm for arm in ARMS if arm not in found["changes"] and arm not in found["refused"]]
+
+
 def measure(name: str, images: int, work: Path) -> dict[str, Any]:
+    """A cell; of one that is known the missing arms, with as many images as the others had."""
     twin, spec = CELLS[name]
+    before = known(RESULTS, [name]).get(name)
+    images = before["images"] if before else images
     entry, kind = zoo.twin(twin), KINDS[zoo.twin(twin).pictures]
     pipeline = zoo.load(twin)
     denoiser = denoiser_of(pipeline)
@@ -81,7 +92,7 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
     }
     asked = Run(pipeline, kind.prompts(PROMPTS, 0), batch_size=32, quantized=quantized, **settings)
     makers, arms, refused = Makers(asked), {}, {}
-    for arm in (*EVIDENCE, *FITTED):
+    for arm in missing(name):
         try:
             arms[arm] = makers.make(arm)
         except EvenkeelError as error:
@@ -99,23 +110,34 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
         **settings,
     )
     shutil.rmtree(work / name.replace(" ", "-"), ignore_errors=True)
-    quantized_arm = found["quantized"].measures
-    return {
-        "twin": twin,
-        "quantizer": spec,
-        "images": images,
-        "features": features_of(makers.record),
-        "shared": makers.shared.as_dict(),
-        "quantized": {k: quantized_arm[k].value for k in KEYS},
-        "refused": refused,
-        "changes": {
-            arm: {
-                k: [change.value, change.stderr, change.low, change.high]
-                for k, change in found[arm].difference_to_quantized.items()
-                if k in KEYS
-            }
-            for arm in arms
-        },
+    plain = {k: found["quantized"].measures[k].value for k in KEYS}
+    changes = {
+        arm: {
+            k: [change.value, change.stderr, change.low, change.high]
+            for k, change in found[arm].difference_to_quantized.items()
+            if k in KEYS
+        }
+        for arm in arms
+    }
+    if before is None:
+        return {
+            "twin": twin,
+            "quantizer": spec,
+            "images": images,
+            "features": features_of(makers.record),
+            "shared": makers.shared.as_dict(),
+            "quantized": plain,
+            "refused": refused,
+            "changes": changes,
+        }
+    if abs(plain["psnr"] - before["quantized"]["psnr"]) > 0.01:
+        raise EvenkeelError(
+            f"{name}: the plain quantized arm has {plain['psnr']:.3f} dB, {before['quantized']['psnr']:.3f} "
+            f"when the other arms were measured; delete its file in {RESULTS} to measure all again."
+        )
+    return before | {
+        "refused": before["refused"] | refused,
+        "changes": before["changes"] | changes,
     }
 
 
@@ -157,7 +179,7 @@ def by_correction(cells: Cells) -> str:
     groups = {name: found for name, found in groups.items() if found}
     heads = [f"{name} ({len(found)})" for name, found in groups.items()]
     lines = [f"| correction | {' | '.join(heads)} |", f"|{'---|' * (1 + len(heads))}"]
-    for arm in (*EVIDENCE, *FITTED):
+    for arm in ARMS:
         changes = [
             [c["changes"][arm]["psnr"] for c in found if "psnr" in c["changes"].get(arm, {})]
             for found in groups.values()
@@ -176,7 +198,6 @@ def _summed(changes: list[list[float]]) -> str:
 
 
 def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
-    arms = (*EVIDENCE, *FITTED)
     measured = [Case(**case) for case in cases]
     lines = ["# What helps where", "", *(__doc__ or "").split("\n\n")[1].splitlines(), ""]
     lines += not_run(CELLS, cells)
@@ -185,8 +206,8 @@ def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
         "interval excludes zero. Error: that of quantization over the output, mean squares; correlation: of "
         "the error between neighbouring steps; common: its share that is the same in all prompts.",
         "",
-        f"| twin | weights | images | error | correlation | common | quantized | {' | '.join(arms)} |",
-        f"|{'---|' * (7 + len(arms))}",
+        f"| twin | weights | images | error | correlation | common | quantized | {' | '.join(ARMS)} |",
+        f"|{'---|' * (7 + len(ARMS))}",
     ]
     for cell in cells.values():
         f = cell["features"]
@@ -195,8 +216,8 @@ def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
             f"{math.exp(f['relative error']):.4f} | "
             f"{f['correlation']:.2f} | {f['common']:.3f} | {cell['quantized']['psnr']:.1f} |"
         )
-        lines.append(start + "".join(f" {_change(cell, arm)} |" for arm in arms))
-    for title, allowed in (("All corrections", arms), ("Sampler side only", SAMPLER_SIDE)):
+        lines.append(start + "".join(f" {_change(cell, arm)} |" for arm in ARMS))
+    for title, allowed in (("All corrections", ARMS), ("Sampler side only", SAMPLER_SIDE)):
         if len({c.twin for c in measured}) < 2:
             continue
         lines += [
@@ -234,6 +255,7 @@ def main() -> None:
             RESULTS,
             lambda name: measure(name, options.images, options.work),
             publish,
+            lambda name: not missing(name),
         )
     publish()
 

@@ -25,11 +25,12 @@ def finish(
     results: Path,
     measure: Callable[[str], dict[str, Any]],
     publish: Callable[[], object],
+    whole: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Measure what has no file yet; after every cell the page is written again."""
+    """Measure what has no file yet, or is not whole; after every cell the page is written again."""
     for name in asked:
         place = _place(results, name)
-        if not place.exists():
+        if not (place.exists() and whole(name)):
             write_atomically(place, json.dumps(_short(measure(name)), separators=(",", ":")) + "\n")
         publish()
 
