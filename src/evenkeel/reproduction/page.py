@@ -36,9 +36,13 @@ def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> st
     for row in paper.rows:
         for which in _variants(row, found):
             lines += _arms(row, which, found[row.id, which])
-    notes = [f"- {row.id}: {row.note}." for row in paper.rows if row.cell is not None and row.note]
+    notes: dict[str, list[str]] = {}
+    for row in paper.rows:
+        for note in row.note.split("; ") if row.cell is not None and row.note else ():
+            notes.setdefault(note, []).append(row.id)
     if notes:
-        lines += ["", "## What differs from the paper", "", *notes]
+        lines += ["", "## What differs from the paper", ""]
+        lines += [f"- {note}: {', '.join(rows)}." for note, rows in notes.items()]
     if without:
         lines += ["", "## Rows without a cell", ""]
         lines += [f"- {row.id} ({row.model}): {row.reason}." for row in without]
