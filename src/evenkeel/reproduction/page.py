@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evenkeel.reports.measures import MEASURES
+from evenkeel.reports.measures import FULL_PRECISION, MEASURES
 from evenkeel.reproduction.cells import QUANTIZED, Paper, Row
 from evenkeel.reproduction.run_cell import OURS, variant
 from evenkeel.reproduction.verdict import Verdict
@@ -14,10 +14,12 @@ _HEAD = (
     "Relative change of the claimed measure against the quantized arm, 95 % interval. *reproduced*: the "
     "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and excludes "
     "a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's quantizer, "
-    "`damage` plain rounding that does as much harm as the paper's; `seed` other calibration prompts.",
+    "`damage` plain rounding that does as much harm as the paper's; `seed` other calibration prompts. Harm: "
+    "the claimed measure, quantized over full precision, in the paper and here.",
     "",
-    "| cell | model | claim | severity | quantizer | images | published | here | verdict |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| cell | model | claim | severity | quantizer | images | harm, published | here | change, published | "
+    "here | verdict |",
+    f"|{'---|' * 11}",
 )
 _HEADINGS = {m.key: m.heading for m in MEASURES}
 
@@ -60,14 +62,24 @@ def _line(row: Row, which: str, result: Mapping[str, Any] | None) -> str:
     assert row.claim is not None
     gain = row.gain()
     start = f"| {row.id} | {row.model} | {row.claim[0]}, {row.claim[1]} | {which} |"
+    printed = "" if (harm := row.damage()) is None else f"{harm:.2f}"
     if result is None:
-        return f"{start} | | {100 * (gain or 0):+.1f} % | | not run |"
+        return f"{start} | | {printed} | | {100 * (gain or 0):+.1f} % | | not run |"
     verdict = Verdict(**result["verdict"])
     here = f"{100 * verdict.value:+.1f} % [{100 * verdict.low:+.1f}, {100 * verdict.high:+.1f}]"
     return (
-        f"{start} {result['quantizer']} | {result['images']} | {100 * verdict.published:+.1f} % | {here} | "
-        f"{verdict.word} |"
+        f"{start} {result['quantizer']} | {result['images']} | {printed} | {_harm(result, row.claim[1])} | "
+        f"{100 * verdict.published:+.1f} % | {here} | {verdict.word} |"
     )
+
+
+def _harm(result: Mapping[str, Any], measure: str) -> str:
+    """Of quantization; empty where full precision is what the others are measured against."""
+    full, quantized = (
+        next(arm for arm in result["arms"] if arm["name"] == name).get(OURS[measure])
+        for name in (FULL_PRECISION, QUANTIZED)
+    )
+    return "" if full is None else f"{quantized['value'] / full['value']:.2f}"
 
 
 def _arms(row: Row, which: str, result: Mapping[str, Any]) -> list[str]:
@@ -76,7 +88,7 @@ def _arms(row: Row, which: str, result: Mapping[str, Any]) -> list[str]:
     claimed = row.claim[1]
     measures = list(dict.fromkeys((OURS[claimed], "frechet_full_precision", "psnr")))
     arms = {arm["name"]: arm for arm in result["arms"]}
-    full, quantized = arms.pop("full-precision"), arms.pop("quantized")
+    full, quantized = arms.pop(FULL_PRECISION), arms.pop(QUANTIZED)
     levels = [f"{_HEADINGS[m]} {quantized[m]['value']:.4g}" for m in measures]
     if OURS[claimed] in full:
         levels[0] += f" (full precision {full[OURS[claimed]]['value']:.4g})"
