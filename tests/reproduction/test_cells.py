@@ -15,9 +15,10 @@ from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction import PAPERS, Row, judged, paper
 from evenkeel.reproduction.arms import TACS
 from evenkeel.reproduction.page import page
-from evenkeel.reproduction.run_cell import KIND, OURS, variant
+from evenkeel.reproduction.run_cell import KIND, OURS, is_kept, variant
 from evenkeel.reproduction.verdict import images_needed
 from evenkeel.storage import read_json
+from evenkeel.zoo.pictures import KINDS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ROWS = [(name, row) for name in PAPERS for row in paper(name).rows]
@@ -60,6 +61,9 @@ def test_a_cell_names_what_exists(name: str, row: Row) -> None:
     assert str(method_from(cell.quantizer)).startswith(str(cell.quantizer["method"]))
     known = {*ALL, *FORMS, *TACS}
     assert {n for asked in (*cell.arms.values(), *cell.also) for n in names_of(asked)} <= known
+    kind = KINDS[twin.pictures]
+    prompts = kind.prompts(2, 1) if cell.labels is None else [cell.labels] * 2
+    assert len(kind.references(prompts, 1)) == 2
     arm, measure = row.claim
     assert arm in cell.arms and measure in OURS and measure in row.numbers[arm]
     assert row.gain() is not None
@@ -102,6 +106,7 @@ def test_the_pages_are_made_of_the_results_beside_them(name: str) -> None:
     for place, result in zip(sorted(folder.glob("*.json")), results, strict=True):
         row, arms = found.row(result["row"]), [arm["name"] for arm in result["arms"]]
         assert row.cell is not None and row.claim is not None and row.claim[0] in arms
+        assert is_kept(place, row, result["images"], arms[2:])
         assert (row.id, place.stem.removeprefix(f"{row.id}-")) in known and result[
             "twin"
         ] == row.cell.twin

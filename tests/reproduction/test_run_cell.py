@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from evenkeel.errors import EvenkeelError, StorageError
 from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
 from evenkeel.reproduction.page import page
 from evenkeel.reproduction.run_cell import KIND, claim_cell, is_kept, run_cell, variant
-from evenkeel.storage import write_json
+from evenkeel.storage import json_safe, write_json
 
 ROW = Row(
     "1-tiny",
@@ -119,12 +119,39 @@ def test_what_is_kept_counts_for_what_it_was_made_for(tmp_path: Path) -> None:
     assert ROW.cell is not None
     with pytest.raises(StorageError, match="differs in steps"):
         claim_cell(replace(ROW, cell=replace(ROW.cell, steps=4)), tmp_path / "cell")
-    place, said = tmp_path / "cell.json", dict.fromkeys(KIND.keys, "")
-    assert not is_kept(place, 8)
+    place, names = tmp_path / "cell.json", ["Q-Drift", "both", "first", "exact-drift"]
+    arms = [{"name": name} for name in ("full-precision", "quantized", *names)]
+    said = dict.fromkeys(KIND.keys, "") | {
+        "cell": json_safe(asdict(ROW.cell)),
+        "arms": arms,
+        "refused": {"nothing such": "unknown"},
+    }
+    assert not is_kept(place, ROW, 8)
     write_json(place, KIND, {**said, "images": 8})
-    assert is_kept(place, 8) and not is_kept(place, 6) and not is_kept(place, None)
-    write_json(place, KIND, {**said, "images": 100})
-    assert is_kept(place, None)
+    assert is_kept(place, ROW, 8) and is_kept(place, ROW, 8, ["both"])
+    assert not is_kept(place, ROW, 6) and not is_kept(place, ROW, None)
+    assert not is_kept(place, replace(ROW, cell=replace(ROW.cell, steps=4)), 8)
+    write_json(place, KIND, {**said, "images": 100, "arms": arms[:3]})
+    assert is_kept(place, ROW, None, ["Q-Drift"]) and not is_kept(place, ROW, None)
+
+
+def test_rows_without_damage_are_told_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbers = {**ROW.numbers, "full precision": {"FID": 12.0}}
+    harmless = replace(ROW, id="1-harmless", numbers=numbers)
+    numbers = {k: v for k, v in ROW.numbers.items() if k != "full precision"}
+    unknown = replace(ROW, id="1-unknown", numbers=numbers)
+    found = replace(paper("q-drift"), rows=(harmless, unknown))
+    monkeypatch.setattr("evenkeel.reproduction.paper", lambda name: found)
+    asked = ["reproduce", "q-drift", "--severity", "damage", "--images", "8"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "1-harmless: the paper's quantized arm is not worse" in told
+    assert "1-unknown: the paper does not print" in told
+    assert main([*asked, "--cell", "1-unknown"]) == 1
+    assert "no damage to match" in capsys.readouterr().err
 
 
 def test_the_command_lists_and_refuses(

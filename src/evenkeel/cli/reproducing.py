@@ -74,6 +74,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
         is_kept,
         run_cell,
         variant,
+        why_no_damage,
     )
     from evenkeel.storage import FileOutput, valid_json, write_atomically, write_json
 
@@ -88,8 +89,13 @@ def _run_reproduce(options: argparse.Namespace) -> None:
     tables = folder / "tables.md"
     FileOutput("page of reproduced tables", found.wrote).check(tables, options.force)
     severities = SEVERITIES if options.severity == "both" else (options.severity,)
-    seed = options.calibration_seed
+    seed, only = options.calibration_seed, [name for name in options.arms.split(",") if name]
     asked = [] if options.table else list(itertools.product(rows, severities))
+    without = {} if wanted else {row.id: why for row in rows if (why := why_no_damage(row))}
+    if without and "damage" in severities:
+        asked = [(row, s) for row, s in asked if s != "damage" or row.id not in without]
+        if not options.json:
+            print("\n".join(f"no damage to match: {why}." for why in without.values()))
     places = {(row.id, s): folder / f"{row.id}-{variant(s, seed)}.json" for row, s in asked}
     left = 0
     for place in places.values():
@@ -101,7 +107,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
 
     for row, severity in asked:
         place = places[row.id, severity]
-        if is_kept(place, options.images):
+        if is_kept(place, row, options.images, only):
             claim_cell(row, folder / place.stem)
             continue
         if options.budget is not None and time.monotonic() - began > options.budget:
@@ -114,7 +120,7 @@ def _run_reproduce(options: argparse.Namespace) -> None:
             severity=severity,
             calibration_seed=seed,
             images=options.images,
-            only=[name for name in options.arms.split(",") if name],
+            only=only,
             said=told(row.id),
         )
         write_json(place, KIND, result)

@@ -14,8 +14,8 @@ _HEAD = (
     "Relative change of the claimed measure against the quantized arm, 95 % interval. *reproduced*: the "
     "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and excludes "
     "a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's quantizer, "
-    "`damage` plain rounding that does as much harm as the paper's; `seed` other calibration prompts. Harm: "
-    "the claimed measure, quantized over full precision, in the paper and here.",
+    "`damage` plain rounding whose harm comes nearest to the paper's; `seed` other calibration prompts. "
+    "Harm: the claimed measure, quantized over full precision, in the paper and here.",
     "",
     "| cell | model | claim | severity | quantizer | images | harm, published | here | change, published | "
     "here | verdict |",

@@ -22,7 +22,7 @@ from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction.arms import Makers
 from evenkeel.reproduction.cells import Cell, Row
 from evenkeel.reproduction.verdict import Verdict, images_needed, judged
-from evenkeel.storage import Kind, claim, digest, json_text, read_json
+from evenkeel.storage import Kind, claim, digest, json_safe, json_text, read_json
 from evenkeel.zoo.parts import KIND as TWIN
 from evenkeel.zoo.pictures import KINDS
 
@@ -35,6 +35,7 @@ KIND = Kind(
     "run the cell again",
     keys=(
         "row",
+        "cell",
         "severity",
         "calibration_seed",
         "twin",
@@ -99,13 +100,7 @@ def run_cell(
         raise EvenkeelError(f"{row.id} has no cell here: {row.reason}")
     if severity not in SEVERITIES:
         raise EvenkeelError(f"expected a severity of {', '.join(SEVERITIES)}, got {severity!r}.")
-    cell = row.cell
-    asked = {**cell.arms, **{name: name for name in cell.also}}
-    claimed, unknown = row.claim[0], [name for name in only if name not in asked]
-    if unknown:
-        raise EvenkeelError(f"{row.id} has the arms {', '.join(asked)}, not {', '.join(unknown)}.")
-    if only:
-        asked = {name: what for name, what in asked.items() if name in (claimed, *only)}
+    cell, claimed, asked = row.cell, row.claim[0], _arms(row, only)
     claim_cell(row, folder)
     bench = Bench(cell, folder)
     said("quantize")
@@ -128,6 +123,7 @@ def run_cell(
     results = bench.compared(module, arms, count)
     return {
         "row": row.id,
+        "cell": json_safe(asdict(cell)),
         "severity": severity,
         "calibration_seed": calibration_seed,
         "twin": cell.twin,
@@ -162,12 +158,38 @@ def claim_cell(row: Row, folder: Path) -> None:
         claim(folder / "cell.json", MARK, {**asdict(row.cell), "weights": _weights(row.cell)})
 
 
-def is_kept(place: Path, images: int | None) -> bool:
-    """Whether a cell's result is there, with so many images; for None, with as many as `run_cell` takes."""
-    if not place.is_file():
+def is_kept(place: Path, row: Row, images: int | None, only: Sequence[str] = ()) -> bool:
+    """Whether the result of this row as it is now is there, with so many images and these arms.
+
+    For None, with as many images as `run_cell` takes.
+    """
+    if row.cell is None or not place.is_file():
         return False
-    found = read_json(place, KIND)["images"]
-    return bool(found >= PILOT if images is None else found == images)
+    found = read_json(place, KIND)
+    enough = found["images"] >= PILOT if images is None else found["images"] == images
+    there = {arm["name"] for arm in found["arms"]} | found["refused"].keys()
+    asked = json_safe(asdict(row.cell))
+    return bool(enough and found["cell"] == asked and _arms(row, only).keys() <= there)
+
+
+def _arms(row: Row, only: Sequence[str]) -> dict[str, Any]:
+    """What stands for each arm: all of the cell, or the claimed one and these."""
+    assert row.cell is not None and row.claim is not None
+    asked = {**row.cell.arms, **{name: name for name in row.cell.also}}
+    if unknown := [name for name in only if name not in asked]:
+        raise EvenkeelError(f"{row.id} has the arms {', '.join(asked)}, not {', '.join(unknown)}.")
+    wanted = (row.claim[0], *only) if only else tuple(asked)
+    return {name: what for name, what in asked.items() if name in wanted}
+
+
+def why_no_damage(row: Row) -> str:
+    """Why the paper's damage cannot be looked for; empty where it can."""
+    harm = row.damage()
+    if harm is None:
+        return f"{row.id}: the paper does not print what full precision has"
+    return (
+        f"{row.id}: the paper's quantized arm is not worse than full precision" if harm <= 1 else ""
+    )
 
 
 def _weights(cell: Cell) -> Any:
@@ -268,13 +290,10 @@ class Bench:
         self, row: Row, count: int, said: Callable[[str], None]
     ) -> tuple[nn.Module, str]:
         """The denoiser rounded until the damage to ``count`` images is the paper's, and how."""
+        if why := why_no_damage(row):
+            raise EvenkeelError(f"{why}, so there is no damage to match.")
         wanted = row.damage()
-        if wanted is None or wanted <= 1:
-            raise EvenkeelError(
-                f"{row.id}: the paper's quantized arm is not worse than full precision in "
-                f"{row.claim and row.claim[1]}, so there is no damage to match."
-            )
-        assert row.claim is not None
+        assert row.claim is not None and wanted is not None
         measure, found = OURS[row.claim[1]], {}
 
         def damage(text: str) -> float:

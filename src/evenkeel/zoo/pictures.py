@@ -30,6 +30,7 @@ from evenkeel.zoo.handwriting import (
     sample_attributes,
 )
 
+DIGITS = 10
 _SCANS = """\
 scikit-learn's 1,797 handwriting scans (UCI optical recognition of handwritten digits); 25 % of them are
 held out and train nothing."""
@@ -75,7 +76,9 @@ class DigitEvaluator(evaluation.HandwritingEvaluator):
 
     @torch.no_grad()
     def matches(self, images: Tensor, prompts: Sequence[str | int]) -> Tensor | None:
-        """(n, 1): 1 where the image shows the digit of its label, else 0."""
+        """(n, 1): 1 where the image shows the digit of its label, else 0; None with a null class."""
+        if any(int(p) >= DIGITS for p in prompts):
+            return None
         seen = [self.network(part)["digit"].argmax(1) for part in torch.split(images, 256)]
         wanted = torch.tensor([int(p) for p in prompts])
         return (torch.cat(seen) == wanted).float()[:, None]
@@ -95,9 +98,14 @@ def balanced_digits(n: int, seed: int) -> list[int]:
 
 
 def digit_images(prompts: Sequence[str | int], seed: int, *, held_out: bool = True) -> Tensor:
-    """Pictures (n, 3, 32, 32) uint8 of these digits, large in the middle, in random colours."""
+    """Pictures (n, 3, 32, 32) uint8 of these digits, large in the middle, in random colours.
+
+    Of another class, such as the null class 1000, which is of no class, any digit.
+    """
     rng = np.random.default_rng([seed, 12])
     digits = torch.tensor([int(p) for p in prompts], dtype=torch.int64)
+    free = digits >= DIGITS
+    digits[free] = torch.from_numpy(rng.integers(0, DIGITS, int(free.sum())))
     return _drawn(digits, CENTRED, rng, held_out)
 
 
