@@ -1,4 +1,4 @@
-"""Every twin at W4A8 and W3A4 under a dozen corrections: what helps where.
+"""Every twin at W4A8 and W3A4 under two dozen corrections: what helps where.
 
 Frozen: each pipeline with its original's sampler, steps and guidance; plain rounding in groups of 32;
 calibrated on 32 prompts (seed 0); images of other prompts (seed 1), the same noise in every arm. Each cell
@@ -55,18 +55,33 @@ EVIDENCE = (
     "q-drift",
     "exact-drift",
     "d2-dpm:published",
+    "d2-dpm",
     "ptqd:published",
+    "ptqd",
+    "cnc:published",
     "cnc",
-    "dcnc+dns:published",
+    "dns:published",
     "dns",
+    "dcnc+dns:published",
+    "dcnc+dns",
+    "self-consistent",
+    "tcec",
     "epsilon-scaling",
     "tsr",
 )
-FITTED = ("tac:published", "tac-ibc", "tac-rms", "readout", "adapters")
+TACS = (
+    "tac:published",
+    "tac-unconditional:published",
+    "tac",
+    "tac-rms",
+    "tac-ibc",
+    "tac-ibc-channel",
+)
+FITTED = (*TACS, "readout", "adapters")
 ARMS = (*EVIDENCE, *FITTED)
 FEW = 8  # steps
 PROMPTS = 32  # of the calibration
-SAMPLER_SIDE = (*EVIDENCE, "tac:published", "tac-ibc", "tac-rms")
+SAMPLER_SIDE = (*EVIDENCE, *TACS)
 CELLS = {f"{twin} {spec}": (twin, spec) for spec in SPECS for twin in TWINS}
 KEYS = ("psnr", "frechet_full_precision", "perceptual", "contrast")
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import diffusers as d
 import pytest
 import torch
+from tiny_pipelines import dit
 
-from evenkeel.corrections.catalogue import ALL, FORMS, available
+from evenkeel import calibrate, fit_tac, load
+from evenkeel.corrections.catalogue import ALL, CLOSED_LOOP, EVIDENCE, FORMS, available, root_of
+from evenkeel.corrections.reconstruction import Reconstruction
+from evenkeel.errors import CalibrationError
+from evenkeel.fitting.closed_loop.forms import RULES
 from evenkeel.hosts.scheduler.probing import probe_scheduler
+from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.sampling.step_law import StepLaw
 from evenkeel.testing import drawn_evidence
 
@@ -23,7 +32,10 @@ FLOW = law_of(
 )
 
 
-@pytest.mark.parametrize("name", FORMS)
+OF_EVIDENCE = [name for name in FORMS if root_of(name) == EVIDENCE]
+
+
+@pytest.mark.parametrize("name", OF_EVIDENCE)
 def test_every_form_is_another_one_of_an_entry(name: str) -> None:
     entry, _, form = name.partition(":")
     assert entry in ALL and form in ("published", "released")
@@ -60,3 +72,26 @@ def test_cnc_as_published_drops_the_intercept() -> None:
     assert ours is not None and theirs is not None
     assert torch.equal(ours.gain, theirs.gain)
     assert bool((ours.bias != 0).any()) and bool((theirs.bias == 0).all())
+
+
+def test_tacs_forms_are_fitted_by_name_and_travel_with_the_record(tmp_path: Path) -> None:
+    tiny = dit()
+    quantized, _ = quantize_module(tiny.model, QuantizerSpec(4))
+    asked: dict[str, Any] = {"prompts": [3, 7], "num_inference_steps": 3, "call": tiny.call}
+    asked |= {"quantized": quantized, "guidance_scale": 2.0, "progress": False}
+    names = [name for name in FORMS if root_of(name) == CLOSED_LOOP]
+    assert {*names, "tac", "tac-ibc", "stepbaq"} == RULES.keys()
+    record = calibrate(tiny.pipe, closed_loop=names, **asked)
+    loaded, reasons = load(record.save(tmp_path / "record")).corrections()
+    assert loaded.keys() >= {*names} and "--closed-loop" in reasons["tac"]
+    assert len({loaded[name].digest() for name in names}) == len(names)
+    for name in names:
+        assert loaded[name].digest() == record.closed_loop.corrections[name].digest()
+    published, own = (
+        fit_tac(tiny.pipe, reconstruction=how, **asked)
+        for how in (Reconstruction.published(), Reconstruction(estimator="rms"))
+    )
+    assert loaded["tac:published"].digest() == published.digest()
+    assert loaded["tac-rms"].digest() == own.digest()
+    with pytest.raises(CalibrationError, match=r"tac-magic cannot be fitted.*tac-rms"):
+        calibrate(tiny.pipe, closed_loop=["tac-magic"], **asked)

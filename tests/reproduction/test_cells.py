@@ -13,7 +13,6 @@ from evenkeel.errors import EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.quantizers.methods.catalogue import method_from
 from evenkeel.reproduction import PAPERS, Row, judged, paper
-from evenkeel.reproduction.arms import TACS
 from evenkeel.reproduction.page import page
 from evenkeel.reproduction.run_cell import KIND, OURS, is_kept, variant
 from evenkeel.reproduction.verdict import images_needed
@@ -59,7 +58,7 @@ def test_a_cell_names_what_exists(name: str, row: Row) -> None:
     twin = zoo.twin(cell.twin)
     assert cell.sampler is None or twin.sampler(cell.sampler)
     assert str(method_from(cell.quantizer)).startswith(str(cell.quantizer["method"]))
-    known = {*ALL, *FORMS, *TACS}
+    known = {*ALL, *FORMS}
     assert {n for asked in (*cell.arms.values(), *cell.also) for n in names_of(asked)} <= known
     kind = KINDS[twin.pictures]
     prompts = kind.prompts(2, 1) if cell.labels is None else [cell.labels] * 2

@@ -13,12 +13,14 @@ from evenkeel.errors import EvenkeelError
 from evenkeel.reproduction.recommend import (
     FEATURES,
     Case,
+    Expected,
     advice,
     advice_text,
     expected,
     features_of,
     hit_rates,
     matrix,
+    recommended,
 )
 
 
@@ -78,6 +80,14 @@ def test_the_hit_rate_leaves_the_twin_out() -> None:
     assert found["always nothing"].hits == 0 and found["always drift"].worst == -12.0
     alone = {r.rule: r for r in hit_rates(cases[:1], ("drift", "readout"))}
     assert alone["recommended"].gain == 0.0  # nothing of its own twin is used
+    partly = [*cases[:2], replace(cases[2], gains={"readout": (8.0, 0.05)}), cases[3]]
+    counted = {r.rule: r.cells for r in hit_rates(partly, ("drift", "readout", "unmeasured"))}
+    assert counted == {
+        "recommended": 4,
+        "always nothing": 4,
+        "always drift": 3,
+        "always readout": 4,
+    }
     small = [case("a", 0.0, drift=0.1), case("b", 0.0, drift=0.1)]
     assert hit_rates(small, ("drift",))[0].gain == 0.0  # likely, but not sure
 
@@ -88,6 +98,14 @@ def test_advice_on_a_record_names_cells_and_is_a_text() -> None:
     names = [row["correction"] for row in found["expected"]]
     assert names and found["nearest"] and all(0 <= r["sure"] <= 1 for r in found["expected"])
     assert all(name in advice_text(found) for name in names)
+    assert f"recommended: {found['recommended'] or 'nothing'}" in advice_text(found)
+
+
+def test_recommended_is_the_first_that_is_sure() -> None:
+    wild = [Expected("wild", 2.0, -4.0, 8.0, 9), Expected("calm", 1.0, 0.5, 1.5, 9)]
+    choice = recommended([*wild, Expected("harm", -1.0, -1.1, -0.9, 9)])
+    assert choice is not None and choice.name == "calm" and wild[0].sure < 0.8 < wild[1].sure
+    assert recommended(wild, ["wild"]) is None and recommended([]) is None
 
 
 def test_what_the_check_says_of_the_input_bias_stands_above_the_cells() -> None:

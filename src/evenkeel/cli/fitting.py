@@ -62,6 +62,11 @@ def add_calibrate(commands: Any) -> None:
         help="also fit TAC, its input bias alone and StepbaQ, and keep them in the record",
     )
     parser.add_argument(
+        "--closed-loop-forms",
+        metavar="NAMES",
+        help="fit these instead, comma-separated: tac:published, tac-unconditional:published, tac-rms, ...",
+    )
+    parser.add_argument(
         "--check",
         type=not_negative,
         default=32,
@@ -85,7 +90,9 @@ def _run_calibrate(options: argparse.Namespace) -> None:
         pipeline,
         trajectory=options.trajectory,
         histograms=not options.no_histograms,
-        closed_loop=options.closed_loop,
+        closed_loop=forms.split(",")
+        if (forms := options.closed_loop_forms)
+        else options.closed_loop,
         resume=options.resume,
         **asked,
     )

@@ -84,7 +84,8 @@ ALL: dict[str, Entry] = {
     "adapters": Entry(FILE, RecoveryAdapters.from_tables),
 }
 
-# As the papers print them and as their code computes them, where either differs from our defaults.
+# As the papers print them and as their code computes them, where either differs from our defaults, and
+# TAC's parts and variants one by one.
 FORMS: dict[str, Entry] = {
     "q-drift:published": Entry(EVIDENCE, QDrift.published),
     "q-drift:released": Entry(EVIDENCE, QDrift.released),
@@ -100,6 +101,12 @@ FORMS: dict[str, Entry] = {
     "dcnc+dns:published": Entry(
         EVIDENCE, lambda e: Composite((DCNC.published(e), DNS.published(e)))
     ),
+    "tac:published": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-unconditional:published": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-rms": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-ner": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-ibc-channel": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-output-bias": Entry(CLOSED_LOOP, TAC.from_tables),
 }
 
 
@@ -118,14 +125,16 @@ def available(
         evidence: of a record; None leaves out what needs a record.
         measured: by name, those that were read from tables; without one of a file, what needs a file
             is left out.
-        forms: those of ``FORMS``, too.
+        forms: those of ``FORMS``, too; otherwise only those of them that were measured.
 
     """
     roots = {root_of(name) for name in measured}
     roots |= {EVIDENCE, CLOSED_LOOP} if evidence is not None else set()
     made: dict[str, Correction] = {}
     reasons: dict[str, str] = {}
-    for name, entry in (ALL | FORMS if forms else ALL).items():
+    for name, entry in (ALL | FORMS).items():
+        if not (forms or name in ALL or name in measured):
+            continue
         if name in measured:
             made[name] = measured[name]
         elif root_of(name) in roots:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from evenkeel.corrections.base import Correction, Tables
-from evenkeel.corrections.catalogue import ALL, CLOSED_LOOP
+from evenkeel.corrections.catalogue import ALL, CLOSED_LOOP, FORMS
 from evenkeel.statistics.provenance import Provenance
 
 PREFIX = "closed_loop."
@@ -20,7 +20,7 @@ class ClosedLoop:
     """Corrections whose numbers depend on every earlier step's correction, so that parts do not merge.
 
     Attributes:
-        corrections: by the name of their entry in ``corrections.ALL``.
+        corrections: by the name of their entry in ``corrections.ALL`` or ``FORMS``.
 
     """
 
@@ -48,13 +48,13 @@ class ClosedLoop:
     ) -> ClosedLoop:
         """From a file's header and tensors; the corrections check their own shapes and values."""
         source = replace(made_for, trajectory="corrected")
-        made = {}
+        made, entries = {}, ALL | FORMS
         for name, own in described.items():
-            if name not in ALL or ALL[name].source != CLOSED_LOOP:
+            if name not in entries or entries[name].source != CLOSED_LOOP:
                 raise ValueError(f"{name} is not measured in closed loop")
             start = f"{PREFIX}{name}."
             tables = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            made[name] = ALL[name].make(Tables(own, tables), source)
+            made[name] = entries[name].make(Tables(own, tables), source)
         found = cls(made)
         unknown = {n for n in tensors if n.startswith(PREFIX)} - found.tensors().keys()
         if unknown:

@@ -13,28 +13,17 @@ from evenkeel.comparing.comparison import standard_arms
 from evenkeel.comparing.marginal_check import marginal_check
 from evenkeel.corrections import TAC, Composite, Correction
 from evenkeel.corrections.catalogue import ALL, FORMS, available
-from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import EvenkeelError
 from evenkeel.estimate import Estimate
 from evenkeel.fitting import calibrate
 from evenkeel.fitting.adapters.fit_adapters import fit_adapters
-from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
-from evenkeel.fitting.closed_loop.fit_tac import fit_tac
+from evenkeel.fitting.closed_loop.forms import RULES, fit_closed_loop
 from evenkeel.fitting.readout.fit_readout import fit_readout
 from evenkeel.hosts.run import Run
 from evenkeel.record import Record
 from evenkeel.statistics.evidence import Evidence
 
 ADAPTERS = 0.11  # share of the quantized denoiser's bytes
-# What is fitted in closed loop, by a form's name: arguments of ``fit_tac``.
-TACS: dict[str, dict[str, Any]] = {
-    "tac": {},
-    "tac:published": {"reconstruction": Reconstruction.published()},
-    "tac-rms": {"reconstruction": Reconstruction(estimator="rms")},
-    "tac-ner": {"input_bias": False},
-    "tac-ibc": {"reconstruction": None},
-    "tac-output-bias": {"reconstruction": None, "bias_of_the_output": True},
-}
 SUBSETS = 200  # drawn, of which the most deviating ones are taken
 
 
@@ -113,16 +102,14 @@ class Makers:
 
     def _named(self, name: str) -> Correction:
         pipeline = self.run.pipeline
-        if name in TACS:
-            return fit_tac(pipeline, **TACS[name], **self._asked)
-        if name == "stepbaq":
-            return fit_stepbaq(pipeline, **self._asked)
+        if name in RULES:
+            return fit_closed_loop(self.run, [name], progress=False)[name]
         if name == "readout":
             return fit_readout(pipeline, **self._asked)
         if name == "adapters":
             return fit_adapters(pipeline, budget=ADAPTERS, **self._asked)[0]
         if name not in self._made:
-            known = ", ".join([*ALL, *FORMS, *TACS])
+            known = ", ".join([*ALL, *FORMS])
             raise EvenkeelError(
                 f"no correction called {name!r} can be made here; there is {known}."
             )

@@ -173,6 +173,18 @@ def _likeness(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     return math.exp(-sum(x**2 for x in squares) / 2) + 1e-12
 
 
+def recommended(found: Sequence[Expected], allowed: Sequence[str] | None = None) -> Expected | None:
+    """Of what is ``SURE`` to help the one that gains most; None where nothing is.
+
+    Args:
+        found: what `expected` says, best first.
+        allowed: names to choose from; None, of all.
+
+    """
+    able = (e for e in found if allowed is None or e.name in allowed)
+    return next((e for e in able if e.gain > 0 and e.sure > SURE), None)
+
+
 @dataclass(frozen=True)
 class HitRate:
     """How a rule did on cells of twins that it had not seen.
@@ -196,29 +208,27 @@ class HitRate:
 def hit_rates(cases: Sequence[Case], allowed: Sequence[str]) -> list[HitRate]:
     """Of the recommendation with the case's twin left out, of every single correction, and of nothing.
 
-    Recommended is what gains most in the mean, or nothing where it is not ``SURE`` to help. Only cases
-    that measured one of the ``allowed`` are counted.
+    Only cases that measured one of the ``allowed`` are counted, and for a single correction only those
+    that measured it.
     """
     cases = [c for c in cases if any(name in c.gains for name in allowed)]
 
-    def recommended(case: Case) -> float:
+    def chosen(case: Case) -> float:
         others = [c for c in cases if c.twin != case.twin]
-        for choice in expected(case.features, others, case.input_bias) if others else []:
-            if choice.name in allowed and choice.name in case.gains and choice.gain > 0:
-                return case.gains[choice.name][0] if choice.sure > SURE else 0.0
-        return 0.0
-
-    def single(name: str, case: Case) -> float:
-        return case.gains[name][0] if name in case.gains else 0.0
+        measured = [name for name in allowed if name in case.gains]
+        found = expected(case.features, others, case.input_bias) if others else []
+        choice = recommended(found, measured)
+        return 0.0 if choice is None else case.gains[choice.name][0]
 
     found = [
-        _rate("recommended", cases, [recommended(c) for c in cases], allowed),
+        _rate("recommended", cases, [chosen(c) for c in cases], allowed),
         _rate("always nothing", cases, [0.0 for _ in cases], allowed),
     ]
-    return found + [
-        _rate(f"always {name}", cases, [single(name, c) for c in cases], allowed)
-        for name in allowed
-    ]
+    for name in allowed:
+        if having := [c for c in cases if name in c.gains]:
+            gains = [c.gains[name][0] for c in having]
+            found.append(_rate(f"always {name}", having, gains, allowed))
+    return found
 
 
 def _rate(
@@ -244,10 +254,13 @@ def advice(record: Record, shared: float | None = None) -> dict[str, Any]:
         )
     features, cases = features_of(record), matrix()
     input_bias = None if shared is None else input_bias_gain(shared, record.prompts)
+    found = expected(features, cases, input_bias)
+    choice = recommended(found)
     near = sorted(cases, key=lambda c: -_likeness(features, c.features))[:3]
     return {
         "features": features,
         "nearest": [f"{c.twin} {c.quantizer}" for c in near],
+        "recommended": choice and choice.name,
         "expected": [
             {
                 "correction": e.name,
@@ -257,7 +270,7 @@ def advice(record: Record, shared: float | None = None) -> dict[str, Any]:
                 "sure": e.sure,
                 "cells": e.cells,
             }
-            for e in expected(features, cases, input_bias)
+            for e in found
         ],
     }
 
@@ -275,4 +288,11 @@ def advice_text(found: Mapping[str, Any]) -> str:
         lines.append(
             f"{row['correction']:<22}  {row['gain']:+6.2f}  {between:>17}  {100 * row['sure']:.0f} %"
         )
+    choice = found["recommended"]
+    lines += [
+        "",
+        f"recommended: {choice}, the one that gains most of those that help in three cases of four"
+        if choice
+        else "recommended: nothing; no correction is sure enough to help here",
+    ]
     return "\n".join(lines)

@@ -17,12 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from evenkeel.corrections.base import Correction
-from evenkeel.corrections.reconstruction import Reconstruction
 from evenkeel.errors import CalibrationError
 from evenkeel.fitting.calibration.batch import FULL_PRECISION, NOISED, SideBySide
 from evenkeel.fitting.calibration.kept_batches import Parts
-from evenkeel.fitting.closed_loop.fit_stepbaq import StepbaQFit
-from evenkeel.fitting.closed_loop.fit_tac import TACFit
+from evenkeel.fitting.closed_loop.forms import DEFAULT, fit_closed_loop, known_forms
 from evenkeel.hosts.pipeline.layouts import LatentLayout
 from evenkeel.hosts.pipeline.prompts import Prompt
 from evenkeel.hosts.processes import processes
@@ -44,7 +42,7 @@ def calibrate(
     trajectory: str = "full-precision",
     correction: Correction | None = None,
     histograms: bool = True,
-    closed_loop: bool = False,
+    closed_loop: bool | Sequence[str] = False,
     side_by_side: bool = True,
     call: dict[str, Any] | None = None,
     layout: LatentLayout | None = None,
@@ -72,8 +70,9 @@ def calibrate(
             Algorithm 1, whose x_0 are photographs); takes half as long again.
         correction: needed for, and only for, ``corrected``.
         histograms: also keep error histograms, for trimming.
-        closed_loop: also fit what needs it (TAC, its input bias alone, StepbaQ) and keep it in the record;
-            takes as long again for each of the three, with both denoisers in memory.
+        closed_loop: also fit what needs it and keep it in the record: True for TAC, its input bias alone
+            and StepbaQ, or the names of ``fitting.closed_loop.forms.RULES`` that are wanted, such as
+            ``["tac:published", "tac-rms"]``. Takes as long again for each, with both denoisers in memory.
         side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
         layout: where the latent's channels are; found by itself for known pipelines.
@@ -108,9 +107,10 @@ def calibrate(
         side_by_side=side_by_side,
     )
     _check_trajectory(trajectory, correction)
-    if closed_loop and (correction is not None or not side_by_side):
+    forms = known_forms(DEFAULT if closed_loop is True else closed_loop or ())
+    if forms and (correction is not None or not side_by_side):
         raise CalibrationError(
-            "closed_loop=True fits corrections of the plain quantized model with both denoisers in "
+            "closed_loop= fits corrections of the plain quantized model with both denoisers in "
             "memory; it takes neither correction= nor side_by_side=False. Use fit_tac or fit_stepbaq."
         )
     us = processes()
@@ -142,11 +142,8 @@ def calibrate(
         us.barrier()
         if us.main:
             parts.tidy()
-    if closed_loop:
-        tac = TACFit(Reconstruction()).fitted(run, progress=progress)
-        bias = TACFit(None).fitted(run, progress=progress)
-        stepbaq = StepbaQFit().fitted(run, progress=progress)
-        measured = ClosedLoop({"tac": tac, "tac-ibc": bias, "stepbaq": stepbaq})
+    if forms:
+        measured = ClosedLoop(fit_closed_loop(run, forms, progress=progress))
         record = replace(record, closed_loop=measured)
     return record
 
