@@ -64,7 +64,7 @@ def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
     assert verdict.word in text and "nothing such was not made" in text
     line = next(line for line in text.splitlines() if line.startswith("| both |"))
     gain = arms["both"]["difference_to_quantized"]["psnr"]
-    assert "| -4.2 % |" in line and f"{gain['value']:+.2f} dB" in line
+    assert "(paper -4.2)" in line and f"{gain['value']:+.2f} dB" in line
 
 
 def test_another_calibration_moves_the_correction_and_not_the_rest(tmp_path: Path) -> None:

@@ -98,7 +98,6 @@ class Paper:
         name: on the command line.
         title, source: for people.
         data: what it was calibrated and measured on, and what stands for it here.
-        tables: how many rows of ours each table has.
         rows: all of them.
 
     """
@@ -107,7 +106,6 @@ class Paper:
     title: str
     source: str
     data: str
-    tables: Mapping[str, int]
     rows: tuple[Row, ...] = field(repr=False)
 
     @property
@@ -147,7 +145,7 @@ def paper(name: str) -> Paper:
         raise EvenkeelError(f"no paper called {name!r}; there is {', '.join(PAPERS)}.")
     said = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     rows = tuple(_row(r) for r in said["rows"])
-    return Paper(name, said["title"], said["source"], said["data"], said["tables"], rows)
+    return Paper(name, said["title"], said["source"], said["data"], rows)
 
 
 def _row(said: Mapping[str, Any]) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evenkeel.reports.measures import FULL_PRECISION, MEASURES
+from evenkeel.reports.measures import FULL_PRECISION, FURTHER, MEASURES
 from evenkeel.reproduction.cells import QUANTIZED, Paper, Row
 from evenkeel.reproduction.run_cell import OURS, variant
 from evenkeel.reproduction.verdict import Verdict
@@ -15,13 +15,16 @@ _HEAD = (
     "interval excludes 0 on the paper's side; *opposite*: on the other; *null*: it includes 0 and excludes "
     "a change as large as the paper's; *underpowered*: it includes both. `bits` is the paper's quantizer, "
     "`damage` plain rounding whose harm comes nearest to the paper's; `seed` other calibration prompts. "
-    "Harm: the claimed measure, quantized over full precision, in the paper and here.",
+    "Harm: the claimed measure, quantized over full precision, in the paper and here. Below, every measure "
+    "that the paper prints, its own change in brackets; here the twin's evaluator stands for Inception, CLIP "
+    "and LPIPS.",
     "",
     "| cell | model | claim | severity | quantizer | images | harm, published | here | change, published | "
     "here | verdict |",
     f"|{'---|' * 11}",
 )
-_HEADINGS = {m.key: m.heading for m in MEASURES}
+_TO_FULL_PRECISION = ("frechet_full_precision", "psnr", "ssim", "perceptual")
+_HEADINGS = {m.key: m.heading for m in (*MEASURES, *FURTHER)}
 
 
 def page(paper: Paper, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -84,37 +87,56 @@ def _harm(result: Mapping[str, Any], measure: str) -> str:
 
 def _arms(row: Row, which: str, result: Mapping[str, Any]) -> list[str]:
     """Every arm of a cell, and what could not be made, with the reason."""
-    assert row.claim is not None
-    claimed = row.claim[1]
-    measures = list(dict.fromkeys((OURS[claimed], "frechet_full_precision", "psnr")))
     arms = {arm["name"]: arm for arm in result["arms"]}
     full, quantized = arms.pop(FULL_PRECISION), arms.pop(QUANTIZED)
-    levels = [f"{_HEADINGS[m]} {quantized[m]['value']:.4g}" for m in measures]
-    if OURS[claimed] in full:
-        levels[0] += f" (full precision {full[OURS[claimed]]['value']:.4g})"
+    measures = _measures(row, quantized)
+    levels = []
+    for measure in measures:
+        levels.append(f"{_HEADINGS[measure]} {quantized[measure]['value']:.4g}")
+        if measure not in _TO_FULL_PRECISION and measure in full:
+            levels[-1] += f" (full precision {full[measure]['value']:.4g})"
     lines = [
         "",
         f"## {row.id}, {which}: {row.model}",
         "",
-        f"{result['twin']}, {result['quantizer']}, {result['images']} images. "
-        f"Quantized: {', '.join(levels)}.",
+        f"{result['twin']}, {result['quantizer']}, {result['calibration_prompts']} calibration prompts, "
+        f"{result['images']} images. Quantized: {', '.join(levels)}.",
         "",
-        f"| arm | {claimed}, published | {' | '.join(_HEADINGS[m] for m in measures)} |",
-        f"|{'---|' * (2 + len(measures))}",
+        f"| arm | {' | '.join(_HEADINGS[m] for m in measures)} |",
+        f"|{'---|' * (1 + len(measures))}",
     ]
     for name, arm in arms.items():
-        changes = " | ".join(_change(arm, quantized, measure) for measure in measures)
-        lines.append(f"| {name} | {_published(row, name)} | {changes} |")
+        changes = (
+            _change(arm, quantized, measure) + _published(row, name, printed)
+            for measure, printed in measures.items()
+        )
+        lines.append(f"| {name} | {' | '.join(changes)} |")
     lines += [f"\n{name} was not made: {why}" for name, why in result["refused"].items()]
     return lines
 
 
-def _published(row: Row, arm: str) -> str:
-    """The paper's change of the claimed measure by this arm; empty where it prints none."""
+def _measures(row: Row, quantized: Mapping[str, Any]) -> dict[str, str]:
+    """Ours, each with the paper's name of it: the claimed one first, then the paper's others.
+
+    Distance and PSNR to full precision are always among them.
+    """
     assert row.claim is not None
-    before = row.numbers[QUANTIZED][row.claim[1]]
-    after = row.numbers.get(arm, {}).get(row.claim[1])
-    return "" if after is None else f"{100 * (after / before - 1):+.1f} %"
+    printed = [row.claim[1], *(m for numbers in row.numbers.values() for m in numbers if m in OURS)]
+    found = {OURS[measure]: measure for measure in printed}
+    found = {"frechet_full_precision": "", "psnr": ""} | found
+    order = [OURS[row.claim[1]], *(m for m in found if m != OURS[row.claim[1]])]
+    return {m: found[m] for m in order if quantized.get(m, {}).get("value") is not None}
+
+
+def _published(row: Row, arm: str, measure: str) -> str:
+    """The paper's change of a measure by this arm, in brackets; empty where it prints none."""
+    before = row.numbers[QUANTIZED].get(measure)
+    after = row.numbers.get(arm, {}).get(measure)
+    if before is None or after is None:
+        return ""
+    if measure == "PSNR":
+        return f" (paper {after - before:+.2f})"
+    return f" (paper {100 * (after - before) / abs(before):+.1f})"
 
 
 def _change(arm: Mapping[str, Any], quantized: Mapping[str, Any], measure: str) -> str:
@@ -123,7 +145,7 @@ def _change(arm: Mapping[str, Any], quantized: Mapping[str, Any], measure: str) 
     if change is None or change["value"] is None:
         return "-"
     decibels = measure == "psnr"
-    scale = 1.0 if decibels else 100 / quantized[measure]["value"]
+    scale = 1.0 if decibels else 100 / abs(quantized[measure]["value"])
     value, low, high = (scale * change[k] for k in ("value", "low", "high"))
     digits = 2 if decibels else 1
     text = (
