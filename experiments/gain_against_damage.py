@@ -17,7 +17,6 @@ from typing import Any
 
 from measured_cells import reproduced
 
-from evenkeel.reproduction import paper
 from evenkeel.storage import write_atomically
 
 HERE = Path(__file__).parent
@@ -47,8 +46,9 @@ class Point:
 
 
 def points() -> list[Point]:
-    """All that is on disk."""
-    return [*_of_matrix(), *_of_papers()]
+    """All that is on disk; an arm that rows of two tables share counts once."""
+    found = {(p.method, p.damage, p.fd, p.psnr): p for p in (*_of_papers(), *_of_matrix())}
+    return list(found.values())
 
 
 def _of_matrix() -> Iterator[Point]:
@@ -62,13 +62,12 @@ def _of_matrix() -> Iterator[Point]:
 
 
 def _of_papers() -> Iterator[Point]:
-    for name, label, result in reproduced():
+    for _, label, result in reproduced():
         arms = {arm["name"]: arm for arm in result["arms"]}
         before = arms["quantized"]
-        asked = paper(name).row(result["row"]).cell
-        assert asked is not None
+        asked = result["cell"]
         for arm, found in arms.items():
-            method = arm if arm in asked.also else _called(asked.arms.get(arm))
+            method = arm if arm in asked["also"] else _called(asked["arms"].get(arm))
             if method is None or "difference_to_quantized" not in found:
                 continue
             changes = {
