@@ -128,7 +128,9 @@ class Scripted(nn.Module):
         super().__init__()
         self.layers = Layers()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, no_output_bias: bool = False) -> torch.Tensor:
+        if no_output_bias:  # pictures from 0 to 255 here, and its classes
+            return self.layers((x - 128) / 128).flatten(1).softmax(1)
         return self.layers(x).flatten(1)
 
 
@@ -190,6 +192,8 @@ def test_the_distance_is_torchmetrics_on_the_same_resized_pictures(
     theirs.update(fake, real=False)
     ours = frechet_distance(*(evaluator.features(x.float() / 255) for x in (fake, real)))
     assert ours.value == pytest.approx(float(theirs.compute()), rel=1e-3)
+    x = fake.float() / 255
+    assert torch.allclose(evaluator.posterior(x), evaluator.features(x).softmax(1), atol=1e-6)
 
 
 @old
@@ -222,8 +226,14 @@ def test_packages_that_somebody_has_are_asked_as_they_want(
             return len(prompt) + pictures[0].getpixel((0, 0))[0] / 255
 
     def extractor(name: str, wanted: list[str], feature_extractor_weights_path: str) -> object:
-        assert wanted == ["2048"] and feature_extractor_weights_path.endswith("weights.pth")
-        return lambda x: (x.float().mean((2, 3)),) if x.dtype == torch.uint8 else None
+        assert wanted == ["2048", "logits_unbiased"]
+        assert feature_extractor_weights_path.endswith("weights.pth")
+
+        def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert x.dtype == torch.uint8
+            return x.float().mean((2, 3)), x[:, :, 0, 0].float() / 255
+
+        return both
 
     fidelity = SimpleNamespace(FeatureExtractorInceptionV3=extractor)
     modules = {
@@ -241,11 +251,20 @@ def test_packages_that_somebody_has_are_asked_as_they_want(
     scores = torch.tensor([len(p) + float(i[0, 0, 0]) for p, i in zip(PROMPTS, x, strict=True)])
     assert torch.allclose(reward.score(x, PROMPTS), scores)
     assert seen.features(x).shape == (4, 3)
+    posterior = seen.posterior(x)
+    assert posterior.shape == (4, 3) and torch.allclose(posterior.sum(1), torch.ones(4))
+    assert torch.equal(posterior.argmax(1), seen._resized(x)[:, :, 0, 0].argmax(1))
     images = {FULL_PRECISION: pictures(), QUANTIZED: pictures(seed=1), "arm": pictures(seed=2)}
     seconds = {name: [1.0, 1.0] for name in images}
-    both = Several([net, reward, seen, None])
-    arm = measure(images, seconds, PROMPTS, both, None, more=True)[2]
-    assert {"perceptual", "prompt_score", "kernel_full_precision"} <= {*arm.measures}
+    clip = SimpleNamespace(
+        score=lambda images, prompts: torch.tensor([float(len(p)) for p in prompts])
+    )
+    both = Several([net, reward, seen, clip, None])
+    words = ["goldfish", *PROMPTS[1:]]
+    arm = measure(images, seconds, PROMPTS, both, None, more=True, words=words)[2]
+    expected = {"perceptual", "prompt_score", "image_reward", "inception_score"}
+    assert {*expected, "kernel_full_precision"} <= {*arm.measures}
+    assert arm.measures["prompt_score"].value == pytest.approx(sum(map(len, words)) / 4)
     alone = measure(images, seconds, PROMPTS, Several([net]), None, more=True)[2]
     assert math.isnan(alone.measures["frechet_full_precision"].value)
     assert alone.measures["perceptual"] == arm.measures["perceptual"]

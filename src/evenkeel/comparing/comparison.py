@@ -204,9 +204,9 @@ def compare(
                 images[arm.name], seconds[arm.name] = generate(run, arm, folder, bar.update)
         results = []
         if us.main:
-            results = measure(
-                images, seconds, run.prompts.values, evaluator, reference_images, more
-            )
+            values = run.prompts.values
+            words = in_words(pipeline, values)
+            results = measure(images, seconds, values, evaluator, reference_images, more, words)
             _add_times(results, seconds, num_inference_steps)
         (found, _), *_ = us.gathered([asdict(result) for result in results])
     if not us.main:
@@ -238,8 +238,12 @@ def measure(
     evaluator: Evaluator | None,
     reference_images: Tensor | None,
     more: bool = False,
+    words: Sequence[Prompt] | None = None,
 ) -> list[ArmResult]:
-    """All measures of all arms; the first arm is what the others are compared with."""
+    """All measures of all arms; the first arm is what the others are compared with.
+
+    ``words`` are the prompts for an evaluator that reads; None takes them as they are.
+    """
     names = list(images)
     black = {name: black_rows(images[name]) for name in names}
     for name in (n for n in names if not {*black[n]} <= {*black[names[0]]}):
@@ -258,7 +262,7 @@ def measure(
             theirs = None
             if reference_images is not None:
                 theirs = seen(evaluator, reference_images.float() / 255, real)
-            _add_further(results, evaluator, floats, features, theirs, prompts)
+            _add_further(results, evaluator, floats, features, theirs, words or prompts)
     for result in results:
         result.black = black[result.name]
     return results
@@ -318,6 +322,19 @@ def _add_further(
             result.difference_to_quantized |= further_differences(
                 mine, sights[QUANTIZED], origin, real
             )
+
+
+def in_words(pipeline: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Class labels by the first name that the pipeline's ``labels`` have for them; others as they are.
+
+    >>> from types import SimpleNamespace
+    >>> in_words(SimpleNamespace(labels={"goldfish": 1, "Carassius auratus": 1}), [1, 2, "1"])
+    ['goldfish', 2, '1']
+
+    """
+    known: Mapping[str, int] = getattr(pipeline, "labels", None) or {}
+    names = {number: name for name, number in reversed([*known.items()])}
+    return [names.get(p, p) if isinstance(p, int) else p for p in prompts]
 
 
 def _features(evaluator: Evaluator | None, images: Tensor) -> Tensor | None:

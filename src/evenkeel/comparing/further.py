@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Sight:
         posterior: (n, classes).
         perceptual: (n,) distance to the first arm's pictures; None for real ones.
         statistics: of the pictures themselves, (n,) each.
-        prompt_score: (n,) how well each picture fits its prompt.
+        scores: of pictures with their prompts, (n,) each, by what the evaluator calls them.
         embeddings: (n, d) of unit length, as CMMD compares CLIP's.
 
     """
@@ -60,7 +60,7 @@ class Sight:
     posterior: Tensor | None
     perceptual: Tensor | None
     statistics: Mapping[str, Tensor]
-    prompt_score: Tensor | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings: Tensor | None = None
 
 
@@ -75,8 +75,9 @@ def seen(
 
     Beside ``features`` it may have ``spatial``, ``posterior`` and ``activations``, of the same images: a
     matrix (n, places), one (n, classes), and a list of (n, channels, height, width); ``perceptual``, (n,) of
-    two sets of images, in the place of what activations give; ``score``, (n,) of images and their prompts;
-    and ``embeddings``, what CMMD compares, (n, d) of unit length.
+    two sets of images, in the place of what activations give; ``score``, (n,) of images and their prompts,
+    measured as its ``score_name`` (``prompt_score``), or several by name as ``scores``; and ``embeddings``,
+    what CMMD compares, (n, d) of unit length.
     """
 
     def all_of(name: str) -> Tensor | None:
@@ -102,11 +103,18 @@ def seen(
             all_of("posterior"),
             perceptual,
             per_image_statistics(images),
-            evaluator.score(images, prompts)
-            if prompts is not None and hasattr(evaluator, "score")
-            else None,
+            {} if prompts is None else scores_of(evaluator, images, prompts),
             features if same else all_of("embeddings"),
         )
+
+
+def scores_of(evaluator: Any, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """(n,) each, by name: how well pictures fit their prompts; empty where the evaluator does not say."""
+    if hasattr(evaluator, "scores"):
+        return dict(evaluator.scores(images, prompts))
+    if not hasattr(evaluator, "score"):
+        return {}
+    return {getattr(evaluator, "score_name", "prompt_score"): evaluator.score(images, prompts)}
 
 
 def further(mine: Sight, origin: Sight, real: Sight | None) -> dict[str, Estimate]:
@@ -155,8 +163,7 @@ def further_differences(
 
 def _per_image(mine: Sight, real: Sight | None) -> dict[str, Tensor]:
     found = {} if mine.perceptual is None else {"perceptual": mine.perceptual}
-    if mine.prompt_score is not None:
-        found["prompt_score"] = mine.prompt_score
+    found |= mine.scores
     theirs = None if real is None else real.features
     if mine.features is not None and theirs is not None and len(theirs) > NEIGHBOURS:
         found["precision"] = per_image_precision(mine.features, theirs)

@@ -105,7 +105,9 @@ class Inception:
         if self._script is None:
             made = package("torch_fidelity").feature_extractor_inceptionv3
             self._net = made.FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=str(file),
             )
         elif not hasattr(self._script, "layers"):
             raise EvenkeelError(
@@ -116,13 +118,24 @@ class Inception:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] to (n, 2048)."""
-        seen = 255 * self._resized(images)
-        if self._script is not None:
-            found: Tensor = self._script.layers((seen - 128) / 128)
-            return found.flatten(1)
-        # It takes bytes, and leaves pictures of its own size alone.
-        (found,) = self._net(seen.round().clamp(0, 255).to(torch.uint8))
+        if self._script is None:
+            return self._packaged(images)[0]
+        found: Tensor = self._script.layers((255 * self._resized(images) - 128) / 128)
+        return found.flatten(1)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Tensor:
+        """(n, 1008) of its classes, without the last layer's bias as the first Inception Score's code."""
+        if self._script is None:
+            return self._packaged(images)[1].softmax(1)
+        found: Tensor = self._script(255 * self._resized(images), no_output_bias=True)
         return found
+
+    def _packaged(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits; it takes bytes, and leaves pictures of its own size alone."""
+        seen = (255 * self._resized(images)).round().clamp(0, 255).to(torch.uint8)
+        features, logits = self._net(seen)
+        return features, logits
 
     def matches(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
         """None: it does not read prompts."""
@@ -182,10 +195,14 @@ class Lpips:
 class ImageReward:
     """ImageReward (Xu et al. 2023, arXiv:2304.05977) of every picture and its prompt.
 
+    Measured as ``image_reward``.
+
     Args:
         model: its name or file, as ``ImageReward.load`` takes it.
 
     """
+
+    score_name = "image_reward"
 
     def __init__(self, model: str) -> None:
         self._model = package("ImageReward").load(model or "ImageReward-v1.0")
@@ -202,7 +219,7 @@ class ImageReward:
 
 
 class Several:
-    """Several evaluators as one: whatever is asked of it, the first that can answers.
+    """Several evaluators as one: whatever is asked of it, the first that can answers; all of them score.
 
     Args:
         evaluators: in this order.
@@ -211,6 +228,15 @@ class Several:
 
     def __init__(self, evaluators: Sequence[Any]) -> None:
         self._evaluators = tuple(evaluators)
+
+    def scores(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """(n,) each, by name; of two with the same name the first one's."""
+        found: dict[str, Tensor] = {}
+        for evaluator in self._evaluators:
+            name = getattr(evaluator, "score_name", "prompt_score")
+            if name not in found and hasattr(evaluator, "score"):
+                found[name] = evaluator.score(images, prompts)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         for evaluator in self.__dict__.get("_evaluators", ()):

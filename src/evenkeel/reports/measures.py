@@ -136,6 +136,12 @@ FURTHER: tuple[Measure, ...] = (
         "how well pictures fit their prompts, by the evaluator (CLIP score)",
         "higher",
     ),
+    Measure(
+        "image_reward",
+        "ImageReward",
+        "how much people would like the pictures for their prompts, by ImageReward",
+        "higher",
+    ),
     *(
         Measure(name, f"shift of {name}", f"how far the mean {name} has moved", "lower")
         for name in STATISTICS
