@@ -319,6 +319,7 @@ def test_quantize_to_a_budget_writes_a_folder_that_the_other_commands_take(tmp_p
     assert (code, found["quantized"], found["bits"]) == (0, str(folder), 4.5)
     assert sum(layer["bytes"] for layer in found["layers"]) <= found["budget"]
     assert (folder / "bits.json").exists()
+    assert 0 < found["bit_operations"]["quantized"] < found["bit_operations"]["full_precision"]
     sample = ["sample", "zoo:pixart-sigma", "--quantized", folder, "--steps", "2", "--images", "1"]
     assert run(capsys, *sample, "--out", tmp_path / "images")[0] == 0
 

@@ -120,19 +120,20 @@ def _run_quantize(options: argparse.Namespace) -> None:
     )
     operations = _operations(options, report)
     found = {"quantized": str(options.out), **report.as_dict()}
-    counted = "" if operations is None else f"\n  {operations}"
     say(
         options,
         found | {"bit_operations": operations and operations.as_dict()},
-        f"{report.table()}\n\n{report}{counted}\n\nquantized denoiser: {options.out}",
+        f"{report.table()}\n\n{report}\n  {_counted(operations)}\n\nquantized denoiser: {options.out}",
     )
 
 
 def _operations(options: argparse.Namespace, report: Any) -> Any:
-    """Of a call; None where the pipeline's configurations do not tell."""
+    """Of a call; None where the pipeline's configurations do not tell, or the layers are a backend's."""
     from evenkeel.errors import EvenkeelError
     from evenkeel.planning.bit_operations import bit_operations
 
+    if report is None:
+        return None
     call = parse_options(options.call)
     size = {k: call[k] for k in ("height", "width", "num_frames") if isinstance(call.get(k), int)}
     try:
@@ -141,11 +142,16 @@ def _operations(options: argparse.Namespace, report: Any) -> Any:
         return None
 
 
+def _counted(operations: Any) -> str:
+    return "bit operations: not known here" if operations is None else str(operations)
+
+
 def _run_budget(options: argparse.Namespace) -> None:
     from evenkeel.cli.sources import load_prompts
     from evenkeel.errors import EvenkeelError
     from evenkeel.fitting.bits.quantize_to_budget import WEIGHT_ONLY, quantize_to_budget
     from evenkeel.quantizers.methods.round_to_nearest import RoundToNearest
+    from evenkeel.quantizers.saved.report import report_on
 
     if options.bits is not None:
         raise EvenkeelError(
@@ -154,7 +160,7 @@ def _run_budget(options: argparse.Namespace) -> None:
         )
     method = RoundToNearest.from_dict({**WEIGHT_ONLY.as_dict(), **parse_options(options.set)})
     pipeline, settings = _asked(options, True)
-    _, report = quantize_to_budget(
+    module, report = quantize_to_budget(
         pipeline,
         options.budget,
         prompts=load_prompts(options.prompts, pipeline, options.count, options.seed),
@@ -162,8 +168,13 @@ def _run_budget(options: argparse.Namespace) -> None:
         layout=options.layout,
         **settings,
     )
+    operations = _operations(options, report_on(module))
     found = {"quantized": str(options.out), **report.as_dict()}
-    say(options, found, f"{report.table()}\n\n{report.text()}\n\n{options.out}")
+    say(
+        options,
+        found | {"bit_operations": operations and operations.as_dict()},
+        f"{report.table()}\n\n{report.text()}\n{_counted(operations)}\n\n{options.out}",
+    )
 
 
 def _asked(options: argparse.Namespace, steps_needed: bool) -> tuple[Any, dict[str, Any]]:
