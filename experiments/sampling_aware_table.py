@@ -47,6 +47,8 @@ CLAIMS = (
 
 
 SMALL = -0.1  # what a change is measured against where the paper prints none
+# What a verdict is called where there is no number to reproduce.
+OURS = {"reproduced": "nearer", "opposite": "farther"}
 
 
 def judged_claim(cell: dict[str, Any], claim: Claim) -> Verdict | None:
@@ -79,7 +81,8 @@ def table(results: Path, order: Sequence[str], said: str) -> str:
         "## Claims",
         "",
         "Relative change of the distance (the paper: of FID); negative is better. Where the paper prints no",
-        "pair of numbers, as for the control, null and underpowered are about a change of 10 %.",
+        "pair of numbers, as for the control, a verdict is nearer or farther, and null and underpowered are",
+        "about a change of 10 %.",
         "",
         "| claim | better | than | paper | ours [95 %] | verdict |",
         "|---|---|---|---|---|---|",
@@ -89,7 +92,8 @@ def table(results: Path, order: Sequence[str], said: str) -> str:
         if found is None:
             continue
         paper = "-" if claim.relative is None else f"{100 * claim.relative:+.0f} %"
-        row = (claim.said, claim.better, claim.worse, paper, _percent(found), found.word)
+        word = found.word if claim.relative is not None else OURS.get(found.word, found.word)
+        row = (claim.said, claim.better, claim.worse, paper, _percent(found), word)
         lines.append(f"| {' | '.join(row)} |")
     for name, cell in cells.items():
         lines += ["", f"## {name}", "", _about(cell), "", *_arms(cell)]
