@@ -155,7 +155,8 @@ def _verdict(found: list[dict[str, Any]]) -> list[str]:
         f"and the gain: {_ranked(found, 'predicted')}; {within} of the predictions lie within the gain's "
         f"95 % interval. Where the gain is sure, it lies above the prediction in {above} of {len(sure)} "
         f"cells, by up to {max(c['gain'][0] - c['predicted'] for c in sure):.1f} dB: the share ranks, and "
-        "says at least how much; it is of the last state alone, while the bias is taken off after every step.",
+        "says at least how much; it is of the last state alone, while the bias is taken off after "
+        "every step.",
         "",
         f"On the {len(told)} cells of the matrix, where both are known: {_ranked(told, 'predicted')}; the "
         f"share of the *output* error, which a record holds: {_ranked(told, 'common')}.",
