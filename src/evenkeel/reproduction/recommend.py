@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -75,7 +75,7 @@ class Expected:
         name: of the correction.
         gain: change of PSNR to full precision, dB.
         low, high: 95 % interval of what another pipeline like these will see, not of the mean.
-        cells: how many measured ones it rests on, the near ones counted in full.
+        cells: how many measured ones the interval rests on, those near another twin's counted in full.
 
     """
 
@@ -89,8 +89,8 @@ class Expected:
     def sure(self) -> float:
         """Probability that it helps at all, by the same distribution."""
         half = (self.high - self.low) / 2
-        spread = half / float(stats.t.ppf(0.975, max(self.cells - 1, 1)))
-        return float(stats.t.cdf(self.gain / spread, max(self.cells - 1, 1)))
+        spread = half / float(stats.t.ppf(0.975, self.cells + 1))
+        return float(stats.t.cdf(self.gain / spread, self.cells + 1))
 
 
 @cache
@@ -115,10 +115,11 @@ def expected(
     """By correction, best first: the mean gain of the cases, weighted by their likeness.
 
     A case weighs exp(-d^2 / 2), d the distance in ``FEATURES``, each in its own unit; so cases far away say
-    nothing. The interval is that of one new case: scatter between cases, drawn to ``PRIOR`` as one
-    case's worth of evidence, and the error of the mean. ``input_bias``, in dB, is what the marginal check
-    predicts (`input_bias_gain`) of the correction ``INPUT_BIAS``: its mean then, with the scatter of all
-    cases about their own predictions.
+    nothing. The interval is that of one new case: how far the gains lie from what the same rule says of
+    them from the other twins' cases, with ``PRIOR`` as one case's worth of evidence, and the error of the
+    mean. The nearer the features are to a case, the more those count that were near one, too.
+    ``input_bias``, in dB, is what the marginal check predicts (`input_bias_gain`) of the correction
+    ``INPUT_BIAS``: its mean then, with the distance of all cases from their own predictions.
 
     Raises:
         EvenkeelError: no cases.
@@ -131,41 +132,50 @@ def expected(
     """
     if not cases:
         raise EvenkeelError("there are no measured cells to compare with.")
-    weights = [_likeness(features, case.features) for case in cases]
-    top = max(weights)
     found = []
     for name in sorted({name for case in cases for name in case.gains}):
-        known = [
-            (w / top, *case.gains[name])
-            for w, case in zip(weights, cases, strict=True)
-            if name in case.gains
-        ]
-        if sum(w for w, _, _ in known) > 1e-3:
-            found.append(_expected(name, known))
-    if input_bias is not None:
+        having = [c for c in cases if name in c.gains]
+        said = _prediction(name, features, having)
+        others = ((c, [o for o in having if o.twin != c.twin]) for c in having)
         off = [
-            (1.0, case.gains[INPUT_BIAS][0] - case.input_bias, case.gains[INPUT_BIAS][1])
-            for case in cases
-            if INPUT_BIAS in case.gains and case.input_bias is not None
+            (again.near, c.gains[name][0] - again.gain)
+            for c, other in others
+            if other
+            for again in [_prediction(name, c.features, other)]
         ]
-        found = [e for e in found if e.name != INPUT_BIAS]
-        found.append(_expected(INPUT_BIAS, off, input_bias))
+        if name == INPUT_BIAS and input_bias is not None:
+            told = [(c, c.input_bias) for c in having if c.input_bias is not None]
+            off = [(1.0, c.gains[name][0] - predicted) for c, predicted in told]
+            said = _Prediction(input_bias, 1.0, math.inf)
+        found.append(_expected(name, said, off))
     return sorted(found, key=lambda e: -e.gain)
 
 
-def _expected(
-    name: str, known: Sequence[tuple[float, float, float]], predicted: float | None = None
-) -> Expected:
-    """Of weights, gains and their standard errors; of gains over what is ``predicted``, this one's."""
-    total = sum(w for w, _, _ in known)
-    mean = sum(w * g for w, g, _ in known) / total if predicted is None else 0.0
-    cells = total**2 / sum(w * w for w, _, _ in known) if known else 0.0
-    scatter = sum(w * ((g - mean) ** 2 + s * s) for w, g, s in known) / total if known else 0.0
-    variance = (cells * scatter + PRIOR**2) / (cells + 1)
-    of_mean = 1 / cells if predicted is None else 0.0
-    half = float(stats.t.ppf(0.975, max(cells - 1, 1))) * math.sqrt(variance * (1 + of_mean))
-    value = mean if predicted is None else predicted
-    return Expected(name, value, value - half, value + half, cells)
+class _Prediction(NamedTuple):
+    """A mean gain, the likeness of the nearest case, and how many cases it is of."""
+
+    gain: float
+    near: float
+    cases: float
+
+
+def _prediction(name: str, features: Mapping[str, float], cases: Sequence[Case]) -> _Prediction:
+    weights = [_likeness(features, case.features) for case in cases]
+    total = sum(weights)
+    gain = sum(w * c.gains[name][0] for w, c in zip(weights, cases, strict=True)) / total
+    return _Prediction(gain, max(weights), total**2 / sum(w * w for w in weights))
+
+
+def _expected(name: str, said: _Prediction, off: Sequence[tuple[float, float]]) -> Expected:
+    """``off``: how near earlier predictions were to a case, and what they were off by."""
+    near, anywhere = (
+        (sum(w * x * x for w, x in some) + PRIOR**2) / (sum(w for w, _ in some) + 1)
+        for some in (off, [(1.0, x) for _, x in off])
+    )
+    variance = (said.near * near + (1 - said.near) * anywhere) * (1 + 1 / said.cases)
+    cells = sum(w for w, _ in off)
+    half = float(stats.t.ppf(0.975, cells + 1)) * math.sqrt(variance)
+    return Expected(name, said.gain, said.gain - half, said.gain + half, cells)
 
 
 def _likeness(a: Mapping[str, float], b: Mapping[str, float]) -> float:
