@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from evenkeel.hosts.run import Run
 from evenkeel.metrics.state_scores import input_bias_gain
 from evenkeel.quantizers import QuantizerSpec, quantize_module
 from evenkeel.reproduction.arms import Makers
-from evenkeel.reproduction.recommend import MATRIX, Case, features_of, hit_rates
+from evenkeel.reproduction.recommend import MATRIX, Case, expected, features_of, hit_rates
 from evenkeel.zoo.pictures import KINDS
 
 HERE = Path(__file__).parent
@@ -247,7 +248,35 @@ def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {rate.rule} | {rate.cells} | {rate.hits} | {rate.gain:+.2f} | {rate.worst:+.2f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *what_the_rule_knows(measured)]) + "\n"
+
+
+def what_the_rule_knows(cases: list[Case]) -> list[str]:
+    """How far off the rule is on twins that it has not seen, beside the mean of the other twins' cells."""
+    lines = [
+        "",
+        "## What a record knows beyond the mean",
+        "",
+        "Root mean square of what the expected change is off by, dB, each cell from the other twins' cells: "
+        "by the rule of `evenkeel recommend`, which weighs them by likeness, and by their plain mean.",
+        "",
+        "| correction | cells | rule | mean |",
+        "|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        having = [replace(c, gains={arm: c.gains[arm]}) for c in cases if arm in c.gains]
+        if len({c.twin for c in having}) < 3:
+            continue
+        off: tuple[list[float], list[float]] = [], []
+        for case in having:
+            others = [c for c in having if c.twin != case.twin]
+            gains = [c.gains[arm][0] for c in others]
+            rule = expected(case.features, others)[0].gain
+            for errors, said in zip(off, (rule, sum(gains) / len(gains)), strict=True):
+                errors.append(case.gains[arm][0] - said)
+        rule, mean = (math.sqrt(sum(x * x for x in errors) / len(errors)) for errors in off)
+        lines.append(f"| {arm} | {len(having)} | {rule:.2f} | {mean:.2f} |")
+    return lines
 
 
 def _change(cell: dict[str, Any], arm: str) -> str:

@@ -17,12 +17,13 @@ from evenkeel.metrics.state_scores import input_bias_gain
 from evenkeel.record import Record
 
 MATRIX = Path(__file__).resolve().parent / "matrix.json"
-# What a record says of a case, and by how much two cases must differ to be unlike.
+# What a record says of a case, and by how much two cases must differ to be unlike. Of the matrix's cells
+# narrower ones predict worse than a plain mean, and ones half as wide again as well.
 FEATURES = {
-    "relative error": 0.7,  # natural logarithm of E|D|^2 / E|e|^2
-    "correlation": 0.3,  # of the error between neighbouring steps
-    "common": 0.2,  # share of the error that is the same in all prompts, by channel
-    "steps": 0.7,  # natural logarithm
+    "relative error": 1.4,  # natural logarithm of E|D|^2 / E|e|^2
+    "correlation": 0.6,  # of the error between neighbouring steps
+    "common": 0.4,  # share of the error that is the same in all prompts, by channel
+    "steps": 1.4,  # natural logarithm
 }
 INPUT_BIAS = "tac-ibc"
 SURE = 0.75  # a recommendation that harms more often than one time in four is none
