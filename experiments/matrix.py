@@ -23,8 +23,9 @@ from typing import Any
 from measured_cells import Cells, finish, known, not_run
 
 from evenkeel import zoo
-from evenkeel.comparing.comparison import compare, standard_arms
+from evenkeel.comparing.comparison import Arm, compare, standard_arms
 from evenkeel.errors import EvenkeelError
+from evenkeel.fitting import refit_branches
 from evenkeel.hosts.pipeline.pipelines import denoiser_of
 from evenkeel.hosts.run import Run
 from evenkeel.metrics.state_scores import input_bias_gain
@@ -78,7 +79,8 @@ TACS = (
     "tac-ibc",
     "tac-ibc-channel",
 )
-FITTED = (*TACS, "readout", "adapters")
+REFIT = "refit"
+FITTED = (*TACS, "readout", REFIT, "adapters")
 ARMS = (*EVIDENCE, *FITTED)
 FEW = 8  # steps
 PROMPTS = 32  # of the calibration
@@ -106,17 +108,29 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
         "num_inference_steps": entry.num_inference_steps,
         "guidance_scale": entry.guidance_scale,
     }
-    asked = Run(pipeline, kind.prompts(PROMPTS, 0), batch_size=32, quantized=quantized, **settings)
-    makers, arms, refused = Makers(asked), {}, {}
+    fitted_on = kind.prompts(PROMPTS, 0)
+    asked = Run(pipeline, fitted_on, batch_size=PROMPTS, quantized=quantized, **settings)
+    makers, arms, refused = Makers(asked), standard_arms(pipeline, quantized, {}), {}
     for arm in missing(name):
         try:
-            arms[arm] = makers.make(arm)
+            if arm == REFIT:
+                refitted, _ = refit_branches(
+                    pipeline,
+                    quantized=quantized,
+                    prompts=fitted_on,
+                    batch_size=PROMPTS,
+                    progress=False,
+                    **settings,
+                )
+                arms.append(Arm(arm, refitted))
+            else:
+                arms.append(Arm(arm, quantized, makers.make(arm)))
         except EvenkeelError as error:
             refused[arm] = str(error)
     prompts = kind.prompts(images, 1)
     found = compare(
         pipeline,
-        standard_arms(pipeline, quantized, arms),
+        arms,
         prompts=prompts,
         batch_size=50,
         evaluator=kind.evaluator(zoo.path_of(twin)),
@@ -128,12 +142,12 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
     shutil.rmtree(work / name.replace(" ", "-"), ignore_errors=True)
     plain = {k: found["quantized"].measures[k].value for k in KEYS}
     changes = {
-        arm: {
+        arm.name: {
             k: [change.value, change.stderr, change.low, change.high]
-            for k, change in found[arm].difference_to_quantized.items()
+            for k, change in arm.difference_to_quantized.items()
             if k in KEYS
         }
-        for arm in arms
+        for arm in found.arms[2:]
     }
     if before is None:
         return {
