@@ -86,7 +86,7 @@ def cells() -> list[dict[str, Any]]:
     ]
     for place in sorted((HERE / "matrix").glob("*.json")):
         cell = json.loads(place.read_text())
-        if "shared" in cell and ARM in cell["changes"]:
+        if "shared" in cell and "psnr" in cell["changes"].get(ARM, {}):
             gain = [cell["changes"][ARM]["psnr"][i] for i in (0, 2, 3)]
             name = f"{cell['twin']} {cell['quantizer']}"
             common = cell["features"]["common"]

@@ -234,7 +234,8 @@ def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
     lines += [
         "Change of PSNR to full precision against the plain quantized arm, dB, paired. **Bold**: its 95 % "
         "interval excludes zero. Error: that of quantization over the output, mean squares; correlation: of "
-        "the error between neighbouring steps; common: its share that is the same in all prompts.",
+        "the error between neighbouring steps; common: its share that is the same in all prompts. Infinite: some "
+        "pictures are full precision's to the bit.",
         "",
         f"| twin | weights | images | error | correlation | common | quantized | {' | '.join(ARMS)} |",
         f"|{'---|' * (7 + len(ARMS))}",
@@ -294,8 +295,10 @@ def what_the_rule_knows(cases: list[Case]) -> list[str]:
 
 
 def _change(cell: dict[str, Any], arm: str) -> str:
-    if arm not in cell["changes"] or "psnr" not in cell["changes"][arm]:
+    if arm not in cell["changes"]:
         return "-"
+    if "psnr" not in cell["changes"][arm]:
+        return "infinite"
     value, _, low, high = cell["changes"][arm]["psnr"]
     return f"**{value:+.2f}**" if low > 0 or high < 0 else f"{value:+.2f}"
 
