@@ -234,8 +234,8 @@ def table(cells: Cells, cases: list[dict[str, Any]]) -> str:
     lines += [
         "Change of PSNR to full precision against the plain quantized arm, dB, paired. **Bold**: its 95 % "
         "interval excludes zero. Error: that of quantization over the output, mean squares; correlation: of "
-        "the error between neighbouring steps; common: its share that is the same in all prompts. Infinite: some "
-        "pictures are full precision's to the bit.",
+        "the error between neighbouring steps; common: its share that is the same in all prompts. Infinite: "
+        "some pictures are full precision's to the bit.",
         "",
         f"| twin | weights | images | error | correlation | common | quantized | {' | '.join(ARMS)} |",
         f"|{'---|' * (7 + len(ARMS))}",
