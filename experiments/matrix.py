@@ -160,7 +160,7 @@ def measure(name: str, images: int, work: Path) -> dict[str, Any]:
             "refused": refused,
             "changes": changes,
         }
-    if abs(plain["psnr"] - before["quantized"]["psnr"]) > 0.01:
+    if abs(plain["psnr"] - before["quantized"]["psnr"]) > 0.1:  # machines differ by hundredths
         raise EvenkeelError(
             f"{name}: the plain quantized arm has {plain['psnr']:.3f} dB, {before['quantized']['psnr']:.3f} "
             f"when the other arms were measured; delete its file in {RESULTS} to measure all again."
