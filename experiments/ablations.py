@@ -142,7 +142,7 @@ def lambdas() -> None:
     asked = {"prompts": sample_prompts(32, 0), "batch_size": 32, "progress": False, **SAMPLING}
     arms = [Arm(QUANTIZED, quantized)]
     for value in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
-        how = Reconstruction(lambda_1=value, threshold=0.5)
+        how = Reconstruction.least_squares(lambda_1=value, threshold=0.5)
         rule = fit_tac(pipe, quantized=quantized, input_bias=False, reconstruction=how, **asked)
         arms.append(Arm(f"lambda_1={value}", quantized, rule))
     _finish_images("lambdas", arms, 200)
@@ -151,17 +151,19 @@ def lambdas() -> None:
 def components() -> None:
     """The parts of TAC and of DCNC + DNS, as their Tables 3 on other models."""
     from evenkeel import fit_tac
+    from evenkeel.corrections.reconstruction import Reconstruction
 
     pipe, quantized = twins()
     asked = {"prompts": sample_prompts(64, 0), "batch_size": 32, "progress": False, **SAMPLING}
-    both = fit_tac(pipe, quantized=quantized, **asked)
+    how = {"quantized": quantized, "reconstruction": Reconstruction.least_squares(), **asked}
+    both = fit_tac(pipe, **how)
     assert both.gain is not None and both.bias is not None
     first = torch.arange(len(both.gain)) == 0
     gain = torch.where(first[:, None], both.gain, torch.ones_like(both.gain))
     bias = torch.where(first[:, None, None, None], both.bias, torch.zeros_like(both.bias))
     known = record().evidence
     made = {
-        "tac-ner": fit_tac(pipe, quantized=quantized, input_bias=False, **asked),
+        "tac-ner": fit_tac(pipe, input_bias=False, **how),
         "tac-ibc": fit_tac(pipe, quantized=quantized, reconstruction=None, **asked),
         "tac": both,
         "tac, first step": TAC(both.alpha, both.sigma, gain, bias, source=both.source),

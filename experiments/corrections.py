@@ -106,6 +106,7 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
     """Every correction by name, and the seconds that its measurement took."""
     from evenkeel.corrections import CNC, Composite, ExactDrift
     from evenkeel.corrections.catalogue import available
+    from evenkeel.corrections.reconstruction import Reconstruction
     from evenkeel.fitting import calibrate
     from evenkeel.fitting.closed_loop.fit_stepbaq import fit_stepbaq
     from evenkeel.fitting.closed_loop.fit_tac import fit_tac
@@ -121,11 +122,12 @@ def corrections_for(job: Job, pipe: Any, quantized: Any) -> tuple[dict[str, Any]
 
     record = timed("calibrate", lambda: calibrate(pipe, **asked))
     made = available(record.evidence, {})[0]
-    made["tac"] = timed("tac", lambda: fit_tac(pipe, **asked))
-    made["tac-ner"] = timed("tac-ner", lambda: fit_tac(pipe, input_bias=False, **asked))
+    how = {"reconstruction": Reconstruction.least_squares(), **asked}
+    made["tac"] = timed("tac", lambda: fit_tac(pipe, **how))
+    made["tac-ner"] = timed("tac-ner", lambda: fit_tac(pipe, input_bias=False, **how))
     made["tac-ibc"] = timed("tac-ibc", lambda: fit_tac(pipe, reconstruction=None, **asked))
     made["tac-unconditional"] = timed(
-        "tac-unconditional", lambda: fit_tac(pipe, reconstruct_unconditional=True, **asked)
+        "tac-unconditional", lambda: fit_tac(pipe, reconstruct_unconditional=True, **how)
     )
     made["stepbaq"] = timed("stepbaq", lambda: fit_stepbaq(pipe, **asked))
     made["tac-ibc+cnc+exact-drift"] = Composite(

@@ -15,8 +15,8 @@ full-precision images; FD-real: to held-out real ones. Differences are arm minus
 prompt and noise, with 95 % intervals. **Bold**: the interval excludes zero. Check: the marginal check's
 verdict from 64 other prompts, made before the images. DDIM keeps the linspace spacing that `from_config`
 hands it; its formula steps by 20 and the timesteps do not, so levels are slightly off in every arm alike.
-Arms are our default forms, and `tac-unconditional` came later than three of the tables: published forms
-and TAC's form for guided models are measured on every twin in MATRIX.md.
+Arms are our default forms, TAC's K by least squares, and `tac-unconditional` came later than three of the
+tables: published forms and all of TAC's are measured on every twin in MATRIX.md.
 """
 WORDS = {"expected to help": "help", "expected to hurt": "hurt", "neutral": "neutral"}
 

@@ -75,8 +75,8 @@ EVIDENCE = (
 TACS = (
     "tac:published",
     "tac-unconditional:published",
+    "tac-least-squares",
     "tac",
-    "tac-rms",
     "tac-ibc",
     "tac-ibc-channel",
 )

@@ -219,7 +219,7 @@ def measure_weights(bench: Bench, count: int) -> Found:
     run = bench.run(module)
     made = {}
     for weight in WEIGHTS:
-        how = Reconstruction(
+        how = Reconstruction.least_squares(
             lambda_1=weight, threshold=THRESHOLD, mask="signed", lowest=None, highest=None
         )
 

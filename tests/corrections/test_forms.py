@@ -89,9 +89,9 @@ def test_tacs_forms_are_fitted_by_name_and_travel_with_the_record(tmp_path: Path
         assert loaded[name].digest() == record.closed_loop.corrections[name].digest()
     published, own = (
         fit_tac(tiny.pipe, reconstruction=how, **asked)
-        for how in (Reconstruction.published(), Reconstruction(estimator="rms"))
+        for how in (Reconstruction.published(), Reconstruction.least_squares())
     )
     assert loaded["tac:published"].digest() == published.digest()
-    assert loaded["tac-rms"].digest() == own.digest()
-    with pytest.raises(CalibrationError, match=r"tac-magic cannot be fitted.*tac-rms"):
+    assert loaded["tac-least-squares"].digest() == own.digest()
+    with pytest.raises(CalibrationError, match=r"tac-magic cannot be fitted.*tac-ner"):
         calibrate(tiny.pipe, closed_loop=["tac-magic"], **asked)

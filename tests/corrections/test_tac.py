@@ -165,7 +165,7 @@ def test_the_printed_form_has_no_limits() -> None:
 
 def test_sums_of_batches_are_sums_of_all() -> None:
     e, q = outputs(0, 6)
-    rule = Reconstruction(lambda_1=0.3, threshold=0.5)
+    rule = Reconstruction.least_squares(lambda_1=0.3, threshold=0.5)
     together = rule.gain(rule.sums(e, q))
     parts = rule.gain(rule.sums(e[:4], q[:4]) + rule.sums(e[4:], q[4:]))
     assert torch.allclose(parts, together, rtol=1e-12)
@@ -264,7 +264,9 @@ def test_bias_belongs_to_its_schedule() -> None:
 def test_names_references_options_digests() -> None:
     law = law_of(4)
     gain, bias = torch.ones(4, 2, dtype=torch.float64), torch.zeros(4, 2, 3, 3)
-    both = made(law, gain, bias, reconstruction=Reconstruction(0.1, threshold=0.5))
+    both = made(
+        law, gain, bias, reconstruction=Reconstruction.least_squares(lambda_1=0.1, threshold=0.5)
+    )
     parts = [both, made(law, gain), made(law, bias=bias)]
     assert [p.name for p in parts] == ["tac", "tac-ner", "tac-ibc"]
     assert [("8-19" in p.references[0], "22-24" in p.references[0]) for p in parts] == [
@@ -437,7 +439,10 @@ def test_a_known_gain_is_found_and_undone() -> None:
     assert torch.allclose(tac.gain, torch.full_like(tac.gain, 1.1), atol=1e-5)
     assert errors_with(tiny, quantized, tac)[1].size[-1] < 1e-4
     held = fitted(
-        tiny, quantized, reconstruction=Reconstruction(lambda_2=100.0), input_bias=False
+        tiny,
+        quantized,
+        reconstruction=Reconstruction.least_squares(lambda_2=100.0),
+        input_bias=False,
     ).gain
     assert held is not None and bool((held < 1.01).all())
 
@@ -548,7 +553,7 @@ def test_open_loop_is_the_first_step_of_the_closed_one() -> None:
     evidence = calibrate(tiny.pipe, quantized=quantized, **common(tiny)).evidence
     for per_channel in (True, False):
         opened = TAC.open_loop(evidence, per_channel=per_channel)
-        closed = fitted(tiny, quantized)
+        closed = fitted(tiny, quantized, reconstruction=Reconstruction.least_squares())
         assert opened.gain is not None and closed.gain is not None and opened.bias is None
         assert opened.gain.shape == (STEPS, 4 if per_channel else 1)
         assert torch.allclose(opened.gain[0], closed.gain[0], atol=1e-5) == per_channel

@@ -64,7 +64,7 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument(
         "--closed-loop-forms",
         metavar="NAMES",
-        help="fit these instead, comma-separated: tac:published, tac-unconditional:published, tac-rms, ...",
+        help="fit these instead, comma-separated: tac:published, tac-unconditional:published, ...",
     )
     parser.add_argument(
         "--check",

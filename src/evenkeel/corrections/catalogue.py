@@ -103,7 +103,7 @@ FORMS: dict[str, Entry] = {
     ),
     "tac:published": Entry(CLOSED_LOOP, TAC.from_tables),
     "tac-unconditional:published": Entry(CLOSED_LOOP, TAC.from_tables),
-    "tac-rms": Entry(CLOSED_LOOP, TAC.from_tables),
+    "tac-least-squares": Entry(CLOSED_LOOP, TAC.from_tables),
     "tac-ner": Entry(CLOSED_LOOP, TAC.from_tables),
     "tac-ibc-channel": Entry(CLOSED_LOOP, TAC.from_tables),
     "tac-output-bias": Entry(CLOSED_LOOP, TAC.from_tables),

@@ -57,12 +57,12 @@ class Reconstruction:
         K = [(1 - l1) sum q e + l1 sum q/e + l2 n] / [(1 - l1) sum q^2 + l1 sum (q/e)^2 + l2 n]
 
     with n the number of elements summed, over all samples at once. The paper gives no values for
-    ``lambda_1``, ``lambda_2`` and ``threshold``; ours make K plain least squares, held at 1 where
-    the outputs vanish.
+    ``lambda_1``, ``lambda_2`` and ``threshold``; with ours ``least_squares`` is just that, held at 1 where
+    the outputs vanish. Our default is another K, the ratio of root mean squares.
 
     Attributes:
         lambda_1: weight of the relative error, 0 to 1.
-        lambda_2: weight of (K - 1)^2, in units of the output squared.
+        lambda_2: weight of (K - 1)^2, in units of the output squared; of least squares alone.
         threshold: k_threshold of Eq. 17; elements beyond ``threshold`` times the sample's mean |e| count.
         mask: ``"magnitude"``, |e| beyond it, or ``"signed"``, e beyond it as Eq. 18 prints.
         per_channel: one K per channel, or one for all.
@@ -71,7 +71,7 @@ class Reconstruction:
             counts N times as much. Its ``n`` is N per sample, masked or not.
         estimator: ``"least-squares"`` as above. Where the two trajectories have drifted apart it shrinks
             the output, because q e falls with their correlation; ``"rms"``, ours, is the ratio of root
-            mean squares, sqrt(sum e^2 / sum q^2), which does not.
+            mean squares, sqrt(sum e^2 / sum q^2), which does not (experiments/MATRIX.md compares the two).
         lowest, highest: limits of K as it is applied; the paper has none (None).
 
     Raises:
@@ -86,7 +86,7 @@ class Reconstruction:
     mask: Literal["magnitude", "signed"] = "magnitude"
     per_channel: bool = True
     form: Literal["consistent", "published"] = "consistent"
-    estimator: Literal["least-squares", "rms"] = "least-squares"
+    estimator: Literal["least-squares", "rms"] = "rms"
     lowest: float | None = 0.5
     highest: float | None = 1.5
 
@@ -96,8 +96,21 @@ class Reconstruction:
     ) -> Reconstruction:
         """As Eqs. 11 to 19 print it, K without limits; the paper gives no values for the three."""
         return cls(
-            lambda_1, lambda_2, threshold, "signed", True, "published", lowest=None, highest=None
+            lambda_1,
+            lambda_2,
+            threshold,
+            "signed",
+            True,
+            "published",
+            "least-squares",
+            lowest=None,
+            highest=None,
         )
+
+    @classmethod
+    def least_squares(cls, **options: Any) -> Reconstruction:
+        """K by least squares as in the paper, within our limits; ``options`` are the attributes."""
+        return cls(estimator="least-squares", **options)
 
     def __post_init__(self) -> None:
         values = {"lambda_2": self.lambda_2, "threshold": self.threshold}
@@ -199,7 +212,7 @@ def reconstruction_gain(e: Tensor, q: Tensor, **options: Any) -> Tensor:
     Args:
         e: (samples, channels, elements) full-precision outputs.
         q: same shape, quantized outputs.
-        options: as of ``Reconstruction``.
+        options: as of ``Reconstruction``; by least squares unless they say otherwise.
 
     Returns:
         (channels,) float64, or (1,) with ``per_channel=False``.
@@ -212,5 +225,5 @@ def reconstruction_gain(e: Tensor, q: Tensor, **options: Any) -> Tensor:
     tensor([1.2500, 1.2500], dtype=torch.float64)
 
     """
-    rule = Reconstruction(**options)
+    rule = Reconstruction(**{"estimator": "least-squares", **options})
     return rule.gain(rule.sums(e, q))

@@ -94,7 +94,7 @@ class TAC(Correction):
             CalibrationError: ``lambda_2`` below 0.
 
         """
-        rule = Reconstruction(lambda_2=lambda_2, per_channel=per_channel)
+        rule = Reconstruction.least_squares(lambda_2=lambda_2, per_channel=per_channel)
         pooled = evidence.pooled(per_channel=per_channel)
         n = pooled.count.double()
         ee, ed, dd = (pooled.s(*order) / n for order in ((2, 0), (1, 1), (0, 2)))

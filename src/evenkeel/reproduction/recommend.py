@@ -125,7 +125,7 @@ def expected(
     Raises:
         EvenkeelError: no cases.
 
-    >>> far, near = ({"relative error": x, "correlation": 0, "common": 0, "steps": 3} for x in (-9.0, -4.0))
+    >>> far, near = ({"relative error": x, "correlation": 0, "common": 0, "steps": 3} for x in (-14.0, -4.0))
     >>> cases = [Case("a", "w4", near, {"cnc": (1.0, 0.1)}), Case("b", "w4", far, {"cnc": (-1.0, 0.1)})]
     >>> round(expected(near, cases)[0].gain, 3)
     1.0

@@ -72,7 +72,7 @@ def calibrate(
         histograms: also keep error histograms, for trimming.
         closed_loop: also fit what needs it and keep it in the record: True for TAC, its input bias alone
             and StepbaQ, or the names of ``fitting.closed_loop.forms.RULES`` that are wanted, such as
-            ``["tac:published", "tac-rms"]``. Takes as long again for each, with both denoisers in memory.
+            ``["tac:published", "tac-ner"]``. Takes as long again for each, with both denoisers in memory.
         side_by_side: keep both denoisers where they are; False moves the idle one to the CPU.
         call: further arguments of the pipeline call, such as ``{"height": 512}``.
         layout: where the latent's channels are; found by itself for known pipelines.

@@ -17,8 +17,8 @@ RULES: dict[str, Callable[[], TACFit | StepbaQFit]] = {
     "stepbaq": StepbaQFit,
     "tac:published": lambda: TACFit(Reconstruction.published()),
     "tac-unconditional:published": lambda: TACFit(Reconstruction.published(), unconditional=True),
-    "tac-rms": lambda: TACFit(Reconstruction(estimator="rms")),
-    "tac-ner": lambda: TACFit(Reconstruction(), input_bias=False),
+    "tac-least-squares": lambda: TACFit(Reconstruction.least_squares()),
+    "tac-ner": lambda: TACFit(Reconstruction.least_squares(), input_bias=False),
     "tac-ibc-channel": lambda: TACFit(None, per_channel=True),
     "tac-output-bias": lambda: TACFit(None, of_the_output=True),
 }
@@ -43,8 +43,8 @@ def known_forms(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         CalibrationError: one is not; lists those that are.
 
-    >>> known_forms(["tac-rms"])
-    ('tac-rms',)
+    >>> known_forms(["tac:published"])
+    ('tac:published',)
 
     """
     if unknown := [name for name in names if name not in RULES]:
