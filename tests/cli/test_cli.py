@@ -99,7 +99,8 @@ def test_inspect_says_what_was_measured(capsys, record):
     assert found["prompts"] == 4
     assert len(found["steps"]) == 3
     code, out, _ = run(capsys, "recommend", record, "--json")
-    assert code == 0 and {"features", "nearest", "expected"} == set(json.loads(out))
+    assert code == 0
+    assert {"features", "nearest", "recommended", "expected"} == set(json.loads(out))
 
 
 def test_sample_writes_png(capsys, record, tmp_path):

@@ -123,7 +123,7 @@ def _tiny_paper() -> None:
     quantizer = {"method": "rtn", "weight_bits": 3, "activation_bits": 4, "group": 32}
     cell = reproduction.Cell("pixart-sigma", quantizer, 2, 3, {"Q": "q-drift:published"})
     row = reproduction.Row("1", "1", "a model", numbers, ("Q", "FID"), cell)
-    found = Paper("tiny", "Tiny", "a source", "data", {"1": 1}, (row,))
+    found = Paper("tiny", "Tiny", "a source", "data", (row,))
     reproduction.paper = lambda name: found
 
 
