@@ -86,13 +86,12 @@ def _run_calibrate(options: argparse.Namespace) -> None:
     pipeline, asked = _asked(options)
     if options.resume is not None:
         options.kept = f"finished batches are kept in {options.resume}; the same command continues"
+    forms = options.closed_loop_forms
     record = calibrate(
         pipeline,
         trajectory=options.trajectory,
         histograms=not options.no_histograms,
-        closed_loop=forms.split(",")
-        if (forms := options.closed_loop_forms)
-        else options.closed_loop,
+        closed_loop=forms.split(",") if forms else options.closed_loop,
         resume=options.resume,
         **asked,
     )

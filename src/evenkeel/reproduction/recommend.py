@@ -136,18 +136,16 @@ def expected(
     found = []
     for name in sorted({name for case in cases for name in case.gains}):
         having = [c for c in cases if name in c.gains]
-        said = _prediction(name, features, having)
-        others = ((c, [o for o in having if o.twin != c.twin]) for c in having)
-        off = [
-            (again.near, c.gains[name][0] - again.gain)
-            for c, other in others
-            if other
-            for again in [_prediction(name, c.features, other)]
-        ]
         if name == INPUT_BIAS and input_bias is not None:
-            told = [(c, c.input_bias) for c in having if c.input_bias is not None]
-            off = [(1.0, c.gains[name][0] - predicted) for c, predicted in told]
             said = _Prediction(input_bias, 1.0, math.inf)
+            told = [(c.gains[name][0], c.input_bias) for c in having if c.input_bias is not None]
+            off = [(1.0, gain - predicted) for gain, predicted in told]
+        else:
+            said, off = _prediction(name, features, having), []
+            for case in having:
+                if others := [o for o in having if o.twin != case.twin]:
+                    again = _prediction(name, case.features, others)
+                    off.append((again.near, case.gains[name][0] - again.gain))
         found.append(_expected(name, said, off))
     return sorted(found, key=lambda e: -e.gain)
 
