@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evenkeel.cli import main
-from evenkeel.errors import EvenkeelError, StorageError
+from evenkeel.errors import EvenkeelError, MissingExtra, StorageError
 from evenkeel.reproduction import Cell, Row, Verdict, judged, paper
 from evenkeel.reproduction.page import page
 from evenkeel.reproduction.run_cell import KIND, claim_cell, is_kept, run_cell, variant
@@ -65,6 +65,19 @@ def test_a_cell_is_run_judged_and_gone_on_with(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| both |"))
     gain = arms["both"]["difference_to_quantized"]["psnr"]
     assert "(paper -4.2)" in line and f"{gain['value']:+.2f} dB" in line
+
+
+def test_what_is_not_installed_is_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(held_out: bool) -> None:
+        raise MissingExtra("pip install 'evenkeel[zoo]'")
+
+    said: list[str] = []
+    monkeypatch.setattr("evenkeel.zoo.evaluation.load_scans", missing)
+    with pytest.raises(MissingExtra, match="zoo"):
+        run_cell(ROW, tmp_path / "1-tiny-bits", images=8, said=said.append)
+    assert not said
 
 
 def test_another_calibration_moves_the_correction_and_not_the_rest(tmp_path: Path) -> None:

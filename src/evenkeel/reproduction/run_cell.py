@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from evenkeel import zoo
 from evenkeel.comparing.comparison import ArmResult, Comparison, compare, standard_arms
@@ -94,6 +94,7 @@ def run_cell(
 
     Raises:
         EvenkeelError: the row has no cell, with the reason; no such severity.
+        MissingExtra: where the twin's real pictures come from is not installed.
 
     """
     if row.cell is None or row.claim is None:
@@ -103,6 +104,9 @@ def run_cell(
     cell, claimed, asked = row.cell, row.claim[0], _arms(row, only)
     claim_cell(row, folder)
     bench = Bench(cell, folder)
+    bench.references(
+        bench.prompts(1, 1)
+    )  # they may need an extra: that is said before minutes go by
     said("quantize")
     if severity == "bits":
         module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
@@ -247,6 +251,15 @@ class Bench:
             return [self.cell.labels] * count
         return self.kind.prompts(count, seed)
 
+    def references(self, prompts: Sequence[Any]) -> Tensor:
+        """Real pictures for these prompts, uint8.
+
+        Raises:
+            MissingExtra: where they come from is not installed.
+
+        """
+        return self.kind.references(prompts, 1)
+
     def run(self, module: nn.Module, seed: int = 0) -> Run:
         """The calibration."""
         prompts = self.prompts(self.cell.calibration_prompts, 1000 * seed)
@@ -330,7 +343,7 @@ class Bench:
             guidance_scale=self.guidance,
             batch_size=50,
             evaluator=self.evaluator,
-            reference_images=self.kind.references(prompts, 1),
+            reference_images=self.references(prompts),
             folder=self.folder / (place or f"images-{count}"),
             more=not place,
             progress=False,
