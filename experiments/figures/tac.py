@@ -31,7 +31,7 @@ WORDS = {
     "tac-ibc": "IBC alone",
     "tac-output-bias": "mean error of the output taken off",
 }
-WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+WEIGHTS = (0.1, 0.5, 0.9)
 THRESHOLD = 0.5
 FIRST = 6  # prompts of a panel
 LAYERS = (1.0, 0.75, 0.5, 0.25)
@@ -337,7 +337,7 @@ FIGURES = Figures(
             "FD (the paper: FID) against the weight lambda_1 of the relative error in the reconstruction.",
             "1-w3a8",
             "FID over 50,000 images, steps of 0.1",
-            "{count} images per weight, steps of 0.2; K fitted to 32 others",
+            "{count} images per weight, steps of 0.4; K fitted to 32 others",
             50,
             f"{_QUANTIZER} The paper gives no threshold: {THRESHOLD:g} here. The weights are Eq. 12's; with "
             f"the factor N that Eqs. 13 to 19 print, the relative error outweighs the other at each.",
