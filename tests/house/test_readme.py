@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,15 @@ def test_readme_is_a_screen_or_two_and_its_tables_are_short() -> None:
     assert len(TEXT.splitlines()) < 100
     tables = re.findall(r"(?:^\|.*\n)+", TEXT, re.MULTILINE)
     assert tables and all(len(table.splitlines()) <= 7 for table in tables)
+
+
+def test_its_first_numbers_are_those_that_were_measured() -> None:
+    found = json.loads((ROOT / "experiments" / "front_page.json").read_text(encoding="utf-8"))
+    before, after = (f"{found[arm]['value']:.1f}" for arm in ("quantized", "restored"))
+    change = "{value:+.1f} [{low:+.1f}, {high:+.1f}], {n} other images".format(**found["change"])
+    for text in (TEXT, (ROOT / "docs" / "index.md").read_text(encoding="utf-8")):
+        assert f"{before} to {after} dB" in " ".join(text.split())
+    assert change in " ".join(TEXT.split())
 
 
 def test_its_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
