@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -304,6 +305,20 @@ def read_pictures(n: Numbers) -> list[str]:
 
 
 _QUANTIZER = "Q-Diffusion with 200 iterations per block, 20,000 in its code. Handwriting stands for CIFAR-10."
+_PICTURES = Figure(
+    "fig-7",
+    "Pictures: full precision, Q-Diffusion, TAC (Fig. 7), and its comparison of the input bias with "
+    "the mean error of the noise estimate (Fig. 4, on LDM-8 in the paper).",
+    "1-w3a8",
+    "some pictures; FID over 50,000 images",
+    "the first pictures; FD over {count}",
+    100,
+    _QUANTIZER,
+    measure_pictures,
+    draw_pictures,
+    read_pictures,
+    pictured=True,
+)
 FIGURES = Figures(
     "tac",
     (
@@ -345,32 +360,12 @@ FIGURES = Figures(
             draw_weights,
             read_weights,
         ),
-        Figure(
-            "fig-7",
-            "Pictures: full precision, Q-Diffusion, TAC (Fig. 7), and its comparison of the input bias with "
-            "the mean error of the noise estimate (Fig. 4, on LDM-8 in the paper).",
-            "1-w3a8",
-            "some pictures; FID over 50,000 images",
-            "the first pictures; FD over {count}",
-            100,
-            _QUANTIZER,
-            measure_pictures,
-            draw_pictures,
-            read_pictures,
-            pictured=True,
-        ),
-        Figure(
-            "fig-8",
-            "Pictures with DPM-Solver++ (2S): full precision, Q-Diffusion, TAC.",
-            "4-w3a8",
-            "some pictures; FID over 50,000 images",
-            "the first pictures; FD over {count}",
-            100,
-            _QUANTIZER,
-            measure_pictures,
-            draw_pictures,
-            read_pictures,
-            pictured=True,
+        _PICTURES,
+        replace(
+            _PICTURES,
+            name="fig-8",
+            title="Pictures with DPM-Solver++ (2S): full precision, Q-Diffusion, TAC.",
+            row="4-w3a8",
         ),
     ),
     {

@@ -76,8 +76,8 @@ def seen(
     Beside ``features`` it may have ``spatial``, ``posterior`` and ``activations``, of the same images: a
     matrix (n, places), one (n, classes), and a list of (n, channels, height, width); ``perceptual``, (n,) of
     two sets of images, in the place of what activations give; ``score``, (n,) of images and their prompts,
-    measured as its ``score_name`` (``prompt_score``), or several by name as ``scores``; and ``embeddings``,
-    what CMMD compares, (n, d) of unit length.
+    measured as its ``score_name`` (``prompt_score``), by each of its ``evaluators`` where it has such; and
+    ``embeddings``, what CMMD compares, (n, d) of unit length.
     """
 
     def all_of(name: str) -> Tensor | None:
@@ -109,12 +109,16 @@ def seen(
 
 
 def scores_of(evaluator: Any, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """(n,) each, by name: how well pictures fit their prompts; empty where the evaluator does not say."""
-    if hasattr(evaluator, "scores"):
-        return dict(evaluator.scores(images, prompts))
-    if not hasattr(evaluator, "score"):
-        return {}
-    return {getattr(evaluator, "score_name", "prompt_score"): evaluator.score(images, prompts)}
+    """(n,) each, by name: how well pictures fit their prompts; empty where the evaluator does not say.
+
+    Of several evaluators all are asked; of two that give the same the first.
+    """
+    found: dict[str, Tensor] = {}
+    for one in getattr(evaluator, "evaluators", (evaluator,)):
+        name = getattr(one, "score_name", "prompt_score")
+        if name not in found and hasattr(one, "score"):
+            found[name] = one.score(images, prompts)
+    return found
 
 
 def further(mine: Sight, origin: Sight, real: Sight | None) -> dict[str, Estimate]:

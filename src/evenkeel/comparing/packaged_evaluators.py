@@ -221,25 +221,16 @@ class ImageReward:
 class Several:
     """Several evaluators as one: whatever is asked of it, the first that can answers; all of them score.
 
-    Args:
+    Attributes:
         evaluators: in this order.
 
     """
 
     def __init__(self, evaluators: Sequence[Any]) -> None:
-        self._evaluators = tuple(evaluators)
-
-    def scores(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """(n,) each, by name; of two with the same name the first one's."""
-        found: dict[str, Tensor] = {}
-        for evaluator in self._evaluators:
-            name = getattr(evaluator, "score_name", "prompt_score")
-            if name not in found and hasattr(evaluator, "score"):
-                found[name] = evaluator.score(images, prompts)
-        return found
+        self.evaluators = tuple(evaluators)
 
     def __getattr__(self, name: str) -> Any:
-        for evaluator in self.__dict__.get("_evaluators", ()):
+        for evaluator in self.__dict__.get("evaluators", ()):
             if hasattr(evaluator, name):
                 return getattr(evaluator, name)
         raise AttributeError(name)

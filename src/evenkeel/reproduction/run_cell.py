@@ -104,9 +104,8 @@ def run_cell(
     cell, claimed, asked = row.cell, row.claim[0], _arms(row, only)
     claim_cell(row, folder)
     bench = Bench(cell, folder)
-    bench.references(
-        bench.prompts(1, 1)
-    )  # they may need an extra: that is said before minutes go by
+    # Real pictures may need an extra: that is said before minutes go by.
+    bench.references(bench.prompts(1, 1))
     said("quantize")
     if severity == "bits":
         module, quantizer = bench.quantized(), str(method_from(cell.quantizer))
